@@ -1,0 +1,249 @@
+"""The exact joint distribution of the next n tokens, as a dense tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cpmtp.language_model import LanguageModel, PrefixSharingLanguageModel
+from cpmtp.sampling_law import SamplingLaw
+
+DEFAULT_MAX_BYTES = 4_000_000_000
+_SUM_TOLERANCE = 1e-6
+# Continuations evaluated at once: bounds the working set to this many rows of logits (and the model's activations).
+_CHUNK = 8192
+
+
+@dataclass(frozen=True)
+class JointDistribution:
+    """Probabilities of all sequences of `horizon` tokens.
+
+    Attributes
+    ----------
+    probs : (*batch, vocab, …, vocab) tensor
+        Non-negative; each batch entry sums to one.
+    horizon : int, optional
+        Number of token axes; needed only when there are batch axes (default: every axis is a token axis).
+
+    Raises
+    ------
+    ValueError
+        If an entry is negative or not finite, a sum is not one, or the token axes differ in length.
+
+    Examples
+    --------
+    >>> joint = JointDistribution(torch.tensor([[0.1, 0.2], [0.3, 0.4]], dtype=torch.float64))
+    >>> joint.prefix_probs(1)
+    tensor([0.3000, 0.7000], dtype=torch.float64)
+    """
+
+    probs: Float[Tensor, "..."]
+    horizon: int = field(default=0)
+
+    def __post_init__(self):
+        horizon = self.horizon or self.probs.ndim
+        object.__setattr__(self, "horizon", horizon)
+        if not 1 <= horizon <= self.probs.ndim:
+            raise ValueError(f"horizon {horizon} for a tensor of {self.probs.ndim} axes: expected 1 to {self.probs.ndim}")
+        token_axes = self.probs.shape[self.probs.ndim - horizon :]
+        if len(set(token_axes)) != 1:
+            raise ValueError(f"token axes {tuple(token_axes)} differ in length: give horizon= when there are batch axes")
+        total = self.probs.sum(dim=tuple(range(-horizon, 0)), dtype=torch.float64)
+        # One pass finds negative, infinite and NaN entries alike; the sum alone would miss a negative one.
+        if not (self.probs.numel() == 0 or bool(self.probs.min() >= 0)) or not bool(torch.isfinite(total).all()):
+            raise ValueError("a joint's probabilities must be finite and non-negative: found a negative or non-finite entry")
+        worst = (total - 1).abs().max().item() if total.numel() else 0.0
+        if worst > _SUM_TOLERANCE:
+            raise ValueError(f"a joint must sum to 1: the sum is off by {worst:.3g}; divide by the sum first")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.probs.shape[-1]
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self.probs.shape[: self.probs.ndim - self.horizon]
+
+    def prefix_probs(self, length: int) -> Float[Tensor, "..."]:
+        """Law of the first `length` tokens, (*batch, vocab, …, vocab); ``length = 0`` gives the total mass."""
+        summed = self.horizon - length
+        return self.probs.sum(dim=tuple(range(-summed, 0))) if summed else self.probs
+
+    def marginal(self, length: int) -> JointDistribution:
+        """The joint of the first `length` tokens: what the shorter horizon's joint is."""
+        if not 1 <= length <= self.horizon:
+            raise ValueError(f"length {length}: expected 1 to the horizon, {self.horizon}")
+        return JointDistribution(self.prefix_probs(length), length)
+
+    def conditional_probs(self, length: int) -> Float[Tensor, "..."]:
+        """``p(x_length | x_1 … x_{length-1})``, (*batch, vocab, …, vocab); zero after prefixes of zero mass."""
+        prefix = self.prefix_probs(length - 1).unsqueeze(-1)
+        return torch.where(prefix > 0, self.prefix_probs(length) / prefix.clamp_min(torch.finfo(prefix.dtype).tiny), 0.0)
+
+    def given_first_token(self) -> JointDistribution:
+        """The law of the remaining tokens for every first token, (*batch, vocab) batch axes and horizon n-1.
+
+        A first token of zero mass gets the mean of the others (the unconditional law): it must be a law and matters nowhere.
+        """
+        if self.horizon < 2:
+            raise ValueError("a joint of one token has nothing after the first: use a horizon of at least 2")
+        rest = self.horizon - 1
+        first = self.prefix_probs(1)
+        shape = (*first.shape, *(1,) * rest)
+        fallback = self.probs.sum(dim=-self.horizon, keepdim=True)
+        given = torch.where(
+            (first > 0).view(shape), self.probs / first.clamp_min(torch.finfo(first.dtype).tiny).view(shape), fallback
+        )
+        # Where the first token's mass is subnormal the quotient is rounded away from one.
+        return JointDistribution(given / given.sum(dim=tuple(range(-rest, 0)), keepdim=True), rest)
+
+    def entropy(self) -> Float[Tensor, "*batch"]:
+        """Entropy in nats."""
+        return -torch.special.xlogy(self.probs, self.probs).sum(dim=tuple(range(-self.horizon, 0)))
+
+    def marginals(self) -> list[Float[Tensor, "*batch vocab"]]:
+        """The law of each position by itself."""
+        axes = range(-self.horizon, 0)
+        return [self.probs.sum(dim=[a for a in axes if a != axis]) if self.horizon > 1 else self.probs for axis in axes]
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file."""
+        save_file({"probs": self.probs.contiguous()}, path, {"horizon": str(self.horizon)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> JointDistribution:
+        """Read what `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            return cls(file.get_tensor("probs"), int(file.metadata()["horizon"]))
+
+
+def exact_joint(
+    lm: LanguageModel,
+    context: Int[Tensor, " time"],
+    horizon: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    max_bytes: int = DEFAULT_MAX_BYTES,
+    progress: Callable[[int], None] | None = None,
+) -> JointDistribution:
+    """The joint law of the next `horizon` tokens: the chain rule over every prefix, float64.
+
+    Parameters
+    ----------
+    lm : LanguageModel
+    context : (time,) long tensor
+        Token ids so far; may be empty where the model allows it.
+    horizon : int
+    temperature, top_k, top_p
+        Part of the law: applied to every conditional.
+    max_bytes : int
+        Largest joint allowed, in bytes (``vocab_size ** horizon * 8``).
+    progress : callable, optional
+        Called with the number of prefixes evaluated since the last call.
+
+    Raises
+    ------
+    ValueError
+        If the horizon is below 1, the joint would exceed `max_bytes` (before any is allocated), a context token is not in the
+        vocabulary, context and horizon exceed the model's window, or the model returns something that is no distribution.
+
+    Examples
+    --------
+    >>> from cpmtp.language_model import separated_hmm
+    >>> exact_joint(separated_hmm(2, 4), torch.tensor([0]), 3).probs.shape
+    torch.Size([4, 4, 4])
+    """
+    law = SamplingLaw(temperature, top_k, top_p)
+    check_joint_size(lm.vocab_size, horizon, max_bytes)
+    check_context(lm, context, horizon)
+    vocab = lm.vocab_size
+    joint = torch.ones((), dtype=torch.float64)
+    for depth in range(horizon):
+        grown = torch.empty(vocab**depth, vocab, dtype=torch.float64)
+        flat = joint.reshape(-1)
+        # Chunks of whole sibling groups: the model evaluates the children of one parent together.
+        size = max(_CHUNK // vocab, 1) * vocab
+        for start in range(0, vocab**depth, size):
+            stop = min(start + size, vocab**depth)
+            log_probs = conditional_log_probs(lm, context, grid_rows(start, stop, vocab, depth), law)
+            torch.mul(log_probs.exp_(), flat[start:stop, None], out=grown[start:stop])
+            if progress:
+                progress(stop - start)
+        joint = grown
+    return JointDistribution(joint.reshape((vocab,) * horizon))
+
+
+def grid_rows(start: int, stop: int, vocab: int, depth: int) -> Int[Tensor, "rows depth"]:
+    """Rows `start` to `stop` of all sequences of `depth` tokens in lexicographic order."""
+    index = torch.arange(start, stop)
+    places = vocab ** torch.arange(depth - 1, -1, -1)
+    return index[:, None] // places % vocab
+
+
+def conditional_log_probs(
+    lm: LanguageModel, context: Tensor, continuations: Int[Tensor, "count length"], law: SamplingLaw
+) -> Float[Tensor, "count vocab"]:
+    """Processed next-token log-probabilities after `context` and each continuation, checked and normalised, float64."""
+    if isinstance(lm, PrefixSharingLanguageModel):
+        raw = lm.continuation_log_probs(context, continuations)
+    else:
+        raw = lm.next_token_log_probs(torch.cat([context.expand(len(continuations), -1), continuations], dim=1))
+    return law.process_log_probs(checked_log_probs(raw, (len(continuations), lm.vocab_size)))
+
+
+def checked_log_probs(raw: Tensor, shape: tuple[int, int]) -> Float[Tensor, "count vocab"]:
+    """Float64 log-probabilities that sum to one exactly, or a ValueError that says what the model returned."""
+    if tuple(raw.shape) != shape:
+        raise ValueError(f"the model returned log-probabilities of shape {tuple(raw.shape)}: expected {shape}")
+    total = raw.double().logsumexp(-1, keepdim=True)
+    if not bool(torch.isfinite(total).all()):
+        raise ValueError("the model returned NaN or infinite logits: check its weights and the context")
+    if bool((total.abs() > 1e-3).any()):
+        worst = total.abs().max().item()
+        raise ValueError(f"the model's log-probabilities are not normalised (log of the sum is {worst:.3g}): apply log_softmax")
+    return raw.double() - total
+
+
+def check_joint_size(vocab_size: int, horizon: int, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
+    """Refuse a horizon below 1 and a joint above the limit.
+
+    Raises
+    ------
+    ValueError
+        With the size, the limit and what to do.
+    """
+    if horizon < 1:
+        raise ValueError(f"horizon {horizon}: expected at least 1")
+    needed = 8 * vocab_size**horizon
+    if needed > max_bytes:
+        raise ValueError(
+            f"horizon {horizon} over {vocab_size} tokens needs {_gigabytes(needed)}; the limit is {_gigabytes(max_bytes)}: "
+            "lower the horizon or use truncated_joint"
+        )
+
+
+def check_context(lm: LanguageModel, context: Tensor, horizon: int) -> None:
+    """Refuse a context that is no token sequence of this model, or too long for it."""
+    if context.ndim != 1 or context.is_floating_point():
+        raise ValueError(f"context of shape {tuple(context.shape)} and {context.dtype}: expected a 1-D tensor of token ids")
+    if len(context) and not 0 <= int(context.min()) <= int(context.max()) < lm.vocab_size:
+        raise ValueError(f"context tokens must be in [0, {lm.vocab_size}): got {int(context.min())} to {int(context.max())}")
+    window = getattr(lm, "max_context", None)
+    if window is not None and len(context) + horizon - 1 > window:
+        raise ValueError(
+            f"a context of {len(context)} tokens and horizon {horizon} run past the model's {window} positions: "
+            f"keep at most {window - horizon + 1} tokens of context"
+        )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB" if size >= 1e7 else f"{size / 1e6:.3g} MB"

@@ -1,0 +1,151 @@
+"""What a language model must offer, and two model classes whose joints are known in closed form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """The least a language model must offer; everything up to the study works with it.
+
+    Attributes
+    ----------
+    vocab_size : int
+        Number of token ids.
+    """
+
+    vocab_size: int
+
+    def next_token_log_probs(self, token_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch vocab"]:
+        """Log-probabilities (nats) of the token that follows each row; ``-inf`` is legal."""
+        ...
+
+
+@runtime_checkable
+class PrefixSharingLanguageModel(LanguageModel, Protocol):
+    """A language model that evaluates many continuations of one context faster than one after another."""
+
+    max_context: int
+
+    def continuation_log_probs(
+        self, context: Int[Tensor, " time"], continuations: Int[Tensor, "count length"]
+    ) -> Float[Tensor, "count vocab"]:
+        """Log-probabilities (nats) of the token after `context` followed by each continuation.
+
+        Continuations that share all but their last token should be neighbours: they are evaluated together.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class MarkovLanguageModel:
+    """A Markov chain over tokens: the next token depends on the last one only.
+
+    Attributes
+    ----------
+    initial : (vocab,) tensor
+        Probabilities of the first token of an empty context.
+    transition : (vocab, vocab) tensor
+        ``transition[i, j]`` is the probability of j after i; rows sum to one.
+
+    Examples
+    --------
+    >>> chain = MarkovLanguageModel(torch.tensor([0.5, 0.5]), torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
+    >>> chain.next_token_log_probs(torch.tensor([[0, 1]])).exp()
+    tensor([[0.2000, 0.8000]])
+    """
+
+    initial: Float[Tensor, " vocab"]
+    transition: Float[Tensor, "vocab vocab"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.initial.shape[-1]
+
+    def next_token_log_probs(self, token_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch vocab"]:
+        if token_ids.shape[1] == 0:
+            return self.initial.log().expand(len(token_ids), -1)
+        return self.transition[token_ids[:, -1]].log()
+
+
+@dataclass(frozen=True)
+class HiddenMarkovLanguageModel:
+    """A hidden-Markov model with s states.
+
+    The joint of its next three tokens has rank s for a vocabulary of at least s tokens and full-rank transition and emission
+    matrices: the state that emits the middle token separates the three.
+
+    Attributes
+    ----------
+    initial : (states,) tensor
+    transition : (states, states) tensor
+        ``transition[i, j]`` is the probability of state j after i.
+    emission : (states, vocab) tensor
+        Probabilities of the tokens in each state.
+
+    References
+    ----------
+    allman2009identifiability
+
+    Examples
+    --------
+    >>> separated_hmm(states=2, vocab_size=4).next_token_log_probs(torch.zeros(1, 0, dtype=torch.long)).exp().sum()
+    tensor(1., dtype=torch.float64)
+    """
+
+    initial: Float[Tensor, " states"]
+    transition: Float[Tensor, "states states"]
+    emission: Float[Tensor, "states vocab"]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.emission.shape[1]
+
+    def next_token_log_probs(self, token_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch vocab"]:
+        state = self.initial.expand(len(token_ids), -1)
+        for t in range(token_ids.shape[1]):
+            seen = state * self.emission[:, token_ids[:, t]].T
+            state = (seen / seen.sum(1, keepdim=True)) @ self.transition
+        return (state @ self.emission).log()
+
+
+def separated_hmm(
+    states: int, vocab_size: int, *, own: float = 0.8, stay: float = 0.5, seed: int = 0
+) -> HiddenMarkovLanguageModel:
+    """A hidden-Markov model whose states are easy to tell apart; float64.
+
+    Each state gives probability `own` to a block of tokens of its own and the rest to all others, unevenly within both; it
+    keeps itself with probability `stay`, and moves to the others unevenly.
+
+    Raises
+    ------
+    ValueError
+        If there are more states than tokens.
+    """
+    if not 1 <= states <= vocab_size:
+        raise ValueError(f"{states} states over {vocab_size} tokens: need at least one state and one token of its own each")
+    generator = torch.Generator().manual_seed(seed)
+
+    def uneven(rows: int, columns: int) -> Tensor:
+        return torch.rand(rows, columns, generator=generator, dtype=torch.float64) + 0.5
+
+    owner = torch.arange(vocab_size) * states // vocab_size
+    mine = owner == torch.arange(states)[:, None]
+    emission = _mix(uneven(states, vocab_size), mine, own)
+    transition = _mix(uneven(states, states), torch.eye(states, dtype=torch.bool), stay)
+    initial = uneven(1, states)[0]
+    return HiddenMarkovLanguageModel(initial / initial.sum(), transition, emission)
+
+
+def _mix(scores: Tensor, chosen: Tensor, share: float) -> Tensor:
+    inside = torch.where(chosen, scores, 0.0)
+    outside = torch.where(chosen, 0.0, scores)
+    total_outside = outside.sum(1, keepdim=True)
+    inside = inside / inside.sum(1, keepdim=True)
+    return torch.where(total_outside > 0, share * inside + (1 - share) * outside / total_outside.clamp_min(1e-300), inside)

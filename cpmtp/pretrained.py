@@ -1,0 +1,376 @@
+"""Hugging Face causal language models and the embedded ones; the only user of transformers' model classes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import re
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from jaxtyping import Float, Int
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as hf_logging
+
+END_OF_TEXT = "<|endoftext|>"
+REPLACEMENT = "\ufffd"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_ALPHABET = "\t\n" + "".join(chr(c) for c in range(32, 127))
+
+
+class HuggingFaceLanguageModel:
+    """A causal language model of transformers behind the `LanguageModel` protocol.
+
+    Continuations of one context are evaluated with the context's key/value cache shared: those with the same parent stand in
+    one row, siblings told apart by a 4-D attention mask and position ids. A model that takes no such mask or keeps no such
+    cache is found out by a small trial and evaluated by full forward passes instead, with the same result.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Needed by `encode` and `decode` only.
+    name : str
+        For tables and reports.
+    batch_tokens : int
+        Tokens per forward pass; bounds the working set (``batch_tokens * vocab_size`` logits and the activations).
+    """
+
+    def __init__(self, model, tokenizer=None, *, name: str = "model", batch_tokens: int = 4096):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.batch_tokens = batch_tokens
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.max_context: int | None = _window(model.config)
+        self._context_cache: tuple[tuple[int, ...], Cache, Tensor] | None = None
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def encode(self, text: str) -> Int[Tensor, " time"]:
+        """Token ids of a text, with the special tokens the tokenizer adds by itself."""
+        return torch.tensor(self._tokenizer().encode(text), dtype=torch.long)
+
+    def encode_document(self, text: str) -> Int[Tensor, " time"]:
+        """Token ids of a text without special tokens: what windows are cut from."""
+        return torch.tensor(self._tokenizer().encode(text, add_special_tokens=False), dtype=torch.long)
+
+    def decode(self, token_ids: Int[Tensor, " time"]) -> str:
+        """The text of token ids."""
+        return self._tokenizer().decode(token_ids.tolist())
+
+    def count_replacements(self, token_ids: Int[Tensor, "..."]) -> int:
+        """How many characters the vocabulary did not have and the replacement token stands for."""
+        unknown = self._tokenizer().unk_token_id
+        return 0 if unknown is None else int((token_ids == unknown).sum())
+
+    @torch.inference_mode()
+    def next_token_log_probs(self, token_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch vocab"]:
+        """Log-probabilities (nats, float32 or the forward pass's dtype if wider) after each row; one full forward pass."""
+        token_ids = self._with_start(token_ids)
+        rows = max(self.batch_tokens // token_ids.shape[1], 1)
+        return torch.cat([self._log_probs(self._forward(part, keep=1))[:, -1] for part in token_ids.split(rows)])
+
+    @torch.inference_mode()
+    def continuation_log_probs(
+        self, context: Int[Tensor, " time"], continuations: Int[Tensor, "count length"]
+    ) -> Float[Tensor, "count vocab"]:
+        """Log-probabilities (nats) of the token after `context` and each continuation; see the class."""
+        context = self._with_start(context[None])[0]
+        if not self.shares_prefixes:
+            return self.next_token_log_probs(torch.cat([context.expand(len(continuations), -1), continuations], 1))
+        return self._shared_prefix_log_probs(context, continuations)
+
+    @torch.inference_mode()
+    def sample_tokens(self, count: int, length: int, *, seed: int = 0, temperature: float = 1.0) -> Int[Tensor, "count length"]:
+        """Sequences drawn from the model itself, starting as a document does; the start token is not among them.
+
+        Raises
+        ------
+        ValueError
+            If the model has no start-of-text token, or `length` exceeds its window.
+        """
+        if self.max_context is not None and length > self.max_context:
+            raise ValueError(f"{length} tokens exceed the model's {self.max_context} positions: ask for fewer")
+        generator = torch.Generator().manual_seed(seed)
+        tokens = self._with_start(torch.empty(count, 0, dtype=torch.long))
+        cache, last, drawn = None, tokens, []
+        for _ in range(length):
+            if self.shares_prefixes:
+                out = self.model(input_ids=last.to(self.device), past_key_values=cache, use_cache=True)
+                cache, logits = out.past_key_values, out.logits[:, -1]
+            else:
+                logits = self._forward(tokens, keep=1)[:, -1]
+            law = self._log_probs(logits / max(temperature, 1e-6)).exp()
+            last = torch.multinomial(law.double().cpu(), 1, generator=generator)
+            tokens = torch.cat([tokens, last], 1)
+            drawn.append(last)
+        return torch.cat(drawn, 1)
+
+    @cached_property
+    def shares_prefixes(self) -> bool:
+        """Whether the shared-prefix path gives what full forward passes give (tried on a handful of tokens)."""
+        kinds = getattr(self.model.config, "layer_types", None)
+        # Under a custom mask a sliding window would silently be dropped, and a short trial would not show it.
+        sliding = any(k != "full_attention" for k in kinds) if kinds else getattr(self.model.config, "sliding_window", None)
+        if sliding:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        context = torch.randint(self.vocab_size, (3,), generator=generator)
+        continuations = torch.randint(self.vocab_size, (4, 2), generator=generator)
+        continuations[1::2, 0] = continuations[::2, 0]
+        expected = self.next_token_log_probs(torch.cat([context.expand(4, -1), continuations], 1))
+        try:
+            found = self._shared_prefix_log_probs(context, continuations)
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, NotImplementedError):
+            return False
+        finally:
+            self._context_cache = None
+        tolerance = 1e-3 if found.dtype == torch.float32 and self.model.dtype == torch.float32 else 0.1
+        return bool(torch.allclose(found.exp(), expected.exp(), atol=tolerance))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights' names, types and bytes (hexadecimal)."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _shared_prefix_log_probs(self, context: Tensor, continuations: Tensor) -> Tensor:
+        cache, log_probs = self._context(context)
+        if continuations.shape[1] == 0:
+            return log_probs.expand(len(continuations), -1)
+        # Runs of equal parents; their siblings are padded to one width (the children of a dense joint all have the same).
+        parents, sizes = continuations[:, :-1].unique_consecutive(dim=0, return_counts=True) if continuations.shape[1] > 1 else (
+            continuations[:1, :0], torch.tensor([len(continuations)]))
+        width = min(int(sizes.max()), self.batch_tokens)
+        sizes, parents = _split_runs(sizes, parents, width)
+        taken = torch.arange(width) < sizes[:, None]
+        siblings = torch.zeros(len(sizes), width, dtype=torch.long)
+        siblings[taken] = continuations[:, -1]
+        rows = max(self.batch_tokens // (width + parents.shape[1]), 1)
+        parts = zip(parents.split(rows), siblings.split(rows), taken.split(rows), strict=True)
+        return torch.cat([self._sibling_log_probs(cache, len(context), *part) for part in parts])
+
+    def _sibling_log_probs(self, cache: Cache, seen: int, parents: Tensor, siblings: Tensor, taken: Tensor) -> Tensor:
+        rows, (chain, width) = len(parents), (parents.shape[1], siblings.shape[1])
+        position = seen + torch.cat([torch.arange(chain), torch.full((width,), chain)])
+        out = self.model(
+            input_ids=torch.cat([parents, siblings], 1).to(self.device),
+            position_ids=position.expand(rows, -1).to(self.device),
+            attention_mask=_sibling_mask(seen, chain, width, self.model.dtype).expand(rows, 1, -1, -1).to(self.device),
+            past_key_values=_expanded(cache, rows),
+            use_cache=True,
+            **({"logits_to_keep": width} if self._keeps_logits else {}),
+        )
+        logits = out.logits[:, -width:]
+        return self._log_probs(logits.flatten(0, 1) if bool(taken.all()) else logits[taken.to(self.device)])
+
+    def _context(self, context: Tensor) -> tuple[Cache, Tensor]:
+        # A joint asks for one context again and again, chunk by chunk: the last one is kept.
+        key = tuple(context.tolist())
+        if self._context_cache is None or self._context_cache[0] != key:
+            out = self.model(input_ids=context[None].to(self.device), use_cache=True)
+            self._context_cache = (key, out.past_key_values, self._log_probs(out.logits[:, -1]))
+        return self._context_cache[1:]
+
+    def _forward(self, token_ids: Tensor, keep: int) -> Tensor:
+        extra = {"logits_to_keep": keep} if self._keeps_logits else {}
+        return self.model(input_ids=token_ids.to(self.device), use_cache=False, **extra).logits
+
+    @staticmethod
+    def _log_probs(logits: Tensor) -> Tensor:
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).cpu()
+
+    def _with_start(self, token_ids: Tensor) -> Tensor:
+        if token_ids.shape[1]:
+            return token_ids
+        start = self.model.config.bos_token_id
+        if start is None:
+            raise ValueError(f"{self.name} has no start-of-text token: give a context of at least one token")
+        return torch.full((len(token_ids), 1), start, dtype=torch.long)
+
+    def _tokenizer(self):
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} came without a tokenizer: give token ids instead of text")
+        return self.tokenizer
+
+
+def load_language_model(
+    name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> HuggingFaceLanguageModel:
+    """Load an embedded model by name, a local folder, or a model of the Hugging Face hub.
+
+    Parameters
+    ----------
+    name : str or path
+        ``"code"`` or ``"prose"``, a folder in Hugging Face format, or a hub id such as ``"gpt2"``.
+    device : str
+        Where the forward pass runs.
+    dtype : torch.dtype
+        In what precision it runs; everything after the logits is float64.
+
+    Raises
+    ------
+    ValueError
+        If there is no such model, the folder holds none, or the hub cannot be reached.
+    """
+    source, local = _locate(str(name))
+    # Nothing is ever unpickled and no code of a model's own is run.
+    options = {"local_files_only": local, "trust_remote_code": False}
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    except Exception as error:
+        raise ValueError(f"the model {str(name)!r} could not be loaded: {_first_line(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception:  # a model without a tokenizer still takes token ids
+        tokenizer = None
+    return HuggingFaceLanguageModel(model.to(device), tokenizer, name=Path(name).name if local else str(name))
+
+
+def embedded_models() -> dict[str, Path]:
+    """Names and folders of the models that come with cpmtp."""
+    return {folder.name: folder for folder in sorted(_embedded_root().iterdir()) if (folder / "config.json").is_file()}
+
+
+def _embedded_root() -> Path:
+    installed = Path(__file__).parent / "_data" / "models"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "data" / "models"
+
+
+def _locate(name: str) -> tuple[str, bool]:
+    """Where a model is, and whether that is on this machine."""
+    embedded = embedded_models()
+    if name in embedded:
+        return str(embedded[name]), True
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise ValueError(f"the folder {name!r} holds no model: expected config.json and *.safetensors in it")
+        return name, True
+    if isinstance(try_to_load_from_cache(name, "config.json") if _HUB_ID.fullmatch(name) else None, str):
+        return name, False
+    _ask_hub(name)
+    return name, False
+
+
+def _ask_hub(name: str) -> None:
+    # One question with a time limit; loading would ask again and again for half a minute before it gave up.
+    try:
+        if not _HUB_ID.fullmatch(name):
+            raise ValueError("not a hub id either (expected NAME or OWNER/NAME)")
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:
+        raise ValueError(
+            f"unknown model {name!r}: no embedded model ({', '.join(embedded_models())}), no folder, and the Hugging Face hub "
+            f"did not give it: {_first_line(error)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without transformers' own progress bar: loading is not a long step and the caller may have a bar of its own."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _window(config) -> int | None:
+    for field in ("max_position_embeddings", "n_positions", "n_ctx"):
+        if isinstance(getattr(config, field, None), int):
+            return getattr(config, field)
+    return None
+
+
+def _expanded(cache: Cache, rows: int) -> DynamicCache:
+    """The context's cache for several rows; the rows share its memory until a layer appends to them."""
+    shared = [(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)) for layer in cache.layers]
+    return DynamicCache(shared)
+
+
+def _sibling_mask(seen: int, chain: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Additive mask (1, 1, chain + width, seen + chain + width): all see the context, siblings the chain and themselves."""
+    total = chain + width
+    own = torch.eye(total, dtype=torch.bool)
+    own[:, :chain] |= torch.ones(total, chain, dtype=torch.bool).tril()
+    visible = torch.cat([torch.ones(total, seen, dtype=torch.bool), own], 1)
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[None, None]
+
+
+def _split_runs(sizes: Tensor, parents: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Cut runs longer than `width` into several rows of the same parent."""
+    pieces = (sizes + width - 1) // width
+    if bool((pieces == 1).all()):
+        return sizes, parents
+    owner = torch.arange(len(sizes)).repeat_interleave(pieces)
+    order = torch.arange(len(owner)) - (pieces.cumsum(0) - pieces)[owner]
+    return torch.minimum(sizes[owner] - order * width, torch.tensor(width)), parents[owner]
+
+def train_character_tokenizer(texts: list[str], merges: int = 5) -> PreTrainedTokenizerFast:
+    """Printable ASCII, newline and tab, plus the most frequent `merges` byte-pair merges within a line.
+
+    Every other character becomes one replacement token (U+FFFD), so that text length is kept and the loss counted.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token=REPLACEMENT))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("\n"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2 + len(_ALPHABET) + merges,
+        special_tokens=[END_OF_TEXT, REPLACEMENT],
+        initial_alphabet=list(_ALPHABET),
+        limit_alphabet=len(_ALPHABET),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(("".join(c if c in _ALPHABET else " " for c in t) for t in texts), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        unk_token=REPLACEMENT,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def new_llama(vocab_size: int, *, width: int, layers: int, window: int, seed: int):
+    """A randomly initialised Llama with grouped-query attention (heads of 32, three queries per key)."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=max(width // 96, 1),
+        max_position_embeddings=window,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    return AutoModelForCausalLM.from_config(config)

@@ -1,0 +1,288 @@
+"""Training: base models, from the text every CPython carries."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from cpmtp.corpora import Document, corpus_hash, split_held_out, standard_library_documents
+from cpmtp.muon import Muon
+from cpmtp.pretrained import new_llama, train_character_tokenizer
+
+
+@dataclass(frozen=True)
+class BaseTrainingSettings:
+    """What defines a base model's training; two equal settings give the same weights on one machine.
+
+    Attributes
+    ----------
+    steps : int
+        Optimiser steps.
+    windows_per_step, window : int
+        Windows in a batch and tokens in a window; `window` is the model's maximal context, too.
+    width, layers : int
+        Hidden size (a multiple of 96) and number of transformer blocks.
+    merges : int
+        Byte-pair merges on top of the 97 characters.
+    learning_rate : float
+        Peak rate of both optimisers (Muon for the blocks' matrices with its update scaled to AdamW's size, AdamW for
+        the rest); linear warm-up, constant, then linear decay to zero over the last `decay` of the steps.
+    """
+
+    steps: int = 3000
+    windows_per_step: int = 8
+    window: int = 512
+    width: int = 192
+    layers: int = 4
+    merges: int = 5
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.05
+    warmup: int = 50
+    decay: float = 0.4
+    held_out: float = 0.05
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BaseTrainingResult:
+    """What a base training arrived at.
+
+    Attributes
+    ----------
+    folder : Path
+        Where model, tokenizer and `recipe.json` are.
+    bits_per_byte : float
+        On the held-out documents.
+    tokens_seen : int
+        Tokens the optimiser was shown.
+    """
+
+    folder: Path
+    bits_per_byte: float
+    tokens_seen: int
+
+
+def train_base(
+    domain: str,
+    out: str | Path,
+    settings: BaseTrainingSettings = BaseTrainingSettings(),
+    *,
+    checkpoint_seconds: float = 120.0,
+    callback: Callable[[int, float], None] | None = None,
+) -> BaseTrainingResult:
+    """Train a small Llama-architecture model on the standard library's code or prose.
+
+    A run killed at any moment goes on from its last checkpoint when it is started again with the same folder. The number
+    of steps may differ then, as long as the decay of the learning rate has not begun.
+
+    Parameters
+    ----------
+    domain : {"code", "prose"}
+    out : path
+        Folder for model, tokenizer, `recipe.json` and, while training, the checkpoint.
+    callback : callable, optional
+        Called with (step, loss in nats per token) after every step.
+
+    Raises
+    ------
+    ValueError
+        If `domain` is unknown, or the checkpoint in `out` belongs to other settings or another corpus.
+    """
+    documents = standard_library_documents(domain)
+    training, held_out = split_held_out(documents, settings.held_out)
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_character_tokenizer([d.text for d in training], settings.merges)
+    ids = encode_documents(tokenizer, training)
+    model = new_llama(
+        len(tokenizer), width=settings.width, layers=settings.layers, window=settings.window, seed=settings.seed
+    )
+    key = _resume_key(domain, settings, training)
+    run = _Run(model, _optimisers(model, settings), folder / "checkpoint.safetensors", key)
+    _train(run, ids, settings, checkpoint_seconds, callback)
+    bits = bits_per_byte(model, tokenizer, held_out)
+    _save(model, tokenizer, folder)
+    seen = settings.steps * settings.windows_per_step * settings.window
+    recipe = _recipe(domain, settings, documents, held_out) | {
+        "parameters": model.num_parameters(),
+        "tokens_seen": seen,
+        "training_seconds": round(run.seconds, 1),
+        "held_out_bits_per_byte": round(bits, 4),
+    }
+    _write_text(folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
+    run.checkpoint.unlink(missing_ok=True)
+    return BaseTrainingResult(folder, bits, seen)
+
+
+def encode_documents(tokenizer, documents: list[Document]) -> torch.Tensor:
+    """All documents as one sequence of ids, each followed by the end-of-text token."""
+    pieces = tokenizer([d.text for d in documents], add_special_tokens=False).input_ids
+    return torch.tensor([i for piece in pieces for i in (*piece, tokenizer.eos_token_id)], dtype=torch.int32)
+
+
+class _Run:
+    """Model, optimisers and where they are; knows how to put that on disk and take it back."""
+
+    def __init__(self, model, optimisers: list[torch.optim.Optimizer], checkpoint: Path, key: str):
+        self.model, self.optimisers, self.checkpoint, self.key = model, optimisers, checkpoint, key
+        self.step, self.seconds = 0, 0.0
+        if checkpoint.exists():
+            self._load()
+
+    def save(self) -> None:
+        tensors = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
+        for o, optimiser in enumerate(self.optimisers):
+            for index, state in optimiser.state_dict()["state"].items():
+                tensors |= {f"optimiser.{o}.{index}.{name}": torch.as_tensor(v) for name, v in state.items()}
+        metadata = {"step": str(self.step), "seconds": str(self.seconds), "key": self.key}
+        partial = self.checkpoint.with_suffix(".partial")
+        save_file(tensors, partial, metadata)
+        os.replace(partial, self.checkpoint)
+
+    def _load(self) -> None:
+        with safe_open(self.checkpoint, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata["key"] != self.key:
+            raise ValueError(
+                f"{self.checkpoint} was made with other settings or another corpus; choose another folder or delete it"
+            )
+        weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        self.model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+        for o, optimiser in enumerate(self.optimisers):
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for name in (n for n in tensors if n.startswith(f"optimiser.{o}.")):
+                _, _, index, field = name.split(".")
+                state.setdefault(int(index), {})[field] = tensors[name]
+            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+        self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
+
+
+def _optimisers(model, settings: BaseTrainingSettings) -> list[torch.optim.Optimizer]:
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    return [
+        Muon(matrices, rate, weight_decay=decay),
+        torch.optim.AdamW(others, lr=rate, weight_decay=0.0, betas=(0.9, 0.95)),
+    ]
+
+
+def _train(run: _Run, ids: torch.Tensor, settings: BaseTrainingSettings, checkpoint_seconds, callback) -> None:
+    run.model.train()
+    begun, saved, before = time.monotonic(), time.monotonic(), run.seconds
+    bar = tqdm(total=settings.steps, initial=run.step, unit="step", disable=not sys.stderr.isatty())
+    for batch in _batches(ids, settings, run.step):
+        for optimiser in run.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = settings.learning_rate * learning_rate_factor(run.step, settings)
+        loss = _step(run, batch)
+        run.step += 1
+        run.seconds = before + time.monotonic() - begun
+        if not math.isfinite(loss):
+            raise ValueError(f"loss {loss} at step {run.step}: lower the learning rate; the last checkpoint is kept")
+        if callback:
+            callback(run.step, loss)
+        bar.set_postfix(nats_per_token=f"{loss:.3f}")
+        bar.update()
+        if time.monotonic() - saved > checkpoint_seconds:
+            run.save()
+            saved = time.monotonic()
+    bar.close()
+    run.save()
+
+
+def _step(run: _Run, batch: torch.Tensor) -> float:
+    logits = run.model(input_ids=batch, use_cache=False).logits
+    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    for optimiser in run.optimisers:
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def _batches(ids: torch.Tensor, settings: BaseTrainingSettings, first: int) -> Iterator[torch.Tensor]:
+    """Windows at random offsets; batch k depends on the seed and on k alone, so that a resumed run sees the same."""
+    offsets = torch.arange(settings.window)
+    for step in range(first, settings.steps):
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        starts = torch.randint(len(ids) - settings.window, (settings.windows_per_step, 1), generator=generator)
+        yield ids[starts + offsets].long()
+
+
+def learning_rate_factor(step: int, settings: BaseTrainingSettings) -> float:
+    """Share of the peak learning rate at a step: warm-up, plateau, linear decay."""
+    warm = (step + 1) / settings.warmup
+    left = (settings.steps - step) / max(settings.steps * settings.decay, 1)
+    return max(min(1.0, warm, left), 0.0)
+
+
+@torch.no_grad()
+def bits_per_byte(model, tokenizer, documents: list[Document], *, stride: int | None = None) -> float:
+    """Cross-entropy of the documents under the model, in bits per UTF-8 byte.
+
+    Every token is scored once, in windows of the model's maximal context that overlap by all but `stride` (default: half),
+    so that all but a document's first tokens see at least `window - stride` tokens of context.
+    """
+    model.eval()
+    window = model.config.max_position_embeddings
+    stride = stride or window // 2
+    nats = 0.0
+    for document in documents:
+        ids = [tokenizer.eos_token_id, *tokenizer(document.text, add_special_tokens=False).input_ids]
+        sequence = torch.tensor(ids)
+        scored = 1
+        while scored < len(sequence):
+            begin = max(0, min(scored + stride, len(sequence)) - window)
+            end = min(begin + window, len(sequence))
+            log_probs = model(input_ids=sequence[None, begin:end], use_cache=False).logits[0].log_softmax(-1)
+            targets = sequence[scored:end]
+            nats -= log_probs[scored - begin - 1 : end - begin - 1].gather(1, targets[:, None]).sum().item()
+            scored = end
+    return nats / math.log(2) / sum(len(d.text.encode()) for d in documents)
+
+
+def _save(model, tokenizer, folder: Path) -> None:
+    model.eval()
+    # Half precision halves the file; what is loaded from it is the model, in every dtype it is run in.
+    model.to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _resume_key(domain: str, settings: BaseTrainingSettings, training: list[Document]) -> str:
+    fixed = {k: v for k, v in asdict(settings).items() if k not in ("steps", "decay")}
+    return json.dumps({"domain": domain, "corpus": corpus_hash(training), **fixed}, sort_keys=True)
+
+
+def _recipe(domain: str, settings: BaseTrainingSettings, documents: list[Document], held_out: list[Document]) -> dict:
+    return {
+        "domain": domain,
+        "settings": asdict(settings),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "corpus_sha256": corpus_hash(documents),
+        "documents": len(documents),
+        "bytes": sum(len(d.text.encode()) for d in documents),
+        "held_out_documents": [d.name for d in held_out],
+        "held_out_bytes": sum(len(d.text.encode()) for d in held_out),
+    }
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
