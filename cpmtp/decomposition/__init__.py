@@ -1,0 +1,1 @@
+"""Fits of CP distributions to exact joints: one signature, one result, several methods."""
