@@ -1,0 +1,67 @@
+"""Which rank does a multi-token prediction head need, and what will it buy?
+
+Public names are loaded when they are first used, so that ``import cpmtp`` costs hardly more than ``import torch``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from cpmtp.acceptance import AcceptanceProfile, implied_acceptance
+    from cpmtp.cp_distribution import CPDistribution
+    from cpmtp.decomposition.fitting import FitResult, fit
+    from cpmtp.divergence import Divergences, divergences
+    from cpmtp.joint_distribution import JointDistribution, exact_joint
+    from cpmtp.language_model import HiddenMarkovLanguageModel, LanguageModel, MarkovLanguageModel, separated_hmm
+    from cpmtp.pretrained import HuggingFaceLanguageModel, embedded_models, load_language_model
+    from cpmtp.rank_selection import RankChoice, select_rank
+    from cpmtp.report import write_report
+    from cpmtp.sampling_law import SamplingLaw
+    from cpmtp.study import run_study
+    from cpmtp.study_plan import StudySettings
+    from cpmtp.training import BaseTrainingSettings, train_base
+
+_HOME = {
+    "AcceptanceProfile": "acceptance",
+    "implied_acceptance": "acceptance",
+    "CPDistribution": "cp_distribution",
+    "FitResult": "decomposition.fitting",
+    "fit": "decomposition.fitting",
+    "Divergences": "divergence",
+    "divergences": "divergence",
+    "JointDistribution": "joint_distribution",
+    "exact_joint": "joint_distribution",
+    "HiddenMarkovLanguageModel": "language_model",
+    "LanguageModel": "language_model",
+    "MarkovLanguageModel": "language_model",
+    "separated_hmm": "language_model",
+    "HuggingFaceLanguageModel": "pretrained",
+    "embedded_models": "pretrained",
+    "load_language_model": "pretrained",
+    "RankChoice": "rank_selection",
+    "select_rank": "rank_selection",
+    "write_report": "report",
+    "SamplingLaw": "sampling_law",
+    "StudySettings": "study_plan",
+    "run_study": "study",
+    "BaseTrainingSettings": "training",
+    "train_base": "training",
+}
+
+__all__ = sorted(["__version__", *_HOME])
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'cpmtp' has no attribute {name!r}")
+    value = getattr(import_module(f"cpmtp.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -220,6 +220,14 @@ def normalised_cp(weights: Tensor, factors: list[Tensor]) -> CPDistribution:
     return CPDistribution(weights / total, tuple(columns))
 
 
+def khatri_rao(factors: list[Float[Tensor, "*batch vocab rank"]]) -> Float[Tensor, "*batch rows rank"]:
+    """Columnwise Kronecker product, first factor slowest: (…, prod of vocab, rank)."""
+    product = factors[0]
+    for factor in factors[1:]:
+        product = (product.unsqueeze(-2) * factor.unsqueeze(-3)).flatten(-3, -2)
+    return product
+
+
 def from_numpy(weights: np.ndarray, factors: list[np.ndarray]) -> tuple[Tensor, list[Tensor]]:
     """NumPy arrays to float64 tensors."""
     return torch.from_numpy(np.asarray(weights, np.float64)), [torch.from_numpy(np.array(f, np.float64)) for f in factors]

@@ -43,6 +43,22 @@ class PrefixSharingLanguageModel(LanguageModel, Protocol):
         ...
 
 
+def sample_sequences(lm: LanguageModel, count: int, length: int, *, seed: int = 0) -> Int[Tensor, "count length"]:
+    """Sequences drawn from a language model, starting from an empty context.
+
+    A model may offer a faster `sample_tokens(count, length, seed=…)` of its own, which is used then.
+    """
+    own = getattr(lm, "sample_tokens", None)
+    if own is not None:
+        return own(count, length, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.empty(count, 0, dtype=torch.long)
+    for _ in range(length):
+        law = lm.next_token_log_probs(tokens).double().exp()
+        tokens = torch.cat([tokens, torch.multinomial(law, 1, generator=generator)], 1)
+    return tokens
+
+
 @dataclass(frozen=True)
 class MarkovLanguageModel:
     """A Markov chain over tokens: the next token depends on the last one only.

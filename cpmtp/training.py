@@ -106,9 +106,7 @@ def train_base(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_character_tokenizer([d.text for d in training], settings.merges)
     ids = encode_documents(tokenizer, training)
-    model = new_llama(
-        len(tokenizer), width=settings.width, layers=settings.layers, window=settings.window, seed=settings.seed
-    )
+    model = new_llama(len(tokenizer), width=settings.width, layers=settings.layers, window=settings.window, seed=settings.seed)
     key = _resume_key(domain, settings, training)
     run = _Run(model, _optimisers(model, settings), folder / "checkpoint.safetensors", key)
     _train(run, ids, settings, checkpoint_seconds, callback)
@@ -154,7 +152,7 @@ class _Run:
     def _load(self) -> None:
         with safe_open(self.checkpoint, framework="pt") as file:
             metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
         if metadata["key"] != self.key:
             raise ValueError(
                 f"{self.checkpoint} was made with other settings or another corpus; choose another folder or delete it"
