@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cpmtp.cp_distribution import CPDistribution
+from cpmtp.cp_distribution import CPDistribution, khatri_rao
 from cpmtp.joint_distribution import JointDistribution
 
 # Entries of the joint compared at once: the working set is a few blocks of this size, however large the joint.
@@ -53,8 +53,8 @@ def divergences(joint: JointDistribution, draft: CPDistribution | JointDistribut
     Returns
     -------
     Divergences
-        Floats for an unbatched joint, (*batch,) tensors otherwise. Never NaN: a zero of P adds nothing to the KL divergence, a
-        zero of Q where P is positive makes it infinite.
+        Floats for an unbatched joint, (*batch,) tensors otherwise. Never NaN: a zero of P adds nothing to the KL divergence,
+        a zero of Q where P is positive makes it infinite.
 
     Raises
     ------
@@ -138,14 +138,6 @@ def _anchored_reader(first: Tensor, parameters: tuple[Tensor, list[Tensor]]):
         return first[rows, None] * CPDistribution(weights, tuple(factors)).to_tensor().flatten(1)
 
     return read
-
-
-def khatri_rao(factors: list[Float[Tensor, "*batch vocab rank"]]) -> Float[Tensor, "*batch rows rank"]:
-    """Columnwise Kronecker product, first factor slowest: (…, prod of vocab, rank)."""
-    product = factors[0]
-    for factor in factors[1:]:
-        product = (product.unsqueeze(-2) * factor.unsqueeze(-3)).flatten(-3, -2)
-    return product
 
 
 def _entry_divergences(probs: Tensor, read) -> tuple[float, float, float, float]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cpmtp.cp_distribution import CPDistribution
 from cpmtp.decomposition.als import squared_error_runs
 from cpmtp.decomposition.em import em_runs
-from cpmtp.decomposition.expectation import Mixtures, Targets
+from cpmtp.decomposition.expectation import Targets
 from cpmtp.decomposition.fit_result import FAILED, NOT_CONVERGED, OK, FitResult
 from cpmtp.decomposition.gradient import gradient_runs
 from cpmtp.decomposition.solution import Runs
@@ -87,7 +87,7 @@ def fit(
     >>> from cpmtp.language_model import separated_hmm
     >>> joint = exact_joint(separated_hmm(2, 6), torch.tensor([], dtype=torch.long), 3)
     >>> result = fit(joint, rank=2)
-    >>> result.status, result.objective < 1e-6
+    >>> result.status, result.objective < 1e-4
     ('ok', True)
     """
     _check(joint, rank, method, restarts, anchored)
@@ -153,9 +153,7 @@ def _fit_anchored(joint: JointDistribution, rank: int, method: str, settings) ->
 def _result(batch_shape: torch.Size, method: str, best: Runs, table: Tensor, started: float) -> FitResult:
     weights, factors = best.mixtures.weights, best.mixtures.factors
     lead = batch_shape if len(weights) == math.prod(batch_shape) else (*batch_shape, factors.shape[-2])
-    distribution = CPDistribution(
-        weights.reshape(*lead, -1), tuple(f.reshape(*lead, *f.shape[1:]) for f in factors.unbind(1))
-    )
+    distribution = CPDistribution(weights.reshape(*lead, -1), tuple(f.reshape(*lead, *f.shape[1:]) for f in factors.unbind(1)))
     status, message = zip(*(_status(f, c) for f, c in zip(best.failures, best.converged.tolist(), strict=True)), strict=True)
     batched = len(batch_shape) > 0
 
