@@ -129,7 +129,7 @@ def context_values(table: pd.DataFrame, column: str) -> pd.DataFrame:
     missing = [name for name in (*keys, "rank", "method", "status", column) if name not in table]
     if missing:
         raise ValueError(f"the table has no column {', '.join(missing)}: expected a table of run_study")
-    usable = table[table["status"] != "failed"]
+    usable = table[(table["status"] != "failed") & table[column].notna()]
     if usable.empty:
         raise ValueError("the table has no usable row: every fit failed; look at the messages")
     return usable.pivot_table(index=keys, columns="rank", values=column, aggfunc="max").sort_index(axis=1)
@@ -214,7 +214,7 @@ def method_summary(table: pd.DataFrame, column: str = "tokens_per_call_block_tar
 def survival_by_rank(table: pd.DataFrame, rule: str = "block", first_token: str = "target") -> pd.DataFrame:
     """Mean survival per (horizon, rank, position), each context represented by its best method."""
     column = f"tokens_per_call_{rule}_{first_token}"
-    usable = table[table["status"] != "failed"].dropna(subset=[column])
+    usable = table[(table["status"] != "failed") & table[column].notna()]
     keys = ["model", "domain", "document", "context", "horizon", "rank"]
     best = usable.loc[usable.groupby(keys)[column].idxmax()]
     prefix = f"survival_{rule}_{first_token}_"

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from cpmtp.base_evaluation import accepted_line_share, bits_per_byte, xz_bits_per_byte
 from cpmtp.corpora import Document, corpus_hash, split_held_out, standard_library_documents
 from cpmtp.muon import Muon
-from cpmtp.pretrained import new_llama, train_character_tokenizer
+from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama, train_character_tokenizer
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,19 @@ def train_base(
     key = _resume_key(domain, settings, training)
     run = _Run(model, _optimisers(model, settings), folder / "checkpoint.safetensors", key)
     _train(run, ids, settings, checkpoint_seconds, callback)
-    bits = bits_per_byte(model, tokenizer, held_out)
     _save(model, tokenizer, folder)
+    # Half precision is what is shipped, so that is what is measured.
+    model = model.float()
+    bits = bits_per_byte(model, tokenizer, held_out)
     seen = settings.steps * settings.windows_per_step * settings.window
     recipe = _recipe(domain, settings, documents, held_out) | {
         "parameters": model.num_parameters(),
         "tokens_seen": seen,
         "training_seconds": round(run.seconds, 1),
         "held_out_bits_per_byte": round(bits, 4),
+        "held_out_xz_bits_per_byte": round(xz_bits_per_byte(held_out), 4),
     }
+    recipe |= _sampled(model, tokenizer, held_out, settings) if domain == "code" else {}
     _write_text(folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
     run.checkpoint.unlink(missing_ok=True)
     return BaseTrainingResult(folder, bits, seen)
@@ -229,36 +234,23 @@ def learning_rate_factor(step: int, settings: BaseTrainingSettings) -> float:
     return max(min(1.0, warm, left), 0.0)
 
 
-@torch.no_grad()
-def bits_per_byte(model, tokenizer, documents: list[Document], *, stride: int | None = None) -> float:
-    """Cross-entropy of the documents under the model, in bits per UTF-8 byte.
-
-    Every token is scored once, in windows of the model's maximal context that overlap by all but `stride` (default: half),
-    so that all but a document's first tokens see at least `window - stride` tokens of context.
-    """
-    model.eval()
-    window = model.config.max_position_embeddings
-    stride = stride or window // 2
-    nats = 0.0
-    for document in documents:
-        ids = [tokenizer.eos_token_id, *tokenizer(document.text, add_special_tokens=False).input_ids]
-        sequence = torch.tensor(ids)
-        scored = 1
-        while scored < len(sequence):
-            begin = max(0, min(scored + stride, len(sequence)) - window)
-            end = min(begin + window, len(sequence))
-            log_probs = model(input_ids=sequence[None, begin:end], use_cache=False).logits[0].log_softmax(-1)
-            targets = sequence[scored:end]
-            nats -= log_probs[scored - begin - 1 : end - begin - 1].gather(1, targets[:, None]).sum().item()
-            scored = end
-    return nats / math.log(2) / sum(len(d.text.encode()) for d in documents)
-
-
 def _save(model, tokenizer, folder: Path) -> None:
     model.eval()
     # Half precision halves the file; what is loaded from it is the model, in every dtype it is run in.
     model.to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _sampled(model, tokenizer, held_out: list[Document], settings: BaseTrainingSettings) -> dict:
+    """Share of lines that are Python to `tokenize`: of what the model writes, and of the held-out files."""
+    lm = HuggingFaceLanguageModel(model, tokenizer)
+    tokens = lm.sample_tokens(16, settings.window, seed=settings.seed)
+    # A sample ends where its window does, seldom at the end of a line.
+    texts = [lm.decode(row[row != tokenizer.eos_token_id]).rpartition("\n")[0] for row in tokens]
+    return {
+        "sampled_lines_accepted": round(accepted_line_share("\n".join(texts)), 4),
+        "held_out_lines_accepted": round(accepted_line_share("\n".join(d.text for d in held_out)), 4),
+    }
 
 
 def _resume_key(domain: str, settings: BaseTrainingSettings, training: list[Document]) -> str:

@@ -1,0 +1,33 @@
+"""Shapes and types in signatures are checked while the tests run; shared fixtures."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
+
+with install_import_hook("cpmtp", "beartype.beartype"):
+    pass
+
+
+ROOT = Path(importlib.util.find_spec("cpmtp").origin).parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """Folder of a real pretrained model that is no part of the project."""
+    folder = ROOT.parent / "shared" / "models" / "stories260K"
+    if not folder.is_dir():
+        pytest.skip("the pretrained stories260K model is not beside this checkout")
+    return folder

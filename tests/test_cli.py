@@ -1,0 +1,123 @@
+"""The command line: one line and exit status 2 for bad input, an answer for good."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from tiny_models import random_llama_folder
+
+from cpmtp.cli import main
+
+
+def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["cpmtp", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    out, err = capsys.readouterr()
+    return stopped.value.code or 0, out, err
+
+
+SMALL = ("--model", "tiny_models:bigram", "--contexts", 2, "--context-length", 4, "--methods", "em", "--workers", 1)
+
+
+def test_a_study_ends_with_rank_table_and_report(monkeypatch, capsys, tmp_path):
+    status, out, err = run(monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2", "--out", tmp_path / "s")
+    assert status == 0, err
+    assert re.search(r"horizon 2: rank (at least )?\d+, \d\.\d\d tokens per call", out)
+    assert (tmp_path / "s" / "table.parquet").is_file() and (tmp_path / "s" / "report.html").is_file()
+    assert str(tmp_path / "s" / "report.html") in out
+    status, out, _ = run(monkeypatch, capsys, "report", tmp_path / "s", "--out", tmp_path / "again.html")
+    assert status == 0
+    assert (tmp_path / "again.html").read_bytes() == (tmp_path / "s" / "report.html").read_bytes()
+
+
+def test_a_models_folder_and_a_corpus_are_enough(monkeypatch, capsys, tmp_path):
+    folder = random_llama_folder(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 20)
+    arguments = ("--model", folder, "--corpus", tmp_path / "text.txt", "--horizons", 2, "--ranks", "1,2", "--contexts", 2)
+    status, out, err = run(
+        monkeypatch,
+        capsys,
+        "study",
+        *arguments,
+        "--methods",
+        "em",
+        "--context-length",
+        16,
+        "--workers",
+        1,
+        "--out",
+        tmp_path / "s",
+    )
+    assert status == 0, err
+    assert "2 contexts from corpus" in out
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(monkeypatch, capsys, tmp_path):
+    status, out, _ = run(monkeypatch, capsys, "study", *SMALL, "--dry-run", "--out", tmp_path / "s")
+    assert status == 0
+    assert re.search(r"cells +24", out) and "memory" in out and "time" in out
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_version_and_help_are_shown(monkeypatch, capsys):
+    assert re.fullmatch(r"cpmtp \d+\.\d+\.\d+\n", run(monkeypatch, capsys, "--version")[1])
+    for command in ("study", "report", "train-base", "models"):
+        status, out, _ = run(monkeypatch, capsys, command, "--help")
+        assert status == 0 and "Example: cpmtp" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("study", *SMALL, "--ranks", "0"), "rank 0"),
+        (("study", *SMALL, "--ranks", "two"), "expected integers separated by commas"),
+        (("study", *SMALL, "--horizons", "0"), "horizon 0"),
+        (("study", *SMALL, "--horizons", "20"), "truncated_joint"),
+        (("study", *SMALL, "--methods", "magic"), "unknown method 'magic'"),
+        (("study", *SMALL, "--contexts", "none"), "--contexts"),
+        (("study", *SMALL, "--contexts", "0"), "contexts 0"),
+        (("study", *SMALL, "--workers", "0"), "--workers 0"),
+        (("study", *SMALL, "--temperature", "-1"), "temperature"),
+        (("study", *SMALL, "--corpus", "nowhere.txt"), "no such file"),
+        (("study", *SMALL, "--unknown"), "--unknown"),
+        (("study", "--model", "no/such-model"), "unknown model"),
+        (("study", "--model", "tiny_models:broken", "--context-length", "4"), "NaN"),
+        (("report", "nowhere"), "no finished study"),
+        (("train-base", "poetry"), "code, prose"),
+        (("train-base", "code", "--steps", "0"), "--steps 0"),
+        (("unknown-command",), "unknown-command"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_two(monkeypatch, capsys, tmp_path, arguments, said):
+    out = () if arguments[0] in ("report", "unknown-command") else ("--out", tmp_path / "s")
+    status, shown, err = run(monkeypatch, capsys, *arguments, *out)
+    assert status == 2
+    assert shown == "" and len(err.strip().splitlines()) == 1 and said in err
+    assert not (tmp_path / "s" / "manifest.json").exists()
+
+
+def test_an_empty_corpus_and_a_folder_without_a_model_are_refused(monkeypatch, capsys, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "nothing").mkdir()
+    status, _, err = run(monkeypatch, capsys, "study", *SMALL, "--corpus", tmp_path / "empty.txt", "--out", tmp_path / "s")
+    assert status == 2 and "the corpus is empty" in err
+    status, _, err = run(monkeypatch, capsys, "study", "--model", tmp_path / "nothing", "--out", tmp_path / "s")
+    assert status == 2 and "holds no model" in err
+
+
+def test_failed_cells_are_counted_and_the_status_is_one(monkeypatch, capsys, tmp_path):
+    import cpmtp.study
+
+    real = cpmtp.study.fit
+
+    def fails_at_two(joint, rank, method, **options):
+        if rank == 2:
+            raise RuntimeError("no luck")
+        return real(joint, rank, method, **options)
+
+    monkeypatch.setattr("cpmtp.study.fit", fails_at_two)
+    status, out, err = run(monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2,4", "--out", tmp_path / "s")
+    assert status == 1
+    assert "4 of 12 cells failed" in err and "report" in out

@@ -1,0 +1,39 @@
+"""What the README shows runs as it stands."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from cpmtp.pretrained import embedded_models
+
+
+def _blocks(root, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (root / "README.md").read_text("utf-8"), flags=re.DOTALL)
+
+
+def test_the_python_in_the_readme_runs(root, capsys):
+    space: dict = {}
+    for block in _blocks(root, "python"):
+        exec(compile(block, "README.md", "exec"), space)
+    assert space["profile"].tokens_per_call > 1.5
+    assert "torch.Size([6, 6, 6, 6])" in capsys.readouterr().out
+
+
+def test_the_two_commands_are_what_the_continuous_integration_runs(root):
+    first, second = _blocks(root, "console")[0].strip().splitlines()
+    assert re.sub(" +", " ", first) == "pip install -e . && cpmtp study"
+    assert re.sub(" +", " ", second) == 'pip install -e ".[test]" && pytest'
+    assert re.sub(" +", " ", second) in (root / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("name", ["code", "prose"])
+def test_the_embedded_models_are_there_and_small(name):
+    folder = embedded_models()[name]
+    assert (folder / "model.safetensors").stat().st_size <= 8_000_000
+
+
+def test_files_named_in_the_readme_exist(root):
+    for name in re.findall(r"`([\w./-]+\.(?:py|md|cff))`", (root / "README.md").read_text("utf-8")):
+        assert (root / name).exists() or (root / "cpmtp" / name).exists(), name
