@@ -63,7 +63,7 @@ def _one_run(probs: np.ndarray, rank: int, method: str, settings: tuple[int, int
         if not all(np.isfinite(f).all() for f in [raw.weights, *raw.factors]):
             raise FloatingPointError("TensorLy returned NaN or infinite factors")
         mixture = _projected(probs, raw) if method == "als" else _renormalised(raw)
-        error = _relative_error(probs, mixture.weights[0].numpy(), list(mixture.factors[0].numpy()))
+        error = _relative_error(probs, mixture.weights[0].numpy(), list(mixture.factors[0].mT.numpy()))
         return mixture, (error, *_raw_numbers(probs, raw)), raw.errors, ""
     except (np.linalg.LinAlgError, FloatingPointError, ValueError, ZeroDivisionError) as error:
         return _marginal_product(probs, rank), (math.inf,) + (math.nan,) * 3, [], f"{type(error).__name__}: {error}"
@@ -137,7 +137,7 @@ def _renormalised(raw: _RawFit) -> Mixtures:
 
 def _mixture(weights: np.ndarray, factors: list[np.ndarray]) -> Mixtures:
     proper = normalised_cp(torch.from_numpy(weights), [torch.from_numpy(f) for f in factors])
-    return Mixtures(proper.weights[None], torch.stack(proper.factors)[None])
+    return Mixtures(proper.weights[None], torch.stack(proper.factors).mT[None].contiguous())
 
 
 def _marginal_product(probs: np.ndarray, rank: int) -> Mixtures:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cpmtp.cp_distribution import khatri_rao
 from cpmtp.joint_distribution import JointDistribution
 
 # Entries of the joint in flight: quotients of a block this large stay in a core's cache between the three products.
-_CPU_BLOCK = 1 << 17
+_CPU_BLOCK = 1 << 18
 _CUDA_BLOCK = 1 << 28
 # Below any probability a float64 joint can hold to some digits; keeps 0 / 0 at 0.
 _TINY = 1e-290
@@ -25,11 +25,12 @@ class Mixtures:
     Attributes
     ----------
     weights : (runs, rank) tensor
-    factors : (runs, horizon, vocab, rank) tensor
+    factors : (runs, horizon, rank, vocab) tensor
+        Rows on the simplex: the layout in which the matrix products run fastest.
     """
 
     weights: Float[Tensor, "runs rank"]
-    factors: Float[Tensor, "runs horizon vocab rank"]
+    factors: Float[Tensor, "runs horizon rank vocab"]
 
     def __getitem__(self, index) -> Mixtures:
         return Mixtures(self.weights[index], self.factors[index])
@@ -39,9 +40,7 @@ class Mixtures:
 
     def replaced(self, index: Tensor, other: Mixtures) -> Mixtures:
         """A copy with the runs at `index` (long or bool) taken from `other`."""
-        weights, factors = self.weights.clone(), self.factors.clone()
-        weights[index], factors[index] = other.weights, other.factors
-        return Mixtures(weights, factors)
+        return Mixtures(self.weights.index_put((index,), other.weights), self.factors.index_put((index,), other.factors))
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,23 @@ class Counts:
     ----------
     weights : (runs, rank) tensor
         ``n_a = E_P[Q(a | x)]``.
-    factors : (runs, horizon, vocab, rank) tensor
-        ``N_i[v, a] = E_P[Q(a | x) 1(x_i = v)]``; sums to n_a over v.
+    factors : (runs, horizon, rank, vocab) tensor
+        ``N_i[a, v] = E_P[Q(a | x) 1(x_i = v)]``; sums to n_a over v.
     kl : (runs,) tensor
         ``KL(P || Q)`` in nats of the mixtures that were counted.
     """
 
     weights: Float[Tensor, "runs rank"]
-    factors: Float[Tensor, "runs horizon vocab rank"]
+    factors: Float[Tensor, "runs horizon rank vocab"]
     kl: Float[Tensor, " runs"]
+
+    def __getitem__(self, index) -> Counts:
+        return Counts(self.weights[index], self.factors[index], self.kl[index])
+
+    def replaced(self, index: Tensor, other: Counts) -> Counts:
+        """A copy with the runs at `index` (long or bool) taken from `other`."""
+        fields = [(self.weights, other.weights), (self.factors, other.factors), (self.kl, other.kl)]
+        return Counts(*(mine.index_put((index,), theirs) for mine, theirs in fields))
 
 
 @dataclass(frozen=True)
@@ -74,12 +81,15 @@ class Targets:
         ``sum P log P``.
     owner : (runs,) tensor
         Which joint each run is fitted to.
+    scratch : (2, block) tensor
+        Room for one block's model and quotients, kept from sweep to sweep: fresh pages cost more than the arithmetic.
     horizon, vocab : int
     """
 
     matrices: Float[Tensor, "items rows columns"]
     negative_entropy: Float[Tensor, " items"]
     owner: Int[Tensor, " runs"]
+    scratch: Float[Tensor, "2 block"]
     horizon: int
     vocab: int
 
@@ -91,10 +101,11 @@ class Targets:
         matrices = joint.probs.double().reshape(-1, vocab**head, vocab ** (horizon - head))
         owner = torch.arange(len(matrices), device=matrices.device).repeat_interleave(runs_per_item)
         negative_entropy = -JointDistribution(matrices.flatten(1), 1).entropy()
-        return cls(matrices, negative_entropy, owner, horizon, vocab)
+        block = min(max(_block(matrices), matrices.shape[-1]), len(owner) * matrices[0].numel())
+        return cls(matrices, negative_entropy, owner, matrices.new_empty(2, block), horizon, vocab)
 
     def __getitem__(self, runs) -> Targets:
-        return Targets(self.matrices, self.negative_entropy, self.owner[runs], self.horizon, self.vocab)
+        return replace(self, owner=self.owner[runs])
 
     def __len__(self) -> int:
         return len(self.owner)
@@ -103,55 +114,71 @@ class Targets:
 def expected_counts(targets: Targets, mixtures: Mixtures) -> Counts:
     """The E step of latent class analysis for every run, and the KL divergence it started from.
 
-    With ``L = w * (A_1 (*) ... (*) A_h)`` and ``R = A_{h+1} (*) ... (*) A_n`` (Khatri-Rao products of the two halves of the
-    positions), the model is ``L R^T``, the quotients are ``T = P / (L R^T)``, and the counts of the two halves are
-    ``L * (T R)`` and ``R * (T^T L)``: three matrix products with the joint, in blocks of rows, so nothing as large as the
+    With ``L[a] = w_a A_1[a] (x) ... (x) A_h[a]`` and ``R[a] = A_{h+1}[a] (x) ... (x) A_n[a]`` (outer products over the two
+    halves of the positions), the model is ``L^T R``, the quotients are ``T = P / (L^T R)``, and the counts of the two halves
+    are ``L * (R T^T)`` and ``R * (L T)``: three matrix products with the joint, in blocks of rows, so nothing as large as the
     joint is allocated.
+
+    Parameters
+    ----------
+    targets : Targets
+    mixtures : Mixtures
+        As many runs as the targets.
 
     References
     ----------
     hong2020generalized
     """
     head = targets.horizon // 2
-    left = khatri_rao(list(mixtures.factors[:, :head].unbind(1))) * mixtures.weights[:, None]
-    right = khatri_rao(list(mixtures.factors[:, head:].unbind(1)))
+    left = outer_products(mixtures.factors[:, :head]) * mixtures.weights[..., None]
+    right = outer_products(mixtures.factors[:, head:])
     left_pull, right_pull = torch.empty_like(left), torch.empty_like(right)
-    log_likelihood = left.new_empty(len(left))
-    rows, columns = left.shape[1], right.shape[1]
-    block = _CUDA_BLOCK if left.is_cuda else _CPU_BLOCK
-    step = max(block // (rows * columns), 1)
+    log_likelihood = left.new_zeros(len(left))
+    block = _block(left)
+    step = max(block // (left.shape[-1] * right.shape[-1]), 1)
     for start in range(0, len(left), step):
         runs = slice(start, start + step)
-        log_likelihood[runs] = _pull(
-            targets[runs], (left[runs], right[runs]), (left_pull[runs], right_pull[runs]), max(block // columns, 1)
-        )
+        _pull(targets[runs], (left[runs], right[runs]), (left_pull[runs], right_pull[runs]), log_likelihood[runs], block)
     left_pull *= left
     right_pull *= right
-    factors = torch.stack(_position_sums(left_pull, targets.vocab) + _position_sums(right_pull, targets.vocab), 1)
-    kl = targets.negative_entropy[targets.owner] - log_likelihood
-    return Counts(left_pull.sum(1), factors, kl)
+    left_counts = _position_sums(left_pull, head, targets.vocab)
+    right_counts = _position_sums(right_pull, targets.horizon - head, targets.vocab)
+    factors = torch.cat([left_counts, right_counts], 1)
+    return Counts(left_pull.sum(-1), factors, targets.negative_entropy[targets.owner] - log_likelihood)
 
 
-def _pull(targets: Targets, halves: tuple[Tensor, Tensor], pulls: tuple[Tensor, Tensor], row_step: int) -> Tensor:
-    """Fill ``T R`` and ``T^T L`` for a few runs and return ``sum P log(L R^T)``."""
+def _pull(targets: Targets, halves: tuple[Tensor, Tensor], pulls: tuple[Tensor, Tensor], log_likelihood: Tensor, block: int):
+    """Fill ``R T^T`` and ``L T`` of a few runs and add ``sum P log(L^T R)``."""
     left, right = halves
     probs = targets.matrices[targets.owner] if len(left) > 1 else targets.matrices[int(targets.owner[0])][None]
-    log_likelihood = left.new_zeros(len(left))
-    for start in range(0, left.shape[1], row_step):
+    row_step = max(block // (len(left) * right.shape[-1]), 1)
+    for start in range(0, left.shape[-1], row_step):
         rows = slice(start, start + row_step)
-        model = torch.bmm(left[:, rows], right.mT).clamp_min_(_TINY)
-        log_likelihood += (probs[:, rows] * model.log()).sum((1, 2))
-        quotient = torch.div(probs[:, rows], model, out=model)
-        torch.bmm(quotient, right, out=pulls[0][:, rows])
-        torch.baddbmm(pulls[1], quotient.mT, left[:, rows], beta=1.0 if start else 0.0, out=pulls[1])
-    return log_likelihood
+        shape = (len(left), left[..., rows].shape[-1], right.shape[-1])
+        model, quotient = (buffer[: math.prod(shape)].view(shape) for buffer in targets.scratch)
+        torch.bmm(left[..., rows].mT, right, out=model).clamp_min_(_TINY)
+        log_likelihood += torch.log(model, out=quotient).mul_(probs[:, rows]).sum((1, 2))
+        torch.div(probs[:, rows], model, out=quotient)
+        torch.bmm(right, quotient.mT, out=pulls[0][..., rows])
+        torch.baddbmm(pulls[1], left[..., rows], quotient, beta=1.0 if start else 0.0, out=pulls[1])
 
 
-def _position_sums(half: Tensor, vocab: int) -> list[Tensor]:
-    """Counts of each position from the counts of a half's sequences: (runs, vocab**m, rank) to m of (runs, vocab, rank)."""
-    runs, size, rank = half.shape
-    sums, before = [], 1
-    while before < size:
-        sums.append(half.view(runs, before, vocab, -1, rank).sum((1, 3)))
-        before *= vocab
-    return sums
+def outer_products(factors: Float[Tensor, "runs positions rank vocab"]) -> Float[Tensor, "runs rank sequences"]:
+    """``A_1[a] (x) ... (x) A_m[a]`` for every component; the first position varies slowest."""
+    product = factors[:, 0]
+    for position in range(1, factors.shape[1]):
+        product = (product.unsqueeze(-1) * factors[:, position].unsqueeze(-2)).flatten(-2)
+    return product
+
+
+def _block(like: Tensor) -> int:
+    return _CUDA_BLOCK if like.is_cuda else _CPU_BLOCK
+
+
+def _position_sums(
+    half: Float[Tensor, "runs rank sequences"], positions: int, vocab: int
+) -> Float[Tensor, "runs positions rank vocab"]:
+    """Counts of each position from the counts of a half's sequences."""
+    runs, rank, _ = half.shape
+    befores = [vocab**position for position in range(positions)]
+    return torch.stack([half.view(runs, rank, before, vocab, -1).sum((2, 4)) for before in befores], 1)

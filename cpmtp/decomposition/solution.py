@@ -59,3 +59,28 @@ class Runs:
             self.raw[best],
         )
         return picked, table
+
+
+# Gains are compared over this many passes: a single pass of a fit that still moves can gain almost nothing.
+_WINDOW = 10
+# Near a perfect fit the gain must also be small beside what is left, down to what float64 sums resolve.
+_SHARE = 1e-3
+_RESOLUTION = 1e-10
+
+
+def record_passes(traces: list[list[float]], values: list[float], spent: list[int], tolerance: float) -> list[bool]:
+    """Append each run's objective, once for every pass it took; whether the run has stopped gaining.
+
+    It has when ten passes gained less than `tolerance` (the objective's unit) and less than a thousandth of a positive
+    objective.
+    """
+    for trace, value, passes in zip(traces, values, spent, strict=True):
+        trace.extend([value] * passes)
+    return [_stopped(trace, tolerance) for trace in traces]
+
+
+def _stopped(trace: list[float], tolerance: float) -> bool:
+    if len(trace) <= _WINDOW:
+        return False
+    least = min(tolerance, max(_SHARE * trace[-1], _RESOLUTION)) if trace[-1] >= 0 else tolerance
+    return trace[-_WINDOW - 1] - trace[-1] < least
