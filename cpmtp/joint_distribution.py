@@ -17,8 +17,11 @@ from cpmtp.sampling_law import SamplingLaw
 
 DEFAULT_MAX_BYTES = 4_000_000_000
 _SUM_TOLERANCE = 1e-6
-# Continuations evaluated at once: bounds the working set to this many rows of logits (and the model's activations).
-_CHUNK = 8192
+_NORMALISATION_TOLERANCE = 1e-3
+# Next-token probabilities asked for at once: the working set beyond the joint is one float32 copy of these, 17 MB, and what
+# the model needs for a pass.
+_ENTRIES_AT_ONCE = 1 << 22
+_ENTRIES_IN_CACHE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -166,20 +169,24 @@ def exact_joint(
     check_joint_size(lm.vocab_size, horizon, max_bytes)
     check_context(lm, context, horizon)
     vocab = lm.vocab_size
-    joint = torch.ones((), dtype=torch.float64)
+    joint = torch.ones(1, dtype=torch.float64)
+    size = prefixes_at_once(vocab)
     for depth in range(horizon):
-        grown = torch.empty(vocab**depth, vocab, dtype=torch.float64)
-        flat = joint.reshape(-1)
-        # Chunks of whole sibling groups: the model evaluates the children of one parent together.
-        size = max(_CHUNK // vocab, 1) * vocab
-        for start in range(0, vocab**depth, size):
-            stop = min(start + size, vocab**depth)
-            log_probs = conditional_log_probs(lm, context, grid_rows(start, stop, vocab, depth), law)
-            torch.mul(log_probs.exp_(), flat[start:stop, None], out=grown[start:stop])
+        grown = torch.empty(len(joint), vocab, dtype=torch.float64)
+        for start in range(0, len(joint), size):
+            stop = min(start + size, len(joint))
+            conditional_probs(lm, context, grid_rows(start, stop, vocab, depth), law, out=grown[start:stop])
+            grown[start:stop].mul_(joint[start:stop, None])
             if progress:
                 progress(stop - start)
-        joint = grown
-    return JointDistribution(joint.reshape((vocab,) * horizon))
+        joint = grown.view(-1)
+    return JointDistribution(joint.view((vocab,) * horizon))
+
+
+def prefixes_at_once(vocab_size: int) -> int:
+    """How many next-token laws to ask for at once: whole groups of siblings where they fit into the working set."""
+    size = max(_ENTRIES_AT_ONCE // vocab_size, 1)
+    return max(size // vocab_size, 1) * vocab_size if size >= vocab_size else size
 
 
 def grid_rows(start: int, stop: int, vocab: int, depth: int) -> Int[Tensor, "rows depth"]:
@@ -189,28 +196,66 @@ def grid_rows(start: int, stop: int, vocab: int, depth: int) -> Int[Tensor, "row
     return index[:, None] // places % vocab
 
 
-def conditional_log_probs(
-    lm: LanguageModel, context: Tensor, continuations: Int[Tensor, "count length"], law: SamplingLaw
+def conditional_probs(
+    lm: LanguageModel,
+    context: Int[Tensor, " time"],
+    continuations: Int[Tensor, "count length"],
+    law: SamplingLaw,
+    *,
+    out: Float[Tensor, "count vocab"] | None = None,
 ) -> Float[Tensor, "count vocab"]:
-    """Processed next-token log-probabilities after `context` and each continuation, checked and normalised, float64."""
+    """Processed next-token probabilities after `context` and each continuation, checked and normalised, float64.
+
+    Written into `out` where it is given: a joint is filled without a second copy of it.
+    """
+    raw = _raw_log_probs(lm, context, continuations)
+    probs = torch.empty(raw.shape, dtype=torch.float64) if out is None else out
+    # In pieces that stay in the processor's cache from the exponential to the division.
+    for piece, target in zip(raw.split(_rows_in_cache(raw)), probs.split(_rows_in_cache(raw)), strict=True):
+        total = target.copy_(piece).exp_().sum(-1, keepdim=True)
+        _check_total(total.log())
+        if law.is_identity:
+            target.div_(total)
+        else:
+            target.copy_(law.process(target / total))
+    return probs
+
+
+def conditional_log_probs(
+    lm: LanguageModel, context: Int[Tensor, " time"], continuations: Int[Tensor, "count length"], law: SamplingLaw
+) -> Float[Tensor, "count vocab"]:
+    """The same as log-probabilities (nats); removed tokens have ``-inf``."""
+    return law.process_log_probs(checked_log_probs(_raw_log_probs(lm, context, continuations)))
+
+
+def checked_log_probs(raw: Float[Tensor, "count vocab"]) -> Float[Tensor, "count vocab"]:
+    """Float64 log-probabilities that sum to one exactly, or a ValueError that says what the model returned."""
+    total = raw.double().logsumexp(-1, keepdim=True)
+    _check_total(total)
+    return raw.double() - total
+
+
+def _raw_log_probs(lm: LanguageModel, context: Tensor, continuations: Tensor) -> Tensor:
     if isinstance(lm, PrefixSharingLanguageModel):
         raw = lm.continuation_log_probs(context, continuations)
     else:
         raw = lm.next_token_log_probs(torch.cat([context.expand(len(continuations), -1), continuations], dim=1))
-    return law.process_log_probs(checked_log_probs(raw, (len(continuations), lm.vocab_size)))
+    expected = (len(continuations), lm.vocab_size)
+    if tuple(raw.shape) != expected:
+        raise ValueError(f"the model returned log-probabilities of shape {tuple(raw.shape)}: expected {expected}")
+    return raw.cpu()
 
 
-def checked_log_probs(raw: Tensor, shape: tuple[int, int]) -> Float[Tensor, "count vocab"]:
-    """Float64 log-probabilities that sum to one exactly, or a ValueError that says what the model returned."""
-    if tuple(raw.shape) != shape:
-        raise ValueError(f"the model returned log-probabilities of shape {tuple(raw.shape)}: expected {shape}")
-    total = raw.double().logsumexp(-1, keepdim=True)
-    if not bool(torch.isfinite(total).all()):
+def _check_total(log_total: Tensor) -> None:
+    if not bool(torch.isfinite(log_total).all()):
         raise ValueError("the model returned NaN or infinite logits: check its weights and the context")
-    if bool((total.abs() > 1e-3).any()):
-        worst = total.abs().max().item()
+    worst = log_total.abs().max().item()
+    if worst > _NORMALISATION_TOLERANCE:
         raise ValueError(f"the model's log-probabilities are not normalised (log of the sum is {worst:.3g}): apply log_softmax")
-    return raw.double() - total
+
+
+def _rows_in_cache(raw: Tensor) -> int:
+    return max(_ENTRIES_IN_CACHE // raw.shape[1], 1)
 
 
 def check_joint_size(vocab_size: int, horizon: int, max_bytes: int = DEFAULT_MAX_BYTES) -> None:

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     Cache,
@@ -24,18 +25,25 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from cpmtp.tree_attention import attend_in_tree, lay_out_tree
+
 END_OF_TEXT = "<|endoftext|>"
 REPLACEMENT = "\ufffd"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_LOGITS_AT_ONCE = 1 << 24  # entries of one pass's logits
+_TREE_ATTENTION = "cpmtp_tree"
+# What some architectures ask of their attention beyond softmax over all they see.
+_ATTENTION_VARIANTS = ("softcap", "s_aux", "sliding_window", "position_bias", "alibi")
 _ALPHABET = "\t\n" + "".join(chr(c) for c in range(32, 127))
 
 
 class HuggingFaceLanguageModel:
     """A causal language model of transformers behind the `LanguageModel` protocol.
 
-    Continuations of one context are evaluated with the context's key/value cache shared: those with the same parent stand in
-    one row, siblings told apart by a 4-D attention mask and position ids. A model that takes no such mask or keeps no such
-    cache is found out by a small trial and evaluated by full forward passes instead, with the same result.
+    Continuations of one context are evaluated with the context's key/value cache shared, never copied per branch: they stand
+    in one row as a tree of tokens, and each token attends to the context and its own branch. A model whose attention cannot be
+    replaced so, or that keeps no key/value cache, is found out by a small trial and evaluated by full forward passes instead,
+    with the same result.
 
     Parameters
     ----------
@@ -45,10 +53,11 @@ class HuggingFaceLanguageModel:
     name : str
         For tables and reports.
     batch_tokens : int
-        Tokens per forward pass; bounds the working set (``batch_tokens * vocab_size`` logits and the activations).
+        Tokens per forward pass; bounds the working set: their activations, and their logits twice, of which there are never
+        more than 2**24 at once.
     """
 
-    def __init__(self, model, tokenizer=None, *, name: str = "model", batch_tokens: int = 4096):
+    def __init__(self, model, tokenizer=None, *, name: str = "model", batch_tokens: int = 1536):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
@@ -83,7 +92,7 @@ class HuggingFaceLanguageModel:
     def next_token_log_probs(self, token_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch vocab"]:
         """Log-probabilities (nats, float32 or the forward pass's dtype if wider) after each row; one full forward pass."""
         token_ids = self._with_start(token_ids)
-        rows = max(self.batch_tokens // token_ids.shape[1], 1)
+        rows = max(min(self.batch_tokens // token_ids.shape[1], _LOGITS_AT_ONCE // self.vocab_size), 1)
         return torch.cat([self._log_probs(self._forward(part, keep=1))[:, -1] for part in token_ids.split(rows)])
 
     @torch.inference_mode()
@@ -137,7 +146,7 @@ class HuggingFaceLanguageModel:
         expected = self.next_token_log_probs(torch.cat([context.expand(4, -1), continuations], 1))
         try:
             found = self._shared_prefix_log_probs(context, continuations)
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, NotImplementedError):
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError):
             return False
         finally:
             self._context_cache = None
@@ -157,31 +166,40 @@ class HuggingFaceLanguageModel:
         cache, log_probs = self._context(context)
         if continuations.shape[1] == 0:
             return log_probs.expand(len(continuations), -1)
-        # Runs of equal parents; their siblings are padded to one width (the children of a dense joint all have the same).
-        parents, sizes = continuations[:, :-1].unique_consecutive(dim=0, return_counts=True) if continuations.shape[1] > 1 else (
-            continuations[:1, :0], torch.tensor([len(continuations)]))
-        width = min(int(sizes.max()), self.batch_tokens)
-        sizes, parents = _split_runs(sizes, parents, width)
-        taken = torch.arange(width) < sizes[:, None]
-        siblings = torch.zeros(len(sizes), width, dtype=torch.long)
-        siblings[taken] = continuations[:, -1]
-        rows = max(self.batch_tokens // (width + parents.shape[1]), 1)
-        parts = zip(parents.split(rows), siblings.split(rows), taken.split(rows), strict=True)
-        return torch.cat([self._sibling_log_probs(cache, len(context), *part) for part in parts])
+        found = torch.empty(len(continuations), self.vocab_size, dtype=log_probs.dtype)
+        with self._tree_attention():
+            size = self._tokens_at_once
+            for part, rows in zip(continuations.split(size), found.split(size), strict=True):
+                rows.copy_(self._tree_log_probs(cache, len(context), part))
+        return found
 
-    def _sibling_log_probs(self, cache: Cache, seen: int, parents: Tensor, siblings: Tensor, taken: Tensor) -> Tensor:
-        rows, (chain, width) = len(parents), (parents.shape[1], siblings.shape[1])
-        position = seen + torch.cat([torch.arange(chain), torch.full((width,), chain)])
+    def _tree_log_probs(self, cache: Cache, seen: int, continuations: Tensor) -> Tensor:
+        tree = lay_out_tree(continuations)
+        count = len(continuations)
         out = self.model(
-            input_ids=torch.cat([parents, siblings], 1).to(self.device),
-            position_ids=position.expand(rows, -1).to(self.device),
-            attention_mask=_sibling_mask(seen, chain, width, self.model.dtype).expand(rows, 1, -1, -1).to(self.device),
-            past_key_values=_expanded(cache, rows),
+            input_ids=tree.token_ids[None].to(self.device),
+            position_ids=(seen + tree.depths)[None].to(self.device),
+            # A 4-D mask is handed to the attention as it is: here it carries the tree.
+            attention_mask=tree.lineage[None, None].to(self.device),
+            past_key_values=DynamicCache([(layer.keys, layer.values) for layer in cache.layers]),
             use_cache=True,
-            **({"logits_to_keep": width} if self._keeps_logits else {}),
+            **({"logits_to_keep": count} if self._keeps_logits else {}),
         )
-        logits = out.logits[:, -width:]
-        return self._log_probs(logits.flatten(0, 1) if bool(taken.all()) else logits[taken.to(self.device)])
+        return self._log_probs(out.logits[0, -count:])
+
+    @contextlib.contextmanager
+    def _tree_attention(self):
+        usual = self.model.config._attn_implementation
+        self.model.set_attn_implementation(_TREE_ATTENTION)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(usual)
+
+    @property
+    def _tokens_at_once(self) -> int:
+        """Tokens per forward pass: fewer over a large vocabulary, whose logits would outgrow everything else."""
+        return min(self.batch_tokens, max(_LOGITS_AT_ONCE // self.vocab_size, 1))
 
     def _context(self, context: Tensor) -> tuple[Cache, Tensor]:
         # A joint asks for one context again and again, chunk by chunk: the last one is kept.
@@ -308,29 +326,17 @@ def _window(config) -> int | None:
     return None
 
 
-def _expanded(cache: Cache, rows: int) -> DynamicCache:
-    """The context's cache for several rows; the rows share its memory until a layer appends to them."""
-    shared = [(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)) for layer in cache.layers]
-    return DynamicCache(shared)
+def _tree_attention_forward(module, query, key, value, attention_mask, scaling=None, **options):
+    """`attend_in_tree` behind the interface of transformers' attention functions."""
+    unknown = [name for name in _ATTENTION_VARIANTS if options.get(name) is not None]
+    if unknown or attention_mask is None or attention_mask.is_floating_point():
+        raise NotImplementedError(f"attention over a tree of tokens knows no {', '.join(unknown) or 'such mask'}")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend_in_tree(query, key, value, attention_mask[0, 0], scaling), None
 
 
-def _sibling_mask(seen: int, chain: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Additive mask (1, 1, chain + width, seen + chain + width): all see the context, siblings the chain and themselves."""
-    total = chain + width
-    own = torch.eye(total, dtype=torch.bool)
-    own[:, :chain] |= torch.ones(total, chain, dtype=torch.bool).tril()
-    visible = torch.cat([torch.ones(total, seen, dtype=torch.bool), own], 1)
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[None, None]
+AttentionInterface.register(_TREE_ATTENTION, _tree_attention_forward)
 
-
-def _split_runs(sizes: Tensor, parents: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Cut runs longer than `width` into several rows of the same parent."""
-    pieces = (sizes + width - 1) // width
-    if bool((pieces == 1).all()):
-        return sizes, parents
-    owner = torch.arange(len(sizes)).repeat_interleave(pieces)
-    order = torch.arange(len(owner)) - (pieces.cumsum(0) - pieces)[owner]
-    return torch.minimum(sizes[owner] - order * width, torch.tensor(width)), parents[owner]
 
 def train_character_tokenizer(texts: list[str], merges: int = 5) -> PreTrainedTokenizerFast:
     """Printable ASCII, newline and tab, plus the most frequent `merges` byte-pair merges within a line.

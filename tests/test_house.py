@@ -16,7 +16,7 @@ import cpmtp
 TYPES = {"language_model", "joint_distribution", "prefix_tree", "cp_distribution", "sampling_law"}
 EXACT = TYPES | {"corpora", "divergence", "verification", "acceptance", "decomposition"}
 ALLOWED = {
-    "pretrained": {"language_model"},
+    "pretrained": {"language_model", "tree_attention"},
     "joint_distribution": {"language_model", "sampling_law"},
     "prefix_tree": {"language_model", "sampling_law", "joint_distribution"},
     "divergence": {"joint_distribution", "prefix_tree", "cp_distribution"},
