@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 app = typer.Typer(
@@ -18,6 +17,9 @@ app = typer.Typer(
     help="Which rank does a multi-token prediction head need, and what will it buy?",
 )
 
+# typer brings its own copy of click from some version on; this is the base class in either.
+_UsageError = typer.BadParameter.__bases__[0]
+
 
 def main() -> None:
     """Entry point: bad input is one line and exit status 2, an interruption status 130."""
@@ -25,11 +27,11 @@ def main() -> None:
         sys.exit(app(standalone_mode=False) or 0)
     except ValueError as error:
         _stop(" ".join(str(error).split()))
-    except click.ClickException as error:
+    except _UsageError as error:
         _stop(error.format_message())
     except OSError as error:
         _stop(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("cpmtp: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
 

@@ -55,8 +55,21 @@ def sample_sequences(lm: LanguageModel, count: int, length: int, *, seed: int = 
     tokens = torch.empty(count, 0, dtype=torch.long)
     for _ in range(length):
         law = lm.next_token_log_probs(tokens).double().exp()
-        tokens = torch.cat([tokens, torch.multinomial(law, 1, generator=generator)], 1)
+        tokens = torch.cat([tokens, draw_tokens(law, generator)], 1)
     return tokens
+
+
+def draw_tokens(probs: Float[Tensor, "count vocab"], generator: torch.Generator) -> Int[Tensor, "count 1"]:
+    """One token per row.
+
+    Raises
+    ------
+    ValueError
+        If a row is no law: a model's weights are broken.
+    """
+    if not bool(torch.isfinite(probs).all()):
+        raise ValueError("the model returned NaN or infinite logits: check its weights and the context")
+    return torch.multinomial(probs, 1, generator=generator)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Muon(torch.optim.Optimizer):
         self._iterations = iterations
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None) -> None:  # type: ignore[override]  # there is no closure to evaluate again
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[torch.Tensor]] = {}
             for parameter in (p for p in group["params"] if p.grad is not None):
@@ -37,10 +37,11 @@ class Muon(torch.optim.Optimizer):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
 
     def _nesterov(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
-        state = self.state[parameter]
-        buffer = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
-        buffer.lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(buffer, momentum)
+        gradient = parameter.grad
+        assert gradient is not None  # step() passes no other
+        buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+        buffer.lerp_(gradient, 1 - momentum)
+        return gradient.lerp(buffer, momentum)
 
 
 def orthogonalise(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:

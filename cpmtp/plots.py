@@ -49,8 +49,8 @@ def plot_tokens_per_call(choice: pd.DataFrame, ax: Axes, *, recommended: int, ho
 def plot_survival(survival: pd.DataFrame, ax: Axes) -> Axes:
     """Mean survival per position, a line per rank; one horizon's rows of `survival_by_rank`."""
     for i, (rank, rows) in enumerate(survival.groupby("rank")):
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        ax.plot(rows["position"], rows["survival"], label=f"rank {rank}", **style)
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        ax.plot(rows["position"], rows["survival"], label=f"rank {rank}", color=colour, marker=marker)
     ax.set_xticks(sorted(survival["position"].unique()))
     ax.set_xlabel("position in the block")
     ax.set_ylabel("survival (mean)")

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from cpmtp.language_model import draw_tokens
 from cpmtp.tree_attention import attend_in_tree, lay_out_tree
 
 END_OF_TEXT = "<|endoftext|>"
@@ -126,7 +127,7 @@ class HuggingFaceLanguageModel:
             else:
                 logits = self._forward(tokens, keep=1)[:, -1]
             law = self._log_probs(logits / max(temperature, 1e-6)).exp()
-            last = torch.multinomial(law.double().cpu(), 1, generator=generator)
+            last = draw_tokens(law.double().cpu(), generator)
             tokens = torch.cat([tokens, last], 1)
             drawn.append(last)
         return torch.cat(drawn, 1)

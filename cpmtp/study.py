@@ -140,7 +140,7 @@ def _fit_row(settings, unit: StudyUnit, joint: JointDistribution, cell: tuple[in
 
 def _row(settings, unit: StudyUnit, cell, *facts: dict, error: Exception | None = None) -> dict:
     horizon, rank, method = cell
-    row = dict.fromkeys(table_columns(settings), math.nan)
+    row: dict[str, object] = dict.fromkeys(table_columns(settings), math.nan)
     row |= {"schema_version": SCHEMA_VERSION, "model": unit.model, "domain": unit.domain, "document": unit.document}
     row |= {"context": unit.context, "context_text": unit.text, "context_tokens": len(unit.token_ids)}
     row |= {"horizon": horizon, "rank": rank, "method": method, "temperature": settings.temperature}

@@ -43,7 +43,7 @@ def test_numbers_in_the_table_keep_their_laws(table):
     assert (table["tokens_per_call_token_target"] <= table["tokens_per_call_block_target"] + 1e-9).all()
     assert (table["tokens_per_call_block_target"] <= table["tokens_per_call_coupling_target"] + 1e-9).all()
     assert (table["tokens_per_call_coupling_target"] <= table["horizon"] + 1e-9).all()
-    assert (table["survival_block_target_1"] == 1).all()
+    assert (table["survival_block_target_1"] - 1).abs().max() < 1e-12
     rank_one = em[em["rank"] == 1]
     assert (rank_one["kl_nats"] - rank_one["total_correlation_nats"]).abs().max() < 1e-6
     assert (em["kl_nats"] >= -1e-12).all()
@@ -51,7 +51,7 @@ def test_numbers_in_the_table_keep_their_laws(table):
 
 def test_a_shorter_horizons_rows_do_not_depend_on_the_longer(table, tmp_path):
     short = run_study(replace(TINY, horizons=(2,)), tmp_path, workers=1)
-    columns = [c for c in short if c not in TIMING_COLUMNS]
+    columns = [c for c in short if c not in (*TIMING_COLUMNS, "iterations")]
     expected = table[table["horizon"] == 2][columns].reset_index(drop=True)
     pd.testing.assert_frame_equal(short[columns], expected, rtol=1e-9)
 
