@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from cpmtp.divergence import Divergences, divergences
     from cpmtp.joint_distribution import JointDistribution, exact_joint
     from cpmtp.language_model import HiddenMarkovLanguageModel, LanguageModel, MarkovLanguageModel, separated_hmm
+    from cpmtp.prefix_tree import PrefixTree, truncated_joint
     from cpmtp.pretrained import HuggingFaceLanguageModel, embedded_models, load_language_model
     from cpmtp.rank_selection import RankChoice, select_rank
     from cpmtp.report import write_report
@@ -39,6 +40,8 @@ _HOME = {
     "LanguageModel": "language_model",
     "MarkovLanguageModel": "language_model",
     "separated_hmm": "language_model",
+    "PrefixTree": "prefix_tree",
+    "truncated_joint": "prefix_tree",
     "HuggingFaceLanguageModel": "pretrained",
     "embedded_models": "pretrained",
     "load_language_model": "pretrained",
