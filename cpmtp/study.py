@@ -22,7 +22,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
-from cpmtp.acceptance import implied_acceptance
+from cpmtp.acceptance import acceptance_profiles
 from cpmtp.decomposition.fitting import FitResult, fit
 from cpmtp.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution, exact_joint
@@ -196,9 +196,8 @@ def _fit_facts(result: FitResult) -> dict:
 
 def _quality(joint: JointDistribution, result: FitResult) -> dict:
     quality = asdict(divergences(joint, result.distribution))
-    for rule in RULES:
-        for first in FIRST_TOKENS:
-            profile = implied_acceptance(joint, result.distribution, rule=rule, first_token=first)
+    for first in FIRST_TOKENS:
+        for rule, profile in acceptance_profiles(joint, result.distribution, RULES, first_token=first).items():
             quality[f"tokens_per_call_{rule}_{first}"] = profile.tokens_per_call
             for k, survival in enumerate(profile.survival.tolist(), start=1):
                 quality[f"survival_{rule}_{first}_{k}"] = survival
