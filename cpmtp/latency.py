@@ -1,0 +1,143 @@
+"""What tokens per call are worth: step times, throughput, cost.
+
+The textbook assumptions, all of them stated: one request at a time on one device; a call's time depends on horizon and rank
+alone, ``t(n, r) = a + b n + c n r``, not on what is accepted; tokens per call are those of the contexts decoding meets. A loaded
+server that verifies many requests in one batch gains less: its forward passes are bound by arithmetic, and refused tokens cost.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """Seconds per forward pass, measured or given.
+
+    Attributes
+    ----------
+    plain_step : float
+        ``t0``: one step of plain decoding, one token.
+    base : float
+        ``a``: what a speculative call costs whatever it drafts.
+    per_position : float
+        ``b``: per position that is verified.
+    per_component : float
+        ``c``: per position and component of the draft.
+
+    Raises
+    ------
+    ValueError
+        If a time is negative or not finite, or the plain step is zero.
+
+    Examples
+    --------
+    >>> round(LatencyModel(plain_step=0.010, base=0.010, per_position=0.0002, per_component=0.00001).call_seconds(4, 8), 6)
+    0.01112
+    """
+
+    plain_step: float
+    base: float
+    per_position: float = 0.0
+    per_component: float = 0.0
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} {value}: expected a finite number of seconds of at least 0")
+        if self.plain_step == 0:
+            raise ValueError("plain_step 0: a step of plain decoding takes time; measure it")
+
+    def call_seconds(self, horizon: int, rank: int) -> float:
+        """``t(n, r)``: one speculative call."""
+        return self.base + self.per_position * horizon + self.per_component * horizon * rank
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a horizon and rank are predicted to buy.
+
+    Attributes
+    ----------
+    tokens_per_second : float
+    speedup : float
+        Over plain decoding; below 1 it does not pay.
+    break_even_tokens_per_call : float
+        Tokens per call at which speculation is as fast as plain decoding.
+    """
+
+    tokens_per_second: float
+    speedup: float
+    break_even_tokens_per_call: float
+
+
+def predicted_speedup(profile: Any, latency: LatencyModel, *, rank: int) -> Forecast:
+    """Throughput of decoding with a draft of the given rank: ``speedup = tokens per call * t0 / t(n, r)``.
+
+    Parameters
+    ----------
+    profile : AcceptanceProfile
+        Without batch axes; its horizon is the call's. An average over contexts should average tokens per call first.
+    latency : LatencyModel
+    rank : int
+        Of the draft.
+
+    Raises
+    ------
+    ValueError
+        If the profile has batch axes.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> profile = SimpleNamespace(tokens_per_call=2.5, survival=[1.0, 0.9, 0.6])
+    >>> round(predicted_speedup(profile, LatencyModel(0.01, 0.011), rank=4).speedup, 3)
+    2.273
+    """
+    tokens = profile.tokens_per_call
+    if not isinstance(tokens, float):
+        raise ValueError(
+            "a profile with batch axes has many tokens per call: give the profile of one context, or of their mean"
+        )
+    seconds = latency.call_seconds(len(profile.survival), rank)
+    return Forecast(tokens / seconds, tokens * latency.plain_step / seconds, seconds / latency.plain_step)
+
+
+def cost_per_million_tokens(tokens_per_second: float, price_per_device_hour: float) -> float:
+    """In the price's currency; the device is taken to decode all the time.
+
+    Raises
+    ------
+    ValueError
+        If a figure is not positive.
+
+    Examples
+    --------
+    >>> cost_per_million_tokens(tokens_per_second=100.0, price_per_device_hour=3.6)
+    10.0
+    """
+    _require_positive(tokens_per_second=tokens_per_second, price_per_device_hour=price_per_device_hour)
+    return price_per_device_hour / 3600 / tokens_per_second * 1e6
+
+
+def tokens_until_paid(forecast: Forecast, *, training_device_hours: float) -> float:
+    """Tokens to decode until the head's training has paid for itself; infinite where it never does.
+
+    Decoding and training are priced alike, by device-hour, so that the price drops out.
+
+    Examples
+    --------
+    >>> tokens_until_paid(Forecast(200.0, 2.0, 1.1), training_device_hours=1.0)
+    720000.0
+    """
+    _require_positive(training_device_hours=training_device_hours)
+    saved_per_token = (forecast.speedup - 1) / forecast.tokens_per_second
+    return training_device_hours * 3600 / saved_per_token if saved_per_token > 0 else math.inf
+
+
+def _require_positive(**figures: float) -> None:
+    for name, value in figures.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} {value}: expected a finite number above 0")
