@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpmtp.decomposition.expectation import Counts, Mixtures, Targets, expected_counts
+from cpmtp.decomposition.expectation import CountingTargets, Counts, Mixtures, Targets, expected_counts
 from cpmtp.decomposition.solution import Runs, record_passes
 
 # Sweeps before the first extrapolation: early sweeps change which component stands for what, and no line predicts that.
@@ -15,7 +15,9 @@ _LOWEST = 1e-280
 _FIRST_STEP_LIMIT = 4.0
 
 
-def em_runs(targets: Targets, start: Mixtures, *, max_iterations: int, tolerance: float, accelerate: bool = True) -> Runs:
+def em_runs(
+    targets: Targets | CountingTargets, start: Mixtures, *, max_iterations: int, tolerance: float, accelerate: bool = True
+) -> Runs:
     """Fit every run from `start`; the KL divergence never rises.
 
     Two sweeps ``x0 -> x1 -> x2`` and the point ``x0 + 2 s (x1 - x0) + s^2 (x2 - 2 x1 + x0)`` in the logarithms of the
@@ -71,7 +73,7 @@ def m_step(counts: Counts, previous: Mixtures) -> Mixtures:
 
 
 def _squarem_cycle(
-    targets: Targets, current: Mixtures, once: Mixtures, step_limit: Tensor
+    targets: Targets | CountingTargets, current: Mixtures, once: Mixtures, step_limit: Tensor
 ) -> tuple[Mixtures, Counts, Tensor, list[int]]:
     """Next mixtures with their counts, the new step limits, and the passes over the joint this took (2, or 3 after a rejected point)."""
     counts_once = expected_counts(targets, once)

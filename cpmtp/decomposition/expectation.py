@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -111,7 +112,15 @@ class Targets:
         return len(self.owner)
 
 
-def expected_counts(targets: Targets, mixtures: Mixtures) -> Counts:
+class CountingTargets(Protocol):
+    """Targets that are no matrices and do their own expectation step."""
+
+    def expected_counts(self, mixtures: Mixtures) -> Counts: ...
+
+    def __getitem__(self, runs) -> CountingTargets: ...
+
+
+def expected_counts(targets: Targets | CountingTargets, mixtures: Mixtures) -> Counts:
     """The E step of latent class analysis for every run, and the KL divergence it started from.
 
     With ``L[a] = w_a A_1[a] (x) ... (x) A_h[a]`` and ``R[a] = A_{h+1}[a] (x) ... (x) A_n[a]`` (outer products over the two
@@ -121,7 +130,8 @@ def expected_counts(targets: Targets, mixtures: Mixtures) -> Counts:
 
     Parameters
     ----------
-    targets : Targets
+    targets : Targets or CountingTargets
+        The latter do it their own way.
     mixtures : Mixtures
         As many runs as the targets.
 
@@ -129,6 +139,8 @@ def expected_counts(targets: Targets, mixtures: Mixtures) -> Counts:
     ----------
     hong2020generalized
     """
+    if not isinstance(targets, Targets):
+        return targets.expected_counts(mixtures)
     head = targets.horizon // 2
     left = outer_products(mixtures.factors[:, :head]) * mixtures.weights[..., None]
     right = outer_products(mixtures.factors[:, head:])

@@ -12,12 +12,14 @@ from torch import Tensor
 from cpmtp.cp_distribution import CPDistribution
 from cpmtp.decomposition.als import squared_error_runs
 from cpmtp.decomposition.em import em_runs
-from cpmtp.decomposition.expectation import Targets
+from cpmtp.decomposition.expectation import Mixtures, Targets
 from cpmtp.decomposition.fit_result import FAILED, NOT_CONVERGED, OK, FitResult
 from cpmtp.decomposition.gradient import gradient_runs
 from cpmtp.decomposition.solution import Runs
-from cpmtp.decomposition.starts import marginal_products, random_starts
-from cpmtp.joint_distribution import JointDistribution
+from cpmtp.decomposition.sparse_em import TreeTargets, cell_marginals, first_token_cells, tree_cells
+from cpmtp.decomposition.starts import disturbed_marginals, marginal_products, random_starts, repeated_marginals
+from cpmtp.joint_distribution import DEFAULT_MAX_BYTES, JointDistribution
+from cpmtp.prefix_tree import PrefixTree
 
 SQUARED_ERROR_METHODS = ("als", "hals", "mu")
 METHODS = (*SQUARED_ERROR_METHODS, "em", "gradient")
@@ -46,7 +48,7 @@ _SMALL_JOINT = 50_000
 
 
 def fit(
-    joint: JointDistribution,
+    joint: JointDistribution | PrefixTree,
     rank: int,
     method: str = "em",
     *,
@@ -60,8 +62,9 @@ def fit(
 
     Parameters
     ----------
-    joint : JointDistribution
-        With batch axes, every entry is fitted by itself in one go.
+    joint : JointDistribution or PrefixTree
+        With batch axes, every entry is fitted by itself in one go. A truncated joint is fitted by ``em`` to its kept
+        prefixes; the objective is then a lower bound of ``KL(P || Q)``.
     rank : int
         Number of components.
     method : {"em", "gradient", "als", "hals", "mu"}
@@ -95,13 +98,15 @@ def fit(
     _check(joint, rank, method, restarts, anchored)
     effort = _effort(joint, method, max_iterations, tolerance)
     started = time.perf_counter()
+    if isinstance(joint, PrefixTree):
+        return _fit_tree(joint, rank, anchored, (restarts, seed, effort, started))
     if anchored:
         return _fit_anchored(joint, rank, method, (restarts, seed, effort, started))
     best, table = _solve(joint, rank, method, (restarts, seed, effort))
     return _result(joint.batch_shape, method, best, table, started)
 
 
-def _effort(joint: JointDistribution, method: str, max_iterations: int | None, tolerance: float | None) -> _Effort:
+def _effort(joint: JointDistribution | PrefixTree, method: str, max_iterations: int | None, tolerance: float | None) -> _Effort:
     default = _DEFAULT_EFFORT[method]
     small = joint.vocab_size**joint.horizon <= _SMALL_JOINT and method not in SQUARED_ERROR_METHODS
     return _Effort(
@@ -132,7 +137,15 @@ def _fit_anchored(joint: JointDistribution, rank: int, method: str, settings) ->
     noticed = (first > NOTICEABLE_MASS).nonzero().squeeze(1)
     best, table = _solve(JointDistribution(flat.probs[noticed], rest), rank, method, (restarts, seed, effort))
     mixtures = marginal_products(flat, rank).replaced(noticed, best.mixtures)
-    shape = (len(first) // joint.vocab_size, joint.vocab_size)
+    summary, restart_objectives = _pooled(first, noticed, (best, table), mixtures)
+    return _result(joint.batch_shape, method, summary, restart_objectives, started)
+
+
+def _pooled(first: Tensor, noticed: Tensor, solved: tuple[Runs, Tensor], mixtures: Mixtures) -> tuple[Runs, Tensor]:
+    """One answer per joint from those of its noticed first tokens, weighted by their mass; with the restarts' objectives."""
+    best, table = solved
+    vocab = mixtures.factors.shape[-1]
+    shape = (len(first) // vocab, vocab)
 
     def spread(values: Tensor, fill: float) -> Tensor:
         full = values.new_full((len(first), *values.shape[1:]), fill)
@@ -153,8 +166,26 @@ def _fit_anchored(joint: JointDistribution, rank: int, method: str, settings) ->
         traces=((),) * shape[0],
         raw=(share[..., None] * spread(best.raw, 0.0)).sum(1),
     )
-    restart_objectives = (share[..., None] * spread(table, 0.0)).sum(1)
-    return _result(joint.batch_shape, method, summary, restart_objectives, started)
+    return summary, (share[..., None] * spread(table, 0.0)).sum(1)
+
+
+def _fit_tree(tree: PrefixTree, rank: int, anchored: bool, settings) -> FitResult:
+    """Sparse expectation-maximisation over the kept prefixes."""
+    restarts, seed, effort, started = settings
+    cells, vocab = tree_cells(tree), tree.vocab_size
+    first = torch.zeros(vocab + 1, dtype=torch.float64).index_add_(0, cells.tokens[:, 0], cells.weights)[:-1]
+    noticed = (first > NOTICEABLE_MASS).nonzero().squeeze(1)
+    items = tuple(first_token_cells(cells, token) for token in noticed.tolist()) if anchored else (cells,)
+    start = disturbed_marginals(torch.stack([cell_marginals(item, vocab) for item in items]), rank, restarts, seed)
+    runs = em_runs(
+        TreeTargets.of(items, vocab, restarts), start, max_iterations=effort.max_iterations, tolerance=effort.tolerance
+    )
+    best, table = runs.best_of(restarts)
+    if anchored:
+        others = cell_marginals(cells, vocab)[1:].expand(vocab, -1, -1)
+        mixtures = repeated_marginals(others, rank).replaced(noticed, best.mixtures)
+        best, table = _pooled(first, noticed, (best, table), mixtures)
+    return _result(torch.Size(), "em", best, table, started)
 
 
 def _result(batch_shape: torch.Size, method: str, best: Runs, table: Tensor, started: float) -> FitResult:
@@ -193,9 +224,11 @@ def _status(failure: str, converged: bool) -> tuple[str, str]:
     return OK, ""
 
 
-def _check(joint: JointDistribution, rank: int, method: str, restarts: int, anchored: bool) -> None:
+def _check(joint: JointDistribution | PrefixTree, rank: int, method: str, restarts: int, anchored: bool) -> None:
     if method not in METHODS:
         raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
+    if isinstance(joint, PrefixTree):
+        _check_tree(joint, rank, method, anchored)
     if rank < 1:
         raise ValueError(f"rank {rank}: expected at least 1 (1 is the product of the marginals)")
     if restarts < 1:
@@ -203,4 +236,15 @@ def _check(joint: JointDistribution, rank: int, method: str, restarts: int, anch
     if anchored and joint.horizon < 3:
         raise ValueError(
             f"an anchored fit of horizon {joint.horizon}: expected at least 3; fit it plainly, or raise the horizon"
+        )
+
+
+def _check_tree(tree: PrefixTree, rank: int, method: str, anchored: bool) -> None:
+    if method != "em":
+        raise ValueError(f"method {method!r} on a truncated joint: only 'em' fits one; use it, or an exact joint")
+    needed = 8 * rank * tree.vocab_size**2 * (tree.horizon - 1)
+    if anchored and needed > DEFAULT_MAX_BYTES:
+        raise ValueError(
+            f"anchored fits over {tree.vocab_size} tokens need {needed / 1e9:.3g} GB; the limit is "
+            f"{DEFAULT_MAX_BYTES / 1e9:.3g} GB: lower the rank or fit it unanchored"
         )

@@ -24,7 +24,11 @@ def random_starts(joint: JointDistribution, rank: int, restarts: int, seed: int)
 
     The noise depends on seed and restart alone, so a joint's fit does not depend on what else is in its batch.
     """
-    marginals = stacked_marginals(joint)
+    return disturbed_marginals(stacked_marginals(joint), rank, restarts, seed)
+
+
+def disturbed_marginals(marginals: Tensor, rank: int, restarts: int, seed: int) -> Mixtures:
+    """The same from the marginals themselves, (items, horizon, vocab)."""
     items, horizon, vocab = marginals.shape
     shape = (horizon, rank, vocab)
     noise = torch.stack([_exponential(shape, restart_generator(seed, restart)) for restart in range(restarts)])
@@ -41,7 +45,11 @@ def stacked_marginals(joint: JointDistribution) -> Tensor:
 
 def marginal_products(joint: JointDistribution, rank: int) -> Mixtures:
     """The product of the marginals, `rank` equal components: the answer of last resort; one run per joint."""
-    marginals = stacked_marginals(joint)
+    return repeated_marginals(stacked_marginals(joint), rank)
+
+
+def repeated_marginals(marginals: Tensor, rank: int) -> Mixtures:
+    """The same from the marginals themselves, (items, horizon, vocab)."""
     factors = marginals[:, :, None].expand(-1, -1, rank, -1).contiguous()
     return Mixtures(factors.new_full((len(factors), rank), 1 / rank), factors)
 

@@ -1,0 +1,137 @@
+"""The expectation step on a truncated joint: sums over kept n-grams instead of matrix products with all of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cpmtp.decomposition.expectation import Counts, Mixtures
+from cpmtp.prefix_tree import PrefixTree
+
+# The most probable prefixes that a fit looks at one by one; the mass of the others counts for the prefixes they extend.
+_MOST_CELLS = 1 << 17
+_CELLS_AT_ONCE = 1 << 14
+_TINY = 1e-290
+# Mass below this is what rounding leaves of a prefix whose children are all kept.
+_ROUNDING = 1e-14
+
+
+@dataclass(frozen=True)
+class Cells:
+    """A law over prefixes of mixed lengths: each stands for all its continuations that are not listed themselves.
+
+    Attributes
+    ----------
+    tokens : (cells, horizon) long tensor
+        Beyond a prefix's end: the vocabulary's size, a token that every factor gives 1.
+    weights : (cells,) tensor
+        Target probabilities; they sum to one.
+    """
+
+    tokens: Int[Tensor, "cells horizon"]
+    weights: Float[Tensor, " cells"]
+
+
+@dataclass(frozen=True)
+class TreeTargets:
+    """Truncated joints as targets of a fit.
+
+    The objective is ``sum_cells w log(w / Q(prefix))``: never above ``KL(P || Q)``, because a coarser view of two laws brings
+    them nearer, and equal to it for a tree of everything.
+
+    Attributes
+    ----------
+    items : tuple of Cells
+        One truncated joint each.
+    owner : (runs,) long tensor
+        Which of them each run is fitted to.
+    vocab : int
+    """
+
+    items: tuple[Cells, ...]
+    owner: Int[Tensor, " runs"]
+    vocab: int
+
+    @classmethod
+    def of(cls, items: tuple[Cells, ...], vocab: int, runs_per_item: int) -> TreeTargets:
+        """Every item repeated for `runs_per_item` consecutive runs."""
+        return cls(items, torch.arange(len(items)).repeat_interleave(runs_per_item), vocab)
+
+    def __getitem__(self, runs) -> TreeTargets:
+        return replace(self, owner=self.owner[runs])
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    def expected_counts(self, mixtures: Mixtures) -> Counts:
+        """The expectation step for every run, and the objective it started from."""
+        counts = [self._count(int(item), mixtures[run]) for run, item in enumerate(self.owner)]
+        return Counts(*(torch.stack(fields) for fields in zip(*(vars(c).values() for c in counts), strict=True)))
+
+    def _count(self, item: int, mixture: Mixtures) -> Counts:
+        cells = self.items[item]
+        # A token's probabilities in all components lie side by side; the token beyond the end has ones.
+        factors = torch.cat([mixture.factors.mT, mixture.factors.new_ones(*mixture.factors.mT[:, :1].shape)], 1)
+        pulls, weights, log_likelihood = torch.zeros_like(factors), torch.zeros_like(mixture.weights), 0.0
+        for tokens, mass in zip(cells.tokens.split(_CELLS_AT_ONCE), cells.weights.split(_CELLS_AT_ONCE), strict=True):
+            share = mixture.weights.expand(len(tokens), -1).clone()
+            for factor, token in zip(factors, tokens.T, strict=True):
+                share *= factor.index_select(0, token)
+            model = share.sum(1).clamp_min_(_TINY)
+            log_likelihood += float(mass @ model.log())
+            share *= (mass / model)[:, None]
+            weights += share.sum(0)
+            for pull, token in zip(pulls, tokens.T, strict=True):
+                pull.index_add_(0, token, share)
+        negative_entropy = float(torch.special.xlogy(cells.weights, cells.weights).sum())
+        return Counts(weights, pulls[:, :-1].mT, torch.tensor(negative_entropy - log_likelihood, dtype=weights.dtype))
+
+
+def tree_cells(tree: PrefixTree, most: int = _MOST_CELLS) -> Cells:
+    """The kept prefixes of a tree as cells: each with its probability less that of its own kept continuations.
+
+    Examples
+    --------
+    >>> from cpmtp.language_model import separated_hmm
+    >>> from cpmtp.prefix_tree import truncated_joint
+    >>> cells = tree_cells(truncated_joint(separated_hmm(2, 4), torch.tensor([0]), 2, mass=1.0))
+    >>> cells.tokens.shape, round(cells.weights.sum().item(), 9)
+    (torch.Size([16, 2]), 1.0)
+    """
+    probs = torch.cat([level.probs for level in tree.levels])
+    # Prefixes are at least as probable as what extends them, so a threshold keeps whole paths.
+    least = probs.topk(most).values[-1] if len(probs) > most else 0.0
+    lengths = range(1, tree.horizon + 1)
+    tokens = [_padded(tree.prefixes(length), tree) for length in (0, *lengths)]
+    left = [torch.ones(1, dtype=torch.float64), *(level.probs.clone() for level in tree.levels)]
+    listed = [torch.ones(1, dtype=torch.bool), *(level.probs >= least for level in tree.levels)]
+    for length, level in zip(lengths, tree.levels, strict=True):
+        some = listed[length]
+        left[length - 1].index_add_(0, level.parents[some], -level.probs[some])
+    weight = torch.cat([values[some] for values, some in zip(left, listed, strict=True)])
+    cells = torch.cat([values[some] for values, some in zip(tokens, listed, strict=True)])
+    return Cells(cells[weight > _ROUNDING], weight[weight > _ROUNDING])
+
+
+def first_token_cells(cells: Cells, first: int) -> Cells:
+    """The law of what follows one first token."""
+    some = cells.tokens[:, 0] == first
+    weights = cells.weights[some]
+    return Cells(cells.tokens[some, 1:], weights / weights.sum())
+
+
+def cell_marginals(cells: Cells, vocab: int) -> Float[Tensor, "horizon vocab"]:
+    """The law of each position among the cells that reach it; uniform where none does."""
+    sums = cells.weights.new_zeros(cells.tokens.shape[1], vocab + 1)
+    for row, token in zip(sums, cells.tokens.T, strict=True):
+        row.index_add_(0, token, cells.weights)
+    total = sums[:, :-1].sum(1, keepdim=True)
+    return torch.where(total > 0, sums[:, :-1] / torch.where(total > 0, total, 1.0), 1 / vocab)
+
+
+def _padded(prefixes: Tensor, tree: PrefixTree) -> Tensor:
+    missing = tree.horizon - prefixes.shape[1]
+    return torch.nn.functional.pad(prefixes, (0, missing), value=tree.vocab_size)
