@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from cpmtp.pretrained import HuggingFaceLanguageModel, embedded_models, load_language_model
     from cpmtp.rank_selection import RankChoice, select_rank
     from cpmtp.report import write_report
+    from cpmtp.sampled_acceptance import AcceptanceEstimate, estimate_acceptance
     from cpmtp.sampling_law import SamplingLaw
     from cpmtp.study import run_study
     from cpmtp.study_plan import StudySettings
     from cpmtp.training import BaseTrainingSettings, train_base
+    from cpmtp.truncated_acceptance import AcceptanceInterval
 
 _HOME = {
     "AcceptanceProfile": "acceptance",
@@ -48,6 +50,9 @@ _HOME = {
     "RankChoice": "rank_selection",
     "select_rank": "rank_selection",
     "write_report": "report",
+    "AcceptanceEstimate": "sampled_acceptance",
+    "estimate_acceptance": "sampled_acceptance",
+    "AcceptanceInterval": "truncated_acceptance",
     "SamplingLaw": "sampling_law",
     "StudySettings": "study_plan",
     "run_study": "study",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,7 +18,9 @@ from torch import Tensor
 from cpmtp.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import LanguageModel
+from cpmtp.prefix_tree import PrefixTree
 from cpmtp.sampling_law import SamplingLaw
+from cpmtp.truncated_acceptance import AcceptanceInterval, certified_acceptance
 
 FIRST_TOKENS = ("target", "draft")
 Draft = CPDistribution | JointDistribution | LanguageModel
@@ -68,7 +71,7 @@ class AcceptanceProfile:
 
 
 def implied_acceptance(
-    joint: JointDistribution,
+    joint: JointDistribution | PrefixTree,
     draft: Draft,
     *,
     rule: str = "block",
@@ -79,7 +82,7 @@ def implied_acceptance(
     context: Int[Tensor, " time"] | None = None,
     epsilon: float = 0.3,
     delta: float = 0.09,
-) -> AcceptanceProfile:
+) -> AcceptanceProfile | AcceptanceInterval:
     """Survival and tokens per call that a draft earns against the exact joint.
 
     With ``P`` the joint, ``Q`` the draft's joint (``P(x1) Q(x_2:k | x1)`` where the target gives the first token), and
@@ -95,8 +98,8 @@ def implied_acceptance(
 
     Parameters
     ----------
-    joint : JointDistribution
-        The target's law; temperature, top-k and top-p are part of it (see `exact_joint`).
+    joint : JointDistribution or PrefixTree
+        The target's law; temperature, top-k and top-p are part of it (see `exact_joint` and `truncated_joint`).
     draft : CPDistribution, JointDistribution or LanguageModel
         Over the joint's horizon; or anchored: with a further batch axis over the first token and horizon n-1.
     rule : {"token", "block", "coupling", "greedy", "typical"}
@@ -110,8 +113,8 @@ def implied_acceptance(
 
     Returns
     -------
-    AcceptanceProfile
-        With the joint's batch axes.
+    AcceptanceProfile or AcceptanceInterval
+        With the joint's batch axes; for a truncated joint, bounds that contain the exact values (see `certified_acceptance`).
 
     Raises
     ------
@@ -132,7 +135,9 @@ def implied_acceptance(
     ...  for rule in ("token", "block", "coupling")]
     [10, 11, 12]
     """
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "context": context}
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "context": context}
+    if isinstance(joint, PrefixTree):
+        return certified_acceptance(joint, draft, rule=rule, first_token=first_token, epsilon=epsilon, delta=delta, **options)
     return acceptance_profiles(joint, draft, (rule,), first_token=first_token, epsilon=epsilon, delta=delta, **options)[rule]
 
 
@@ -181,14 +186,14 @@ def revealed_component_survival(
     if first_token == "draft":
         for a in range(draft.rank):
             component = CPDistribution(certain, [f[:, a : a + 1] for f in draft.factors])
-            total += draft.weights[a] * implied_acceptance(joint, component, rule=rule, first_token=first_token).survival
+            total += draft.weights[a] * acceptance_profiles(joint, component, (rule,), first_token=first_token)[rule].survival
         return total
     given, first = joint.given_first_token(), joint.prefix_probs(1)
     posterior = _posterior(draft)
     for a in range(draft.rank):
         factors = [f[:, a : a + 1].expand(joint.vocab_size, -1, -1) for f in draft.factors[1:]]
         component = CPDistribution(certain.expand(joint.vocab_size, 1), factors)
-        profile = implied_acceptance(given, component, rule=rule, first_token="draft")
+        profile = acceptance_profiles(given, component, (rule,), first_token="draft")[rule]
         total[1:] += torch.einsum("v,v,vk->k", first, posterior[:, a], profile.survival)
     total[0] = 1.0
     return total

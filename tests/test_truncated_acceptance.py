@@ -12,6 +12,7 @@ from random_drafts import random_draft
 from reference_joint import brute_force_survival
 from tiny_models import BigramTable, RecurrentModel
 
+from cpmtp.acceptance import implied_acceptance
 from cpmtp.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.prefix_tree import truncated_joint
@@ -159,3 +160,14 @@ def test_a_real_models_interval_is_narrow_in_seconds(stories):
         tree = truncated_joint(lm, context, 4, mass=0.996)
         bounds = certified_acceptance(tree, random_draft(512, 4, 4, seed))
         assert bounds.tokens_per_call_upper - bounds.tokens_per_call_lower <= 0.02
+
+
+def test_implied_acceptance_of_a_tree_is_the_interval_around_that_of_the_joint():
+    lm, draft = RecurrentModel(6), random_draft(6, 3, 2, 1)
+    tree, joint = truncated_joint(lm, CONTEXT, 3, mass=0.95), exact_joint(lm, CONTEXT, 3)
+    for rule in (*RULES, "greedy"):
+        for first_token in ("target", "draft"):
+            for law in ({}, {"top_k": 4}):
+                exact = implied_acceptance(joint, draft, rule=rule, first_token=first_token, **law)
+                bounds = implied_acceptance(tree, draft, rule=rule, first_token=first_token, **law)
+                assert_contains(bounds, exact.survival)
