@@ -85,15 +85,15 @@ def attend_in_tree(
     """
     _, heads, tokens, width = query.shape
     groups, context = key.shape[1], key.shape[2] - tokens
-    query = (query[0] * scaling).view(groups, heads // groups, tokens, width)
     out = torch.empty(tokens, heads, width, dtype=query.dtype, device=query.device)
-    given = (key[0, :, :context].mT.contiguous(), value[0, :, :context].mT.contiguous())
-    own = (key[0, :, context:], value[0, :, context:])
+    # Scaling the few keys is cheaper than scaling the scores of all tokens with them.
+    given = (key[0, :, :context].mT * scaling, value[0, :, :context].mT.contiguous())
+    own = (key[0, :, context:] * scaling, value[0, :, context:])
     size = max(_SCORES_AT_ONCE // (heads * context), 1)
     for start in range(0, tokens, size):
         some = slice(start, start + size)
-        mixed = _attend(query[:, :, some], given, own, lineage[some])
-        out[some] = mixed.permute(2, 0, 1, 3).reshape(-1, heads, width)
+        part = query[0, :, some].contiguous().view(groups, heads // groups, -1, width)
+        out[some] = _attend(part, given, own, lineage[some]).permute(2, 0, 1, 3).reshape(-1, heads, width)
     return out[None]
 
 
@@ -101,16 +101,16 @@ def _attend(query: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Te
     """(groups, heads per group, tokens, width): context and lineage are weighed apart and divided by their common sum."""
     groups, shared, tokens, width = query.shape
     exact = torch.promote_types(query.dtype, torch.float32)
-    scores = torch.bmm(query.reshape(groups, -1, width), context[0]).to(exact)
+    scores = torch.bmm(query.view(groups, -1, width), context[0]).to(exact)
     places = lineage.clamp_min(0).unbind(1)
-    own_scores = torch.stack([(query * own[0].index_select(1, at)[:, None]).sum(-1) for at in places], -1)
-    own_scores = own_scores.to(exact).masked_fill_(lineage < 0, -torch.inf)
-    top = torch.maximum(scores.amax(-1).view(groups, shared, tokens), own_scores.amax(-1))[..., None]
+    own_scores = torch.stack([(query * own[0].index_select(1, at)[:, None]).sum(-1) for at in places]).to(exact)
+    own_scores.masked_fill_((lineage.T < 0)[:, None, None], -torch.inf)
+    top = torch.maximum(scores.amax(-1).view(groups, shared, tokens), own_scores.amax(0))
     weights = scores.sub_(top.view(groups, -1, 1)).exp_()
     own_weights = own_scores.sub_(top).exp_()
-    total = weights.sum(-1).view(groups, shared, tokens, 1) + own_weights.sum(-1, keepdim=True)
+    total = weights.sum(-1).view(groups, shared, tokens) + own_weights.sum(0)
     # This way round the product is three times as fast where heads are narrow.
     mixed = torch.bmm(context[1], weights.to(query.dtype).mT).mT.reshape(query.shape)
-    for depth, at in enumerate(places):
-        mixed.addcmul_(own_weights[..., depth, None].to(query.dtype), own[1].index_select(1, at)[:, None])
-    return mixed.div_(total)
+    for weight, at in zip(own_weights.to(query.dtype), places, strict=True):
+        mixed.addcmul_(weight[..., None], own[1].index_select(1, at)[:, None])
+    return mixed.div_(total[..., None])
