@@ -159,7 +159,7 @@ def test_what_cannot_be_studied_is_refused_before_any_work(change, said, tmp_pat
 
 def test_a_study_killed_half_way_finishes_with_the_same_table(tmp_path, root):
     command = [sys.executable, "-m", "cpmtp.cli", "study", "--model", "tiny_models:hidden_markov", "--contexts", "8"]
-    command += ["--context-length", "4", "--ranks", "1,2,4,8", "--methods", "als,em,gradient", "--workers", "1"]
+    command += ["--context-length", "4", "--ranks", "1,2,4,8", "--methods", "als,em", "--workers", "1"]
     environment = os.environ | {"PYTHONPATH": str(root / "tests"), "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen([*command, "--out", tmp_path / "killed"], cwd=root, env=environment)
     parts = tmp_path / "killed" / "parts"
