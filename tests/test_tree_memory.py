@@ -1,0 +1,41 @@
+"""A tree over 32,000 tokens needs memory in proportion to its expanded nodes, not to the vocabulary."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+GROW = """
+import resource, sys
+import torch
+from cpmtp.prefix_tree import truncated_joint
+from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
+
+torch.set_num_threads(1)
+model = new_llama(32_000, width=96, layers=2, window=64, seed=0)
+# A head of its own, sharp enough for about three nats of entropy, as real text has.
+model.lm_head.weight = torch.nn.Parameter(0.39 * torch.randn(32_000, 96, generator=torch.Generator().manual_seed(0)))
+lm = HuggingFaceLanguageModel(model)
+context = torch.arange(16)
+truncated_joint(lm, context, 4, mass=1.0, max_nodes=150)  # the model and one batch
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+tree = truncated_joint(lm, context, 4, mass=1.0, max_nodes=int(sys.argv[1]))
+print(tree.expanded_nodes, tree.nbytes, peak() - before, tree.levels[0].parent_entropies[0].item())
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_in_proportion_to_the_expanded_nodes():
+    grown = {}
+    for nodes in (2000, 8000):
+        done = subprocess.run([sys.executable, "-c", GROW, str(nodes)], capture_output=True, text=True, check=True)
+        expanded, nbytes, beyond, entropy = map(float, done.stdout.split())
+        grown[nodes] = nbytes
+        assert expanded == nodes and 1.5 <= entropy <= 5
+        assert nbytes <= 40 * 512 * nodes
+        # Candidates for the next step and the joining of levels hold some copies for a while.
+        assert beyond <= 5 * nbytes + 100e6
+    assert 3 <= grown[8000] / grown[2000] <= 5
