@@ -19,7 +19,7 @@ model = new_llama(32_000, width=96, layers=2, window=64, seed=0)
 model.lm_head.weight = torch.nn.Parameter(0.39 * torch.randn(32_000, 96, generator=torch.Generator().manual_seed(0)))
 lm = HuggingFaceLanguageModel(model)
 context = torch.arange(16)
-truncated_joint(lm, context, 4, mass=1.0, max_nodes=150)  # the model and one batch
+truncated_joint(lm, context, 4, mass=1.0, max_nodes=1000, max_children=2)  # the model and one full batch
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
 tree = truncated_joint(lm, context, 4, mass=1.0, max_nodes=int(sys.argv[1]))
@@ -37,5 +37,5 @@ def test_memory_is_in_proportion_to_the_expanded_nodes():
         assert expanded == nodes and 1.5 <= entropy <= 5
         assert nbytes <= 40 * 512 * nodes
         # Candidates for the next step and the joining of levels hold some copies for a while.
-        assert beyond <= 5 * nbytes + 100e6
+        assert beyond <= 5 * nbytes + 150e6
     assert 3 <= grown[8000] / grown[2000] <= 5
