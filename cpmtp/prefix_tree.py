@@ -215,8 +215,8 @@ class _Nodes:
     def __getitem__(self, index: Tensor) -> _Nodes:
         return _Nodes(*(field[index] for field in vars(self).values()))
 
-    def joined(self, others: list[_Nodes]) -> _Nodes:
-        return _Nodes(*(torch.cat(fields) for fields in zip(*(vars(n).values() for n in (self, *others)), strict=True)))
+    def joined(self, other: _Nodes) -> _Nodes:
+        return _Nodes(*(torch.cat(fields) for fields in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 class _Frontier:
@@ -229,7 +229,7 @@ class _Frontier:
     def __len__(self) -> int:
         return len(self.nodes)
 
-    def add(self, found: list[_Nodes], room: int) -> None:
+    def add(self, found: _Nodes, room: int) -> None:
         nodes = self.nodes.joined(found)
         self.nodes = nodes[nodes.probs.topk(room, sorted=False).indices] if len(nodes) > room else nodes
 
@@ -271,10 +271,9 @@ class _Growth:
             self.greedy.append(token)
             node = children[chosen]
             if depth < self.horizon - 1:
-                self.frontier.add([children[~chosen]], self.max_nodes)
+                self.frontier.add(children[~chosen], self.max_nodes)
 
     def expand(self, nodes: _Nodes) -> None:
-        found = []
         for depth in nodes.depths.unique().tolist():
             some = nodes[nodes.depths == depth]
             # Sorted, prefixes that begin alike are evaluated together.
@@ -282,8 +281,7 @@ class _Growth:
             for part in order.split(prefixes_at_once(self.lm.vocab_size)):
                 children = self._children(some[part], depth)
                 if depth < self.horizon - 1:
-                    found.append(children)
-        self.frontier.add(found, max(self.max_nodes - self.expanded, 1))
+                    self.frontier.add(children, max(self.max_nodes - self.expanded, 1))
 
     def _children(self, nodes: _Nodes, depth: int) -> _Nodes:
         """Ask for the next-token laws of prefixes of one depth, store the kept children and return them."""
