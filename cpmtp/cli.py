@@ -18,7 +18,7 @@ app = typer.Typer(
 )
 
 # typer brings its own copy of click from some version on; this is the base class in either.
-_UsageError = typer.BadParameter.__bases__[0]
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     except ValueError as error:
         _stop(" ".join(str(error).split()))
     except _UsageError as error:
-        _stop(error.format_message())
+        _stop(getattr(error, "format_message", lambda: str(error))())
     except OSError as error:
         _stop(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     except (KeyboardInterrupt, typer.Abort):
@@ -73,7 +73,7 @@ def study(
     contexts: Annotated[int, typer.Option(help="Contexts per model.")] = 8,
     context_length: Annotated[int, typer.Option(help="Tokens in a context.")] = 64,
     temperature: Annotated[float, typer.Option(help="Temperature of the target's law.")] = 1.0,
-    restarts: Annotated[int, typer.Option(help="Random starts per fit; the best is kept.")] = 2,
+    restarts: Annotated[int, typer.Option(help="Random starts per fit; the best is kept.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of the study; the same folder again goes on with it.")] = Path("runs/study"),
     seed: Annotated[int, typer.Option(help="Seed of contexts and starts.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Local processes; default one per core.")] = None,

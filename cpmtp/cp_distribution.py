@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,7 @@ class CPDistribution:
     """
 
     weights: Float[Tensor, "*batch rank"]
-    factors: tuple[Float[Tensor, "*batch vocab rank"], ...]
+    factors: Sequence[Float[Tensor, "*batch vocab rank"]]
 
     def __post_init__(self):
         object.__setattr__(self, "factors", tuple(self.factors))

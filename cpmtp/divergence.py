@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -105,18 +105,22 @@ def is_anchored(joint: JointDistribution, draft: CPDistribution | JointDistribut
     )
 
 
-def _entries(joint: JointDistribution, draft, anchored: bool) -> Iterator[tuple[Tensor, Iterator[Tensor]]]:
+def _entries(joint: JointDistribution, draft, anchored: bool) -> Iterator[tuple[Tensor, Callable[[slice], Tensor]]]:
     """Pairs of one batch entry's probabilities as a matrix (vocab, rest) and a reader of the draft's rows."""
     vocab = joint.vocab_size
     for item, probs in enumerate(joint.probs.reshape(-1, vocab, vocab ** (joint.horizon - 1))):
         if isinstance(draft, JointDistribution):
             dense = draft.probs.reshape(-1, vocab, vocab ** (joint.horizon - 1))[item]
             scale = probs.sum(1, keepdim=True) if anchored else torch.ones_like(probs[:, :1])
-            yield probs, lambda rows, dense=dense, scale=scale: scale[rows] * dense[rows]
+            yield probs, _dense_reader(scale, dense)
         elif anchored:
             yield probs, _anchored_reader(probs.sum(1), _flat(draft, 1 + len(joint.batch_shape), item * vocab, vocab))
         else:
             yield probs, _plain_reader(*_flat(draft, len(joint.batch_shape), item, 1))
+
+
+def _dense_reader(scale: Tensor, dense: Tensor) -> Callable[[slice], Tensor]:
+    return lambda rows: scale[rows] * dense[rows]
 
 
 def _flat(draft: CPDistribution, axes: int, start: int, count: int) -> tuple[Tensor, list[Tensor]]:

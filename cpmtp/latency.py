@@ -1,8 +1,8 @@
 """What tokens per call are worth: step times, throughput, cost.
 
 The textbook assumptions, all of them stated: one request at a time on one device; a call's time depends on horizon and rank
-alone, ``t(n, r) = a + b n + c n r``, not on what is accepted; tokens per call are those of the contexts decoding meets. A loaded
-server that verifies many requests in one batch gains less: its forward passes are bound by arithmetic, and refused tokens cost.
+alone, ``t(n, r) = a + b n + c n r``, not on what is accepted; tokens per call are those of the contexts decoding meets. A
+loaded server that verifies many requests in one batch gains less: there arithmetic is the limit, and refused tokens cost.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class StudySettings:
     contexts: int = 8
     context_length: int = 64
     temperature: float = 1.0
-    restarts: int = 2
+    restarts: int = 1
     max_bytes: int = 4_000_000_000
     seed: int = 0
 

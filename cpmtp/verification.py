@@ -1,9 +1,9 @@
 """Token and block verification as pure functions: what is accepted, what comes next.
 
-One target call returns the target's laws `p` at every position of a drafted path and at the one after it; `q` holds the laws the
-draft was sampled from. Both rules accept a path's first ``tau`` tokens with probabilities that depend on `p`, `q` and the path
-alone, then emit one more token from the residual (or, after the whole path, from the target). What is emitted follows the
-target's law exactly, for any draft.
+One target call returns the target's laws `p` at every position of a drafted path and at the one after it; `q` holds the
+laws the draft was sampled from. Both rules accept a path's first ``tau`` tokens with probabilities that depend on `p`, `q` and
+the path alone, then emit one more token from the residual (or, after the whole path, from the target). What is emitted follows
+the target's law exactly, for any draft.
 
 Axes: ``batch position vocab``; `position` of `q` and of the path is ``length``, of `p` ``length + 1``.
 """

@@ -137,7 +137,7 @@ def _renormalised(raw: _RawFit) -> Mixtures:
 
 def _mixture(weights: np.ndarray, factors: list[np.ndarray]) -> Mixtures:
     proper = normalised_cp(torch.from_numpy(weights), [torch.from_numpy(f) for f in factors])
-    return Mixtures(proper.weights[None], torch.stack(proper.factors).mT[None].contiguous())
+    return Mixtures(proper.weights[None], torch.stack(list(proper.factors)).mT[None].contiguous())
 
 
 def _marginal_product(probs: np.ndarray, rank: int) -> Mixtures:

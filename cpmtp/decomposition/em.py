@@ -75,7 +75,8 @@ def m_step(counts: Counts, previous: Mixtures) -> Mixtures:
 def _squarem_cycle(
     targets: Targets | CountingTargets, current: Mixtures, once: Mixtures, step_limit: Tensor
 ) -> tuple[Mixtures, Counts, Tensor, list[int]]:
-    """Next mixtures with their counts, the new step limits, and the passes over the joint this took (2, or 3 after a rejected point)."""
+    """Next mixtures with their counts, the new step limits, and the passes over the joint this took (3 after a
+    rejected point, otherwise 2)."""
     counts_once = expected_counts(targets, once)
     twice = m_step(counts_once, once)
     proposed, step = _extrapolated((current, once, twice), step_limit)

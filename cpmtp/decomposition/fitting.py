@@ -41,7 +41,7 @@ _DEFAULT_EFFORT = {
     "hals": _Effort(50, 1e-6),
     "mu": _Effort(100, 1e-6),
     "em": _Effort(200, 1e-4),
-    "gradient": _Effort(200, 1e-4),
+    "gradient": _Effort(100, 1e-4),
 }
 # Joints up to this many entries are cheap: KL fits may take ten times as many passes.
 _SMALL_JOINT = 50_000
@@ -117,14 +117,14 @@ def _effort(joint: JointDistribution | PrefixTree, method: str, max_iterations: 
 
 def _solve(joint: JointDistribution, rank: int, method: str, settings: tuple[int, int, _Effort]) -> tuple[Runs, Tensor]:
     restarts, seed, effort = settings
-    limits = {"max_iterations": effort.max_iterations, "tolerance": effort.tolerance}
+    passes, tolerance = effort.max_iterations, effort.tolerance
     if method in SQUARED_ERROR_METHODS:
         probs = joint.probs.reshape(-1, *(joint.vocab_size,) * joint.horizon)
-        runs = squared_error_runs(probs, rank, method, restarts=restarts, seed=seed, **limits)
-    else:
-        targets, start = Targets.of(joint, restarts), random_starts(joint, rank, restarts, seed)
-        runs = {"em": em_runs, "gradient": gradient_runs}[method](targets, start, **limits)
-    return runs.best_of(restarts)
+        runs = squared_error_runs(probs, rank, method, restarts=restarts, seed=seed, max_iterations=passes, tolerance=tolerance)
+        return runs.best_of(restarts)
+    targets, start = Targets.of(joint, restarts), random_starts(joint, rank, restarts, seed)
+    by = em_runs if method == "em" else gradient_runs
+    return by(targets, start, max_iterations=passes, tolerance=tolerance).best_of(restarts)
 
 
 def _fit_anchored(joint: JointDistribution, rank: int, method: str, settings) -> FitResult:

@@ -90,7 +90,7 @@ class _History:
         product = (step * change).sum(1)
         useful = product > 1e-10 * step.norm(dim=1) * change.norm(dim=1)
         reciprocal = torch.where(useful, 1 / torch.where(useful, product, 1.0), 0.0)
-        pairs = (self.steps + [step], self.changes + [change], self.reciprocals + [reciprocal])
+        pairs = ([*self.steps, step], [*self.changes, change], [*self.reciprocals, reciprocal])
         return _History(*(field[-_MEMORY:] for field in pairs))
 
     def direction(self, gradient: Tensor) -> Tensor:
