@@ -32,7 +32,7 @@ print(tree.expanded_nodes, tree.nbytes, peak() - before, tree.levels[0].parent_e
 def test_memory_is_in_proportion_to_the_expanded_nodes():
     grown = {}
     for nodes in (2000, 8000):
-        # With a fixed threshold the allocator gives freed tensors back at once: the peak is what is held, not how scattered.
+        # With a fixed threshold the allocator gives freed tensors back at once: the peak is what is held, however scattered.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         command = [sys.executable, "-c", GROW, str(nodes)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
