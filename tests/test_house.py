@@ -28,7 +28,8 @@ ALLOWED = {
     "study_plan": EXACT | {"pretrained"},
     "study": EXACT | {"pretrained", "study_plan"},
     "rank_selection": {"latency"},
-    "training": EXACT | {"pretrained", "muon", "cp_head"} - {"decomposition"},
+    "training": EXACT | {"pretrained", "muon", "cp_head", "base_evaluation"} - {"decomposition"},
+    "base_evaluation": {"corpora"},
     "report": {"plots", "rank_selection", "latency"},
 }
 TOUCHED_BY = {"tensorly": {"decomposition/als.py", "cp_distribution.py"}, "matplotlib": {"plots.py"}}

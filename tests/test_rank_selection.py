@@ -30,6 +30,7 @@ def study_table(gain, contexts=64, documents=32, noise=0.05, seed=0, horizon=3) 
                         "rank": rank,
                         "method": method,
                         "status": "ok",
+                        "message": "",
                         "tokens_per_call_block_target": value,
                         "survival_block_target_1": 1.0,
                         "survival_block_target_2": value / horizon,

@@ -171,6 +171,7 @@ def test_a_study_killed_half_way_finishes_with_the_same_table(tmp_path, root):
     running.wait()
     assert len(list(parts.glob("[0-9]*.parquet"))) < 8
     for folder in ("killed", "whole"):
-        subprocess.run([*command, "--out", tmp_path / folder], cwd=root, env=environment, check=True, capture_output=True)
+        done = subprocess.run([*command, "--out", tmp_path / folder], cwd=root, env=environment, capture_output=True)
+        assert done.returncode in (0, 1)  # 1: least squares above the true rank is singular, and said to be
     killed, whole = (read_study(tmp_path / folder)[0] for folder in ("killed", "whole"))
     pd.testing.assert_frame_equal(without_times(killed), without_times(whole))
