@@ -41,10 +41,12 @@ _DEFAULT_EFFORT = {
     "hals": _Effort(50, 1e-6),
     "mu": _Effort(100, 1e-6),
     "em": _Effort(200, 1e-4),
-    "gradient": _Effort(100, 1e-4),
+    "gradient": _Effort(80, 1e-4),
 }
-# Joints up to this many entries are cheap: KL fits may take ten times as many passes.
+# Joints up to this many entries are cheap: more passes are allowed. A gradient pass costs several of em's there, where the
+# optimiser's own bookkeeping is the larger part.
 _SMALL_JOINT = 50_000
+_MORE_PASSES = {"em": 10, "gradient": 3}
 
 
 def fit(
@@ -108,9 +110,9 @@ def fit(
 
 def _effort(joint: JointDistribution | PrefixTree, method: str, max_iterations: int | None, tolerance: float | None) -> _Effort:
     default = _DEFAULT_EFFORT[method]
-    small = joint.vocab_size**joint.horizon <= _SMALL_JOINT and method not in SQUARED_ERROR_METHODS
+    more = _MORE_PASSES.get(method, 1) if joint.vocab_size**joint.horizon <= _SMALL_JOINT else 1
     return _Effort(
-        default.max_iterations * (10 if small else 1) if max_iterations is None else max_iterations,
+        default.max_iterations * more if max_iterations is None else max_iterations,
         default.tolerance if tolerance is None else tolerance,
     )
 
