@@ -6,6 +6,7 @@ import ast
 import doctest
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 
@@ -122,3 +123,10 @@ def _modules():
 def test_docstring_examples_run(name):
     outcome = doctest.testmod(importlib.import_module(name))
     assert outcome.failed == 0
+
+
+def test_every_reference_is_in_the_bibliography(root):
+    known = set(re.findall(r"@\w+\{(\w+),", (root / "docs" / "references.bib").read_text("utf-8")))
+    for path in _files(root):
+        for lines in re.findall(r"References\n\s+-+\n\s+([\w, ]+)\n", path.read_text("utf-8")):
+            assert set(re.split(r",\s*", lines.strip())) <= known, path
