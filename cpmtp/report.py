@@ -96,11 +96,12 @@ def _figures(label: str, horizon: int, choice: RankChoice, methods: pd.DataFrame
             ),
             f"Tokens per call rise from {ranks.iloc[0].tokens_per_call:.2f} at rank {ranks.iloc[0]['rank']:.0f} to "
             f"{last.tokens_per_call:.2f} at rank {last['rank']:.0f}; an exact draft would give {horizon}. "
-            f"Recommended: rank {choice.rank[horizon]}.",
+            f"Recommended: rank {'at least ' if choice.at_grid_edge[horizon] else ''}{choice.rank[horizon]}.",
         ),
         Figure(
             Markup(figure_svg(lambda ax: plot_error_against_rank(errors, ax), f"Error against rank ({label})")),
-            "KL divergence from the exact joint to each method's fit, median over contexts with quartiles.",
+            "KL divergence from the exact joint to each method's fit, median over contexts with quartiles. A line ends where "
+            "the divergence is infinite: the fit gives nothing to what the target can emit.",
         ),
         Figure(
             Markup(figure_svg(lambda ax: plot_survival(positions, ax), f"Survival per position ({label})")),
