@@ -168,7 +168,7 @@ class StudyEstimate:
 
 # Read off a two-core machine: bytes of an idle worker, joints a worker holds while it fits one, and seconds per entry of the
 # joint and component of an average fit.
-_IDLE_BYTES, _JOINTS_HELD, _SECONDS_PER_ENTRY = 600_000_000, 8, 2.5e-8
+_IDLE_BYTES, _JOINTS_HELD, _SECONDS_PER_ENTRY = 600_000_000, 8, 1.25e-7
 
 
 def estimate_study(settings: StudySettings, workers: int | None = None) -> StudyEstimate:
