@@ -120,7 +120,7 @@ class CountingTargets(Protocol):
     def __getitem__(self, runs) -> CountingTargets: ...
 
 
-def expected_counts(targets: Targets | CountingTargets, mixtures: Mixtures) -> Counts:
+def expected_counts(targets: Targets | CountingTargets, mixtures: Mixtures, *, with_kl: bool = True) -> Counts:
     """The E step of latent class analysis for every run, and the KL divergence it started from.
 
     With ``L[a] = w_a A_1[a] (x) ... (x) A_h[a]`` and ``R[a] = A_{h+1}[a] (x) ... (x) A_n[a]`` (outer products over the two
@@ -134,6 +134,8 @@ def expected_counts(targets: Targets | CountingTargets, mixtures: Mixtures) -> C
         The latter do it their own way.
     mixtures : Mixtures
         As many runs as the targets.
+    with_kl : bool
+        False leaves the divergences NaN: a logarithm per entry of the joint is a quarter of a sweep.
 
     References
     ----------
@@ -145,12 +147,12 @@ def expected_counts(targets: Targets | CountingTargets, mixtures: Mixtures) -> C
     left = outer_products(mixtures.factors[:, :head]) * mixtures.weights[..., None]
     right = outer_products(mixtures.factors[:, head:])
     left_pull, right_pull = torch.empty_like(left), torch.empty_like(right)
-    log_likelihood = left.new_zeros(len(left))
-    block = _block(left)
-    step = max(block // (left.shape[-1] * right.shape[-1]), 1)
+    log_likelihood = left.new_full((len(left),), 0.0 if with_kl else torch.nan)
+    step = max(_block(left) // (left.shape[-1] * right.shape[-1]), 1)
     for start in range(0, len(left), step):
         runs = slice(start, start + step)
-        _pull(targets[runs], (left[runs], right[runs]), (left_pull[runs], right_pull[runs]), log_likelihood[runs], block)
+        pulls = (left_pull[runs], right_pull[runs])
+        log_likelihood[runs] += _pull(targets[runs], (left[runs], right[runs]), pulls, with_kl)
     left_pull *= left
     right_pull *= right
     left_counts = _position_sums(left_pull, head, targets.vocab)
@@ -159,20 +161,23 @@ def expected_counts(targets: Targets | CountingTargets, mixtures: Mixtures) -> C
     return Counts(left_pull.sum(-1), factors, targets.negative_entropy[targets.owner] - log_likelihood)
 
 
-def _pull(targets: Targets, halves: tuple[Tensor, Tensor], pulls: tuple[Tensor, Tensor], log_likelihood: Tensor, block: int):
-    """Fill ``R T^T`` and ``L T`` of a few runs and add ``sum P log(L^T R)``."""
+def _pull(targets: Targets, halves: tuple[Tensor, Tensor], pulls: tuple[Tensor, Tensor], with_kl: bool) -> Tensor:
+    """Fill ``R T^T`` and ``L T`` of a few runs; ``sum P log(L^T R)`` where it is asked for, else zero."""
     left, right = halves
+    log_likelihood = left.new_zeros(len(left))
     probs = targets.matrices[targets.owner] if len(left) > 1 else targets.matrices[int(targets.owner[0])][None]
-    row_step = max(block // (len(left) * right.shape[-1]), 1)
+    row_step = max(_block(left) // (len(left) * right.shape[-1]), 1)
     for start in range(0, left.shape[-1], row_step):
         rows = slice(start, start + row_step)
         shape = (len(left), left[..., rows].shape[-1], right.shape[-1])
         model, quotient = (buffer[: math.prod(shape)].view(shape) for buffer in targets.scratch)
         torch.bmm(left[..., rows].mT, right, out=model).clamp_min_(_TINY)
-        log_likelihood += torch.log(model, out=quotient).mul_(probs[:, rows]).sum((1, 2))
+        if with_kl:
+            log_likelihood += torch.log(model, out=quotient).mul_(probs[:, rows]).sum((1, 2))
         torch.div(probs[:, rows], model, out=quotient)
         torch.bmm(right, quotient.mT, out=pulls[0][..., rows])
         torch.baddbmm(pulls[1], left[..., rows], quotient, beta=1.0 if start else 0.0, out=pulls[1])
+    return log_likelihood
 
 
 def outer_products(factors: Float[Tensor, "runs positions rank vocab"]) -> Float[Tensor, "runs rank sequences"]:

@@ -43,6 +43,8 @@ class FitResult:
         its negative entries, and one minus the sum of all entries. NaN where not meant.
     restart_objectives : (*batch, restarts) tensor
         Objective of every restart (infinite if it failed): their spread shows how ill-posed the fit is.
+    restart_match_scores : (*batch, restarts) tensor
+        `factor_match_score` of every restart with the best one: below 1 the components are no property of the joint.
     trace : tuple of float or of tuples
         Objective after each recorded iteration of the best restart (empty where a method keeps none).
     method : str
@@ -59,5 +61,6 @@ class FitResult:
     negative_mass: float | Float[Tensor, "*batch"]
     mass_deficit: float | Float[Tensor, "*batch"]
     restart_objectives: Float[Tensor, "*batch restarts"]
+    restart_match_scores: Float[Tensor, "*batch restarts"]
     trace: tuple
     method: str

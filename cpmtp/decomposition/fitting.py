@@ -4,49 +4,37 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cpmtp.cp_distribution import CPDistribution
-from cpmtp.decomposition.als import squared_error_runs
-from cpmtp.decomposition.em import em_runs
-from cpmtp.decomposition.expectation import Mixtures, Targets
+from cpmtp.decomposition.expectation import Mixtures
 from cpmtp.decomposition.fit_result import FAILED, NOT_CONVERGED, OK, FitResult
-from cpmtp.decomposition.gradient import gradient_runs
 from cpmtp.decomposition.solution import Runs
+from cpmtp.decomposition.solving import METHODS, Plan, Solved, solve, solve_counting
 from cpmtp.decomposition.sparse_em import TreeTargets, cell_marginals, first_token_cells, tree_cells
-from cpmtp.decomposition.starts import disturbed_marginals, marginal_products, random_starts, repeated_marginals
+from cpmtp.decomposition.starts import marginal_products, repeated_marginals
 from cpmtp.joint_distribution import DEFAULT_MAX_BYTES, JointDistribution
 from cpmtp.prefix_tree import PrefixTree
 
-SQUARED_ERROR_METHODS = ("als", "hals", "mu")
-METHODS = (*SQUARED_ERROR_METHODS, "em", "gradient")
 # First tokens below this probability get the product of their marginals in an anchored fit: all together they
 # cannot change tokens per call in its fifth digit.
 NOTICEABLE_MASS = 1e-8
-
-
-@dataclass(frozen=True)
-class _Effort:
-    """When a method stops: passes over the joint and gain (nats, or relative error for squared-error methods)."""
-
-    max_iterations: int
-    tolerance: float
-
-
+# Most passes over the joint (TensorLy methods: outer iterations) and the gain below which a run stops.
 _DEFAULT_EFFORT = {
-    "als": _Effort(50, 1e-6),
-    "hals": _Effort(50, 1e-6),
-    "mu": _Effort(100, 1e-6),
-    "em": _Effort(200, 1e-4),
-    "gradient": _Effort(80, 1e-4),
+    "als": (50, 1e-6),
+    "hals": (50, 1e-6),
+    "mu": (100, 1e-6),
+    "em": (200, 1e-4),
+    "gradient": (80, 1e-4),
+    "acceptance": (80, 1e-4),
 }
 # Joints up to this many entries are cheap: more passes are allowed. A gradient pass costs several of em's there, where the
 # optimiser's own bookkeeping is the larger part.
 _SMALL_JOINT = 50_000
-_MORE_PASSES = {"em": 10, "gradient": 3}
+_MORE_PASSES = {"em": 10, "gradient": 3, "acceptance": 3}
 
 
 def fit(
@@ -59,6 +47,9 @@ def fit(
     anchored: bool = False,
     max_iterations: int | None = None,
     tolerance: float | None = None,
+    load_balancing: float = 0.0,
+    rule: str = "block",
+    first_token: str = "target",
 ) -> FitResult:
     """Fit a CP distribution of the given rank to a joint distribution.
 
@@ -69,10 +60,12 @@ def fit(
         prefixes; the objective is then a lower bound of ``KL(P || Q)``.
     rank : int
         Number of components.
-    method : {"em", "gradient", "als", "hals", "mu"}
-        ``em`` and ``gradient`` minimise ``KL(P || Q)`` in nats, the others the squared error.
+    method : {"em", "gradient", "acceptance", "als", "hals", "mu"}
+        ``em`` and ``gradient`` minimise ``KL(P || Q)`` in nats, ``acceptance`` minus the tokens per call (from an ``em`` fit,
+        and never worse than it), the others the squared error.
     restarts : int
-        Random starts; the best answer is returned.
+        The best answer is returned. For all but the squared-error methods each restart is the best of four random starts
+        after six sweeps of ``em``.
     seed : int
         Restart k begins at the same point whatever the number of restarts and the batch.
     anchored : bool
@@ -81,12 +74,18 @@ def fit(
     max_iterations : int, optional
         Most passes over the joint (TensorLy methods: outer iterations).
     tolerance : float, optional
-        ``em``, ``gradient``: gain in nats below which a run stops; others: TensorLy's ``tol``.
+        ``em``, ``gradient``: gain in nats over ten passes below which a run stops; ``acceptance``: the same in tokens per
+        call; others: TensorLy's ``tol``.
+    load_balancing : float
+        ``gradient`` only: strength of a pull towards equal weights.
+    rule, first_token : str
+        ``acceptance`` only: what tokens per call are counted under, as for `implied_acceptance`.
 
     Raises
     ------
     ValueError
-        If rank or restarts is below 1, the method is unknown, or a horizon below 3 is to be fitted anchored.
+        If rank or restarts is below 1, the method, rule or first token is unknown, or a horizon below 3 is to be fitted
+        anchored.
 
     Examples
     --------
@@ -97,55 +96,91 @@ def fit(
     >>> result.status, result.objective < 1e-6
     ('ok', True)
     """
-    _check(joint, rank, method, restarts, anchored)
-    effort = _effort(joint, method, max_iterations, tolerance)
+    plan = plan_of(joint, method, max_iterations=max_iterations, tolerance=tolerance, restarts=restarts, seed=seed)
+    plan = replace(plan, load_balancing=load_balancing, rule=rule, first_token=first_token)
+    check(joint, rank, plan, anchored)
     started = time.perf_counter()
     if isinstance(joint, PrefixTree):
-        return _fit_tree(joint, rank, anchored, (restarts, seed, effort, started))
-    if anchored:
-        return _fit_anchored(joint, rank, method, (restarts, seed, effort, started))
-    best, table = _solve(joint, rank, method, (restarts, seed, effort))
-    return _result(joint.batch_shape, method, best, table, started)
+        return _result(torch.Size(), plan.method, _fit_tree(joint, rank, anchored, plan), started)
+    problem = Problem.of(joint, anchored)
+    return problem.result(problem.solve(rank, plan), plan.method, started)
 
 
-def _effort(joint: JointDistribution | PrefixTree, method: str, max_iterations: int | None, tolerance: float | None) -> _Effort:
-    default = _DEFAULT_EFFORT[method]
+def plan_of(
+    joint: JointDistribution | PrefixTree,
+    method: str,
+    *,
+    max_iterations: int | None,
+    tolerance: float | None,
+    restarts: int,
+    seed: int,
+) -> Plan:
+    """A method's plan with the defaults for a joint of this size filled in.
+
+    Raises
+    ------
+    ValueError
+        If the method is unknown.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
+    passes, gain = _DEFAULT_EFFORT[method]
     more = _MORE_PASSES.get(method, 1) if joint.vocab_size**joint.horizon <= _SMALL_JOINT else 1
-    return _Effort(
-        default.max_iterations * more if max_iterations is None else max_iterations,
-        default.tolerance if tolerance is None else tolerance,
+    return Plan(
+        method,
+        restarts,
+        seed,
+        passes * more if max_iterations is None else max_iterations,
+        gain if tolerance is None else tolerance,
     )
 
 
-def _solve(joint: JointDistribution, rank: int, method: str, settings: tuple[int, int, _Effort]) -> tuple[Runs, Tensor]:
-    restarts, seed, effort = settings
-    passes, tolerance = effort.max_iterations, effort.tolerance
-    if method in SQUARED_ERROR_METHODS:
-        probs = joint.probs.reshape(-1, *(joint.vocab_size,) * joint.horizon)
-        runs = squared_error_runs(probs, rank, method, restarts=restarts, seed=seed, max_iterations=passes, tolerance=tolerance)
-        return runs.best_of(restarts)
-    targets, start = Targets.of(joint, restarts), random_starts(joint, rank, restarts, seed)
-    by = em_runs if method == "em" else gradient_runs
-    return by(targets, start, max_iterations=passes, tolerance=tolerance).best_of(restarts)
+@dataclass(frozen=True)
+class Problem:
+    """What is fitted: the joint's entries, or, anchored, the laws after each first token of noticeable mass.
+
+    Attributes
+    ----------
+    joint : JointDistribution
+        As the caller gave it.
+    flat : JointDistribution
+        One batch axis: the entries, or the laws after every first token.
+    noticed : (items,) long tensor, optional
+        Anchored only: which of `flat` are fitted.
+    """
+
+    joint: JointDistribution
+    flat: JointDistribution
+    noticed: Tensor | None
+
+    @classmethod
+    def of(cls, joint: JointDistribution, anchored: bool) -> Problem:
+        given = joint.given_first_token() if anchored else joint
+        shape = (-1, *(joint.vocab_size,) * given.horizon)
+        flat = JointDistribution(given.probs.reshape(shape), given.horizon)
+        noticed = (joint.prefix_probs(1).reshape(-1) > NOTICEABLE_MASS).nonzero().squeeze(1) if anchored else None
+        return cls(joint, flat, noticed)
+
+    def solve(self, rank: int, plan: Plan, warm: Mixtures | None = None) -> Solved:
+        """Best runs of the fitted entries."""
+        if self.noticed is None:
+            return solve(self.flat, rank, plan, warm)
+        # What follows a known first token is all the draft's: its tokens per call are those of a drafted first token.
+        given = JointDistribution(self.flat.probs[self.noticed], self.flat.horizon)
+        return solve(given, rank, replace(plan, first_token="draft"), warm)
+
+    def result(self, solved: Solved, method: str, started: float) -> FitResult:
+        """The answer to the caller, one per joint."""
+        if self.noticed is not None:
+            first = self.joint.prefix_probs(1).reshape(-1)
+            others = marginal_products(self.flat, solved.best.mixtures.weights.shape[1])
+            solved = _pooled(first, self.noticed, solved, others.replaced(self.noticed, solved.best.mixtures))
+        return _result(self.joint.batch_shape, method, solved, started)
 
 
-def _fit_anchored(joint: JointDistribution, rank: int, method: str, settings) -> FitResult:
-    """All first tokens of noticeable mass as one batch; one answer per joint, weighted by their mass."""
-    restarts, seed, effort, started = settings
-    first = joint.prefix_probs(1).reshape(-1)
-    rest = joint.horizon - 1
-    given = joint.given_first_token()
-    flat = JointDistribution(given.probs.reshape(-1, *(joint.vocab_size,) * rest), rest)
-    noticed = (first > NOTICEABLE_MASS).nonzero().squeeze(1)
-    best, table = _solve(JointDistribution(flat.probs[noticed], rest), rank, method, (restarts, seed, effort))
-    mixtures = marginal_products(flat, rank).replaced(noticed, best.mixtures)
-    summary, restart_objectives = _pooled(first, noticed, (best, table), mixtures)
-    return _result(joint.batch_shape, method, summary, restart_objectives, started)
-
-
-def _pooled(first: Tensor, noticed: Tensor, solved: tuple[Runs, Tensor], mixtures: Mixtures) -> tuple[Runs, Tensor]:
-    """One answer per joint from those of its noticed first tokens, weighted by their mass; with the restarts' objectives."""
-    best, table = solved
+def _pooled(first: Tensor, noticed: Tensor, solved: Solved, mixtures: Mixtures) -> Solved:
+    """One answer per joint from those of its noticed first tokens, weighted by their mass."""
+    best = solved.best
     vocab = mixtures.factors.shape[-1]
     shape = (len(first) // vocab, vocab)
 
@@ -168,29 +203,26 @@ def _pooled(first: Tensor, noticed: Tensor, solved: tuple[Runs, Tensor], mixture
         traces=((),) * shape[0],
         raw=(share[..., None] * spread(best.raw, 0.0)).sum(1),
     )
-    return summary, (share[..., None] * spread(table, 0.0)).sum(1)
+    weighted = ((share[..., None] * spread(table, 0.0)).sum(1) for table in (solved.objectives, solved.matches))
+    return Solved(summary, *weighted)
 
 
-def _fit_tree(tree: PrefixTree, rank: int, anchored: bool, settings) -> FitResult:
+def _fit_tree(tree: PrefixTree, rank: int, anchored: bool, plan: Plan) -> Solved:
     """Sparse expectation-maximisation over the kept prefixes."""
-    restarts, seed, effort, started = settings
     cells, vocab = tree_cells(tree), tree.vocab_size
     first = torch.zeros(vocab + 1, dtype=torch.float64).index_add_(0, cells.tokens[:, 0], cells.weights)[:-1]
     noticed = (first > NOTICEABLE_MASS).nonzero().squeeze(1)
     items = tuple(first_token_cells(cells, token) for token in noticed.tolist()) if anchored else (cells,)
-    start = disturbed_marginals(torch.stack([cell_marginals(item, vocab) for item in items]), rank, restarts, seed)
-    runs = em_runs(
-        TreeTargets.of(items, vocab, restarts), start, max_iterations=effort.max_iterations, tolerance=effort.tolerance
-    )
-    best, table = runs.best_of(restarts)
-    if anchored:
-        others = cell_marginals(cells, vocab)[1:].expand(vocab, -1, -1)
-        mixtures = repeated_marginals(others, rank).replaced(noticed, best.mixtures)
-        best, table = _pooled(first, noticed, (best, table), mixtures)
-    return _result(torch.Size(), "em", best, table, started)
+    marginals = torch.stack([cell_marginals(item, vocab) for item in items])
+    solved = solve_counting(lambda runs: TreeTargets.of(items, vocab, runs), marginals, rank, plan)
+    if not anchored:
+        return solved
+    others = repeated_marginals(cell_marginals(cells, vocab)[1:].expand(vocab, -1, -1), rank)
+    return _pooled(first, noticed, solved, others.replaced(noticed, solved.best.mixtures))
 
 
-def _result(batch_shape: torch.Size, method: str, best: Runs, table: Tensor, started: float) -> FitResult:
+def _result(batch_shape: torch.Size, method: str, solved: Solved, started: float) -> FitResult:
+    best = solved.best
     weights, factors = best.mixtures.weights, best.mixtures.factors
     lead = batch_shape if len(weights) == math.prod(batch_shape) else (*batch_shape, factors.shape[-1])
     columns = tuple(f.mT.reshape(*lead, *f.mT.shape[1:]).contiguous() for f in factors.unbind(1))
@@ -212,7 +244,8 @@ def _result(batch_shape: torch.Size, method: str, best: Runs, table: Tensor, sta
         raw_relative_error=shaped(best.raw[:, 0]),
         negative_mass=shaped(best.raw[:, 1]),
         mass_deficit=shaped(best.raw[:, 2]),
-        restart_objectives=table.reshape(*batch_shape, -1),
+        restart_objectives=solved.objectives.reshape(*batch_shape, -1),
+        restart_match_scores=solved.matches.reshape(*batch_shape, -1),
         trace=best.traces if batched else best.traces[0],
         method=method,
     )
@@ -226,19 +259,35 @@ def _status(failure: str, converged: bool) -> tuple[str, str]:
     return OK, ""
 
 
-def _check(joint: JointDistribution | PrefixTree, rank: int, method: str, restarts: int, anchored: bool) -> None:
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
+def check(joint: JointDistribution | PrefixTree, rank: int, plan: Plan, anchored: bool) -> None:
+    """Refuse what cannot be fitted.
+
+    Raises
+    ------
+    ValueError
+        Saying what was got, what was expected and what to do.
+    """
     if isinstance(joint, PrefixTree):
-        _check_tree(joint, rank, method, anchored)
+        _check_tree(joint, rank, plan.method, anchored)
     if rank < 1:
         raise ValueError(f"rank {rank}: expected at least 1 (1 is the product of the marginals)")
-    if restarts < 1:
-        raise ValueError(f"restarts {restarts}: expected at least 1")
+    if plan.restarts < 1:
+        raise ValueError(f"restarts {plan.restarts}: expected at least 1")
     if anchored and joint.horizon < 3:
         raise ValueError(
-            f"an anchored fit of horizon {joint.horizon}: expected at least 3; fit it plainly, or raise the horizon"
+            f"an anchored fit of horizon {joint.horizon}: expected at least 3; drop anchored, or raise the horizon"
         )
+    if plan.method == "acceptance":
+        _check_goal(plan, anchored)
+
+
+def _check_goal(plan: Plan, anchored: bool) -> None:
+    if plan.rule not in ("token", "block", "coupling"):
+        raise ValueError(f"rule {plan.rule!r}: tokens per call can be maximised under token, block or coupling")
+    if plan.first_token not in ("target", "draft"):
+        raise ValueError(f"first_token {plan.first_token!r}: expected 'target' or 'draft'")
+    if anchored and plan.first_token == "draft":
+        raise ValueError("an anchored draft is told the first token and cannot give it: use first_token='target'")
 
 
 def _check_tree(tree: PrefixTree, rank: int, method: str, anchored: bool) -> None:

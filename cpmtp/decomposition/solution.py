@@ -43,22 +43,17 @@ class Runs:
         raw = torch.full((len(objective), 3), torch.nan, dtype=torch.float64)
         return cls(mixtures, objective, converged, iterations, ("",) * len(objective), tuple(map(tuple, traces)), raw)
 
-    def best_of(self, restarts: int) -> tuple[Runs, Tensor]:
-        """The best run of each joint, and all objectives as (items, restarts)."""
-        table = self.objective.reshape(-1, restarts)
-        best = table.argmin(1) + restarts * torch.arange(len(table), device=table.device)
-        chosen = best.tolist()
+    def __getitem__(self, index: Tensor) -> Runs:
+        """The runs at `index` (long)."""
+        chosen = index.tolist()
         failures, traces = tuple(self.failures[i] for i in chosen), tuple(self.traces[i] for i in chosen)
-        picked = Runs(
-            self.mixtures[best],
-            self.objective[best],
-            self.converged[best],
-            self.iterations[best],
-            failures,
-            traces,
-            self.raw[best],
-        )
-        return picked, table
+        numbers = (self.objective[index], self.converged[index], self.iterations[index])
+        return Runs(self.mixtures[index], *numbers, failures, traces, self.raw[index])
+
+    def best_of(self, runs_per_item: int) -> Tensor:
+        """The number of the best run of each joint."""
+        table = self.objective.reshape(-1, runs_per_item)
+        return table.argmin(1) + runs_per_item * torch.arange(len(table), device=table.device)
 
 
 # Gains are compared over this many passes: a single pass of a fit that still moves can gain almost nothing.

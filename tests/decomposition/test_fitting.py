@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from cpmtp.decomposition.fitting import METHODS, fit
+from cpmtp.acceptance import implied_acceptance
+from cpmtp.decomposition.fitting import fit
+from cpmtp.decomposition.solving import METHODS
 from cpmtp.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution
 
@@ -22,9 +24,14 @@ def test_every_method_gives_a_distribution_whose_objective_is_what_it_says(metho
     result = fit(joint, 3, method)
     assert result.status in ("ok", "not_converged")
     assert result.distribution.to_tensor().sum().item() == pytest.approx(1, abs=1e-9)
-    measured = divergences(joint, result.distribution)
-    expected = measured.kl_nats if method in ("em", "gradient") else measured.relative_frobenius
-    assert result.objective == pytest.approx(expected, abs=1e-9)
+    assert result.objective == pytest.approx(objective_of(method, joint, result.distribution), abs=1e-9)
+
+
+def objective_of(method: str, joint: JointDistribution, draft) -> float:
+    if method == "acceptance":
+        return -implied_acceptance(joint, draft).tokens_per_call
+    measured = divergences(joint, draft)
+    return measured.kl_nats if method in ("em", "gradient") else measured.relative_frobenius
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -43,8 +50,8 @@ def test_an_anchored_fit_holds_one_distribution_per_first_token(method):
     assert result.distribution.batch_shape == (5,)
     assert result.distribution.horizon == 2
     assert isinstance(result.objective, float)
-    if method in ("em", "gradient"):
-        assert divergences(joint, result.distribution).kl_nats == pytest.approx(result.objective, abs=1e-9)
+    if method in ("em", "gradient", "acceptance"):
+        assert objective_of(method, joint, result.distribution) == pytest.approx(result.objective, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +61,8 @@ def test_an_anchored_fit_holds_one_distribution_per_first_token(method):
         ({"rank": 2, "method": "svd"}, "expected one of"),
         ({"rank": 2, "restarts": 0}, "restarts 0"),
         ({"rank": 2, "anchored": True}, "at least 3"),
+        ({"rank": 2, "method": "acceptance", "rule": "greedy"}, "token, block or coupling"),
+        ({"rank": 2, "method": "acceptance", "first_token": "both"}, "'target' or 'draft'"),
     ],
 )
 def test_bad_input_is_refused_in_words(arguments, words):
@@ -78,3 +87,32 @@ def test_a_fit_that_fails_gives_the_product_of_the_marginals_and_says_why(method
     assert result.objective == math.inf
     first, second, third = joint.marginals()
     assert torch.allclose(result.distribution.to_tensor(), first[:, None, None] * second[:, None] * third)
+
+
+def test_an_anchored_draft_cannot_be_asked_for_the_first_token():
+    with pytest.raises(ValueError, match="anchored"):
+        fit(random_joint(4, 3), 2, "acceptance", anchored=True, first_token="draft")
+
+
+@pytest.mark.parametrize("method", ["em", "gradient", "als", "acceptance"])
+@pytest.mark.parametrize("anchored", [False, True])
+def test_a_joint_is_fitted_the_same_whatever_else_is_in_its_batch(method, anchored):
+    joints = [random_joint(5, 3, seed) for seed in range(3)]
+    together = fit(JointDistribution(torch.stack([j.probs for j in joints]), 3), 3, method, restarts=2, anchored=anchored)
+    for place, joint in enumerate(joints):
+        alone = fit(joint, 3, method, restarts=2, anchored=anchored)
+        torch.testing.assert_close(together.distribution[place].to_tensor(), alone.distribution.to_tensor(), rtol=0, atol=1e-9)
+        assert together.objective[place].item() == pytest.approx(alone.objective, abs=1e-9)
+        assert together.status[place] == alone.status
+        torch.testing.assert_close(together.restart_match_scores[place], alone.restart_match_scores, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("first_token", ["target", "draft"])
+def test_maximising_tokens_per_call_never_ends_below_its_em_start(rule, first_token):
+    for seed in range(3):
+        joint = random_joint(6, 3, seed)
+        start = fit(joint, 2, "em", seed=seed, max_iterations=600)
+        found = fit(joint, 2, "acceptance", seed=seed, rule=rule, first_token=first_token, max_iterations=300)
+        before = implied_acceptance(joint, start.distribution, rule=rule, first_token=first_token).tokens_per_call
+        assert -found.objective >= before - 1e-12
