@@ -178,7 +178,7 @@ def _show_plan(settings, workers: int | None) -> None:
     print(f"cells           {estimate.cells:,}")
     print(f"largest joint   {estimate.joint_bytes / 1e6:,.1f} MB")
     print(f"memory          about {estimate.memory_bytes / 1e9:.1f} GB with {estimate.workers} worker(s)")
-    print(f"time            about {max(estimate.seconds / 60, 0.1):.1f} minutes on cores like the developers' (a rough guide)")
+    print(f"time            about {max(estimate.seconds / 60, 0.1):.1f} minutes (a rough guide: machines differ)")
 
 
 def _finish(table, out: Path) -> None:

@@ -184,7 +184,7 @@ def estimate_study(settings: StudySettings, workers: int | None = None) -> Study
         cells=len(cells) * settings.contexts * len(settings.models),
         workers=workers,
         joint_bytes=joint_bytes,
-        memory_bytes=workers * (_IDLE_BYTES + _JOINTS_HELD * joint_bytes * settings.restarts),
+        memory_bytes=(workers + 1) * _IDLE_BYTES + workers * _JOINTS_HELD * joint_bytes * settings.restarts,
         seconds=work * _SECONDS_PER_ENTRY / workers,
     )
 
