@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from cpmtp.acceptance import implied_acceptance
+from cpmtp.acceptance import acceptance_profiles
 from cpmtp.cp_distribution import CPDistribution
 from cpmtp.decomposition.expectation import Mixtures
 from cpmtp.decomposition.gradient import from_logits, to_logits
@@ -48,7 +48,7 @@ def acceptance_runs(
         mixtures = from_logits(logits, start)
         draft = CPDistribution(mixtures.weights, mixtures.factors.mT.unbind(1))
         targets = JointDistribution(joint.probs[owner[runs]], joint.horizon)
-        lost = -implied_acceptance(targets, draft, rule=rule, first_token=first_token).tokens_per_call
+        lost = -acceptance_profiles(targets, draft, (rule,), first_token=first_token)[rule].survival.sum(-1)
         (gradient,) = torch.autograd.grad(lost.sum(), logits)
         return lost.detach(), gradient
 
@@ -58,6 +58,9 @@ def acceptance_runs(
         return torch.cat(values), torch.cat(gradients)
 
     minima = minimise(evaluate, to_logits(start), max_passes=max_iterations, tolerance=tolerance)
+    # A draft that gives the first token earns the target's own token after the block as well.
+    bonus = float(first_token == "draft")
+    traces = [[value - bonus for value in trace] for trace in minima.traces]
     converged = torch.tensor(minima.converged, device=owner.device)
-    iterations = torch.tensor([len(trace) - 1 for trace in minima.traces])
-    return Runs.of(from_logits(minima.points, start), minima.values, converged, iterations, minima.traces)
+    iterations = torch.tensor([len(trace) - 1 for trace in traces])
+    return Runs.of(from_logits(minima.points, start), minima.values - bonus, converged, iterations, traces)

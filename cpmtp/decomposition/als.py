@@ -65,7 +65,7 @@ def _one_run(probs: np.ndarray, rank: int, method: str, settings: tuple[int, int
         mixture = _projected(probs, raw) if method == "als" else _renormalised(raw)
         error = _relative_error(probs, mixture.weights[0].numpy(), list(mixture.factors[0].mT.numpy()))
         return mixture, (error, *_raw_numbers(probs, raw)), raw.errors, ""
-    except (np.linalg.LinAlgError, FloatingPointError, ValueError, ZeroDivisionError) as error:
+    except (np.linalg.LinAlgError, ArithmeticError, ValueError, IndexError) as error:
         return _marginal_product(probs, rank), (math.inf,) + (math.nan,) * 3, [], f"{type(error).__name__}: {error}"
 
 

@@ -182,8 +182,8 @@ def _pull(targets: Targets, halves: tuple[Tensor, Tensor], pulls: tuple[Tensor, 
 
 def outer_products(factors: Float[Tensor, "runs positions rank vocab"]) -> Float[Tensor, "runs rank sequences"]:
     """``A_1[a] (x) ... (x) A_m[a]`` for every component; the first position varies slowest."""
-    product = factors[:, 0]
-    for position in range(1, factors.shape[1]):
+    product = factors.new_ones(len(factors), factors.shape[2], 1)
+    for position in range(factors.shape[1]):
         product = (product.unsqueeze(-1) * factors[:, position].unsqueeze(-2)).flatten(-2)
     return product
 
@@ -198,4 +198,5 @@ def _position_sums(
     """Counts of each position from the counts of a half's sequences."""
     runs, rank, _ = half.shape
     befores = [vocab**position for position in range(positions)]
-    return torch.stack([half.view(runs, rank, before, vocab, -1).sum((2, 4)) for before in befores], 1)
+    sums = [half.view(runs, rank, before, vocab, -1).sum((2, 4)) for before in befores]
+    return torch.stack(sums, 1) if sums else half.new_empty(runs, 0, rank, vocab)

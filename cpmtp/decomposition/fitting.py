@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass, replace
 
@@ -101,7 +100,8 @@ def fit(
     check(joint, rank, plan, anchored)
     started = time.perf_counter()
     if isinstance(joint, PrefixTree):
-        return _result(torch.Size(), plan.method, _fit_tree(joint, rank, anchored, plan), started)
+        solved = _fit_tree(joint, rank, anchored, plan)
+        return _result((), (joint.vocab_size,) if anchored else (), plan.method, solved, started)
     problem = Problem.of(joint, anchored)
     return problem.result(problem.solve(rank, plan), plan.method, started)
 
@@ -175,7 +175,9 @@ class Problem:
             first = self.joint.prefix_probs(1).reshape(-1)
             others = marginal_products(self.flat, solved.best.mixtures.weights.shape[1])
             solved = _pooled(first, self.noticed, solved, others.replaced(self.noticed, solved.best.mixtures))
-        return _result(self.joint.batch_shape, method, solved, started)
+        batch_shape = tuple(self.joint.batch_shape)
+        lead = batch_shape if self.noticed is None else (*batch_shape, self.joint.vocab_size)
+        return _result(batch_shape, lead, method, solved, started)
 
 
 def _pooled(first: Tensor, noticed: Tensor, solved: Solved, mixtures: Mixtures) -> Solved:
@@ -221,10 +223,10 @@ def _fit_tree(tree: PrefixTree, rank: int, anchored: bool, plan: Plan) -> Solved
     return _pooled(first, noticed, solved, others.replaced(noticed, solved.best.mixtures))
 
 
-def _result(batch_shape: torch.Size, method: str, solved: Solved, started: float) -> FitResult:
+def _result(batch_shape: tuple[int, ...], lead: tuple[int, ...], method: str, solved: Solved, started: float) -> FitResult:
+    """The answer for joints of these batch axes, with a distribution of the leading axes `lead`."""
     best = solved.best
     weights, factors = best.mixtures.weights, best.mixtures.factors
-    lead = batch_shape if len(weights) == math.prod(batch_shape) else (*batch_shape, factors.shape[-1])
     columns = tuple(f.mT.reshape(*lead, *f.mT.shape[1:]).contiguous() for f in factors.unbind(1))
     distribution = CPDistribution(weights.reshape(*lead, -1), columns)
     status, message = zip(*(_status(f, c) for f, c in zip(best.failures, best.converged.tolist(), strict=True)), strict=True)

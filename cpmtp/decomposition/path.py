@@ -13,7 +13,7 @@ from cpmtp.decomposition.expectation import Mixtures
 from cpmtp.decomposition.fit_result import FitResult
 from cpmtp.decomposition.fitting import Problem, check, plan_of
 from cpmtp.decomposition.solution import Runs
-from cpmtp.decomposition.solving import KL_METHODS
+from cpmtp.decomposition.solving import KL_METHODS, Solved
 from cpmtp.decomposition.starts import restart_generator
 from cpmtp.joint_distribution import JointDistribution
 
@@ -69,7 +69,8 @@ def fit_path(
         raise ValueError("no ranks: expected at least one")
     plan = plan_of(joint, method, max_iterations=max_iterations, tolerance=tolerance, restarts=restarts, seed=seed)
     check(joint, min(ranks), plan, anchored)
-    problem, results, below = Problem.of(joint, anchored), [], None
+    problem, results = Problem.of(joint, anchored), []
+    below: Solved | None = None
     for rank in sorted(set(ranks)):
         started = time.perf_counter()
         warm = None if below is None else _grown(below.best.mixtures, rank, seed)

@@ -70,8 +70,15 @@ class Solved:
 def solve(joint: JointDistribution, rank: int, plan: Plan, warm: Mixtures | None = None) -> Solved:
     """Fit every entry of a joint with one batch axis, from random starts and, if given, from one more start each."""
     if plan.method in SQUARED_ERROR_METHODS:
-        limits = {"max_iterations": plan.max_iterations, "tolerance": plan.tolerance}
-        runs = squared_error_runs(joint.probs, rank, plan.method, restarts=plan.restarts, seed=plan.seed, **limits)
+        runs = squared_error_runs(
+            joint.probs,
+            rank,
+            plan.method,
+            restarts=plan.restarts,
+            seed=plan.seed,
+            max_iterations=plan.max_iterations,
+            tolerance=plan.tolerance,
+        )
         return Solved.of(runs, plan.restarts)
     targets, start, runs_per_item = _started(joint, rank, plan, warm)
     return Solved.of(_kl_runs(joint, targets, start, plan), runs_per_item)

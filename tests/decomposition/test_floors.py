@@ -1,0 +1,74 @@
+"""No fit falls below its floor, and floors are sharp where they are known to be."""
+
+import math
+
+import pytest
+import torch
+
+from cpmtp.decomposition.fitting import fit
+from cpmtp.decomposition.floors import rank_floors
+from cpmtp.divergence import divergences
+from cpmtp.joint_distribution import JointDistribution, exact_joint
+from cpmtp.language_model import separated_hmm
+
+EMPTY = torch.empty(0, dtype=torch.long)
+
+
+def peaked_joint(vocab: int, horizon: int, seed: int, batch: tuple[int, ...] = ()) -> JointDistribution:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.rand(*batch, *(vocab,) * horizon, generator=generator, dtype=torch.float64) ** 8
+    return JointDistribution(values / values.sum(dim=tuple(range(-horizon, 0)), keepdim=True), horizon)
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 3, 4])
+def test_no_fit_falls_below_its_floors(horizon):
+    for seed in range(3):
+        joint, ranks = peaked_joint(5, horizon, seed), [1, 2, 3, 6]
+        floors = rank_floors(joint, ranks)
+        for place, rank in enumerate(ranks):
+            for method in ("em", "gradient", "als", "hals") if horizon > 1 else ("em",):
+                found = divergences(joint, fit(joint, rank, method).distribution)
+                assert found.kl_nats >= floors.kl_nats[place] - 1e-12
+                assert found.relative_frobenius >= floors.relative_frobenius[place] - 1e-12
+
+
+def test_at_rank_one_the_divergence_is_the_total_correlation():
+    joint = peaked_joint(6, 3, 0)
+    assert fit(joint, 1).objective == pytest.approx(rank_floors(joint, [1]).kl_nats.item(), abs=1e-12)
+
+
+def test_a_copied_token_needs_as_many_components_as_it_has_values():
+    joint = JointDistribution(torch.eye(8, dtype=torch.float64) / 8)
+    floors = rank_floors(joint, [1, 2, 4, 8])
+    expected = [math.log(8 / rank) for rank in (1, 2, 4, 8)]
+    assert floors.kl_from_mutual_information.tolist() == pytest.approx(expected, abs=1e-12)
+    assert floors.relative_frobenius.tolist() == pytest.approx([math.sqrt(1 - rank / 8) for rank in (1, 2, 4, 8)], abs=1e-7)
+
+
+def test_the_unfolding_floor_is_that_of_the_best_low_rank_matrix():
+    joint = peaked_joint(5, 2, 3)
+    u, s, v = torch.linalg.svd(joint.probs)
+    best = u[:, :2] @ torch.diag(s[:2]) @ v[:2]
+    expected = ((joint.probs - best).norm() / joint.probs.norm()).item()
+    assert rank_floors(joint, [2]).relative_frobenius.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("states", [3, 4])
+def test_floors_vanish_at_the_planted_rank_and_not_one_below(states):
+    floors = rank_floors(exact_joint(separated_hmm(states, 16), EMPTY, 3), [states - 1, states])
+    assert floors.relative_frobenius[0] > 1e-3
+    assert floors.relative_frobenius[1] < 1e-12
+
+
+def test_floors_of_a_batch_are_those_of_its_entries():
+    joint = peaked_joint(4, 3, 0, batch=(2, 2))
+    together = rank_floors(joint, [1, 3])
+    alone = rank_floors(JointDistribution(joint.probs[1, 0]), [1, 3])
+    assert together.kl_nats.shape == (2, 2, 2)
+    torch.testing.assert_close(together.kl_nats[1, 0], alone.kl_nats)
+
+
+@pytest.mark.parametrize("ranks", [[], [0, 1]])
+def test_ranks_below_one_are_refused(ranks):
+    with pytest.raises(ValueError, match="expected at least one"):
+        rank_floors(peaked_joint(4, 2, 0), ranks)
