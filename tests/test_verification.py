@@ -60,11 +60,7 @@ def _with(monkeypatch, change):
 
 
 def _correction_from_the_target(p, q, path, outcome, rule):
-    return type(outcome)(outcome.accepted_length_probs, p)
-
-
-def _correction_discarded(p, q, path, outcome, rule):
-    # The next call starts from the accepted prefix: its next token follows the target, given that the last was refused.
+    # Also what comes out when the correction is discarded and the next call begins with a token of the target's.
     return type(outcome)(outcome.accepted_length_probs, p)
 
 
@@ -96,7 +92,6 @@ def _greedy_match(p, q, path, outcome, rule):
     "change",
     [
         _correction_from_the_target,
-        _correction_discarded,
         _draft_law_at_another_temperature,
         _draft_law_as_product_of_marginals,
         _acceptance_on_the_product,
