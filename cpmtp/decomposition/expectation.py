@@ -44,6 +44,11 @@ class Mixtures:
         return Mixtures(self.weights.index_put((index,), other.weights), self.factors.index_put((index,), other.factors))
 
 
+def joined(parts: list[Mixtures]) -> Mixtures:
+    """All runs of several mixtures, one after another."""
+    return Mixtures(torch.cat([part.weights for part in parts]), torch.cat([part.factors for part in parts]))
+
+
 @dataclass(frozen=True)
 class Counts:
     """Expected component counts under the target, per unit of its mass.

@@ -31,7 +31,8 @@ class FitResult:
     converged : bool or tensor
         Whether the best restart met its stopping rule before its last iteration.
     iterations : int or tensor
-        Of the best restart: passes over the joint (TensorLy methods: their outer iterations).
+        Of the best restart: passes over the joint (TensorLy methods: their outer iterations). Trials of starts and passes over
+        a large joint's core are not counted.
     seconds : float
         Wall-clock time of the whole fit, all batch entries and restarts together.
     status : str or tuple of str

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from cpmtp.decomposition.acceptance_ascent import acceptance_runs
 from cpmtp.decomposition.als import squared_error_runs
+from cpmtp.decomposition.core import Core, has_core
 from cpmtp.decomposition.em import em_runs, promising
-from cpmtp.decomposition.expectation import CountingTargets, Mixtures, Targets
+from cpmtp.decomposition.expectation import CountingTargets, Mixtures, Targets, joined
 from cpmtp.decomposition.gradient import gradient_runs
 from cpmtp.decomposition.matching import run_match_scores
 from cpmtp.decomposition.solution import Runs
@@ -95,15 +96,34 @@ def solve_counting(make_targets, marginals: Tensor, rank: int, plan: Plan) -> So
 
 
 def _started(joint: JointDistribution, rank: int, plan: Plan, warm: Mixtures | None) -> tuple[Targets, Mixtures, int]:
+    """Targets and a start for every run, and the number of runs per entry."""
+    if has_core(joint):
+        parts = [_core_starts(Core.of(JointDistribution(probs)), rank, plan) for probs in joint.probs]
+        targets, start = Targets.of(joint, plan.restarts), joined(parts)
+    else:
+        targets, start = _selected(joint, rank, plan)
+    if warm is None:
+        return targets, start, plan.restarts
+    runs = torch.arange(len(start), device=start.weights.device).reshape(-1, plan.restarts)
+    runs = torch.cat([runs, runs[:, :1]], 1).flatten()
+    return targets[runs], _interleaved(start, warm, plan.restarts), plan.restarts + 1
+
+
+def _selected(joint: JointDistribution, rank: int, plan: Plan) -> tuple[Targets, Mixtures]:
+    """The best of some random starts for each restart."""
     trials = _trials(rank)
     targets = Targets.of(joint, plan.restarts * trials)
     starts = disturbed_marginals(stacked_marginals(joint), rank, plan.restarts * trials, plan.seed)
     chosen, start = promising(targets, starts, trials)
-    if warm is None:
-        return targets[chosen], start, plan.restarts
-    chosen = chosen.reshape(-1, plan.restarts)
-    chosen = torch.cat([chosen, chosen[:, :1]], 1).flatten()
-    return targets[chosen], _interleaved(start, warm, plan.restarts), plan.restarts + 1
+    return targets[chosen], start
+
+
+def _core_starts(core: Core, rank: int, plan: Plan) -> Mixtures:
+    """The same on a joint's core; where `em` goes on from there, to convergence."""
+    targets, start = _selected(core.joint, rank, plan)
+    if plan.method != "gradient":
+        start = em_runs(targets, start, max_iterations=plan.max_iterations, tolerance=plan.tolerance).mixtures
+    return core.lifted(start)
 
 
 def _trials(rank: int) -> int:
@@ -114,10 +134,10 @@ def _trials(rank: int) -> int:
 def _interleaved(start: Mixtures, extra: Mixtures, restarts: int) -> Mixtures:
     """One extra run after each item's restarts."""
 
-    def joined(values: Tensor, more: Tensor) -> Tensor:
+    def woven(values: Tensor, more: Tensor) -> Tensor:
         return torch.cat([values.unflatten(0, (-1, restarts)), more[:, None]], 1).flatten(0, 1)
 
-    return Mixtures(joined(start.weights, extra.weights), joined(start.factors, extra.factors))
+    return Mixtures(woven(start.weights, extra.weights), woven(start.factors, extra.factors))
 
 
 def _kl_runs(joint: JointDistribution, targets: Targets, start: Mixtures, plan: Plan) -> Runs:
