@@ -13,8 +13,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cpmtp.acceptance import AcceptanceProfile, implied_acceptance
     from cpmtp.cp_distribution import CPDistribution
+    from cpmtp.cp_head import CPHead
     from cpmtp.decomposition.fitting import FitResult, fit
     from cpmtp.divergence import Divergences, divergences
+    from cpmtp.head_training import HeadTrainingSettings, train_head
     from cpmtp.joint_distribution import JointDistribution, exact_joint
     from cpmtp.language_model import HiddenMarkovLanguageModel, LanguageModel, MarkovLanguageModel, separated_hmm
     from cpmtp.prefix_tree import PrefixTree, truncated_joint
@@ -32,12 +34,15 @@ _HOME = {
     "AcceptanceProfile": "acceptance",
     "implied_acceptance": "acceptance",
     "CPDistribution": "cp_distribution",
+    "CPHead": "cp_head",
     "FitResult": "decomposition.fitting",
     "fit": "decomposition.fitting",
     "Divergences": "divergence",
     "divergences": "divergence",
     "JointDistribution": "joint_distribution",
     "exact_joint": "joint_distribution",
+    "HeadTrainingSettings": "head_training",
+    "train_head": "head_training",
     "HiddenMarkovLanguageModel": "language_model",
     "LanguageModel": "language_model",
     "MarkovLanguageModel": "language_model",

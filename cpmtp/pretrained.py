@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
+import json
 import re
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +72,25 @@ class HuggingFaceLanguageModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def unembedding(self) -> Float[Tensor, "vocab d"]:
+        """The matrix that turns last hidden states into logits."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def embedding(self) -> Float[Tensor, "vocab d"]:
+        """The matrix of token embeddings."""
+        return self.model.get_input_embeddings().weight
+
+    @torch.no_grad()
+    def hidden_states(self, token_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time d"]:
+        """What the unembedding reads at every position; one full forward pass."""
+        return self.model.base_model(input_ids=token_ids.to(self.device), use_cache=False).last_hidden_state
+
+    def unembed(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
+        """Logits of hidden states."""
+        return self.model.get_output_embeddings()(hidden)
 
     def encode(self, text: str) -> Int[Tensor, " time"]:
         """Token ids of a text, with the special tokens the tokenizer adds by itself."""
@@ -162,6 +182,13 @@ class HuggingFaceLanguageModel:
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 over the tokenizer's vocabulary (hexadecimal); empty without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        return hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
 
     def _shared_prefix_log_probs(self, context: Tensor, continuations: Tensor) -> Tensor:
         cache, log_probs = self._context(context)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,12 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.nn import functional
 from tqdm.auto import tqdm
 
 from cpmtp.base_evaluation import accepted_line_share, bits_per_byte, xz_bits_per_byte
+from cpmtp.checkpoints import load_checkpoint, save_checkpoint, write_text
 from cpmtp.corpora import Document, corpus_hash, split_held_out, standard_library_documents
 from cpmtp.muon import Muon
 from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama, train_character_tokenizer
@@ -124,7 +122,7 @@ def train_base(
         "held_out_xz_bits_per_byte": round(xz_bits_per_byte(held_out), 4),
     }
     recipe |= _sampled(model, tokenizer, held_out, settings) if domain == "code" else {}
-    _write_text(folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
+    write_text(folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
     run.checkpoint.unlink(missing_ok=True)
     return BaseTrainingResult(folder, bits, seen)
 
@@ -145,31 +143,13 @@ class _Run:
             self._load()
 
     def save(self) -> None:
-        tensors = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
-        for o, optimiser in enumerate(self.optimisers):
-            for index, state in optimiser.state_dict()["state"].items():
-                tensors |= {f"optimiser.{o}.{index}.{name}": torch.as_tensor(v) for name, v in state.items()}
+        weights = {k: v for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
         metadata = {"step": str(self.step), "seconds": str(self.seconds), "key": self.key}
-        partial = self.checkpoint.with_suffix(".partial")
-        save_file(tensors, partial, metadata)
-        os.replace(partial, self.checkpoint)
+        save_checkpoint(self.checkpoint, weights, self.optimisers, metadata)
 
     def _load(self) -> None:
-        with safe_open(self.checkpoint, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-        if metadata["key"] != self.key:
-            raise ValueError(
-                f"{self.checkpoint} was made with other settings or another corpus; choose another folder or delete it"
-            )
-        weights = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        weights, metadata = load_checkpoint(self.checkpoint, self.key, self.optimisers)
         self.model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
-        for o, optimiser in enumerate(self.optimisers):
-            state: dict[int, dict[str, torch.Tensor]] = {}
-            for name in (n for n in tensors if n.startswith(f"optimiser.{o}.")):
-                _, _, index, field = name.split(".")
-                state.setdefault(int(index), {})[field] = tensors[name]
-            optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
         self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
 
 
@@ -270,9 +250,3 @@ def _recipe(domain: str, settings: BaseTrainingSettings, documents: list[Documen
         "held_out_documents": [d.name for d in held_out],
         "held_out_bytes": sum(len(d.text.encode()) for d in held_out),
     }
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

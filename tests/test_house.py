@@ -29,7 +29,10 @@ ALLOWED = {
     "study_plan": EXACT | {"pretrained"},
     "study": EXACT | {"pretrained", "study_plan"},
     "rank_selection": {"latency"},
-    "training": EXACT | {"pretrained", "muon", "cp_head", "base_evaluation"} - {"decomposition"},
+    "training": EXACT | {"pretrained", "muon", "base_evaluation", "checkpoints"} - {"decomposition"},
+    "cp_head": {"cp_distribution"},
+    "head_objectives": {"cp_head"},
+    "head_training": {"language_model", "cp_head", "head_objectives", "muon", "checkpoints"},
     "base_evaluation": {"corpora"},
     "report": {"plots", "rank_selection", "latency"},
 }
