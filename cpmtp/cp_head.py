@@ -180,9 +180,14 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         self, hidden: Float[Tensor, "*batch d"], trunk: Float[Tensor, "*batch width"]
     ) -> tuple[Float[Tensor, "*batch rank"], Float[Tensor, "*batch drafted rank vocab"]]:
         """Log-weights, and logits of every position and component."""
-        moved = functional.linear(trunk, self.maps.flatten(0, 1)).unflatten(-1, (self.drafted, self.rank, self.hidden_size))
-        logits = functional.linear(hidden[..., None, None, :] + moved, self.unembedding)
-        return self.mixture(trunk).log_softmax(-1), logits
+        log_weights = self.mixture(trunk).log_softmax(-1)
+        shape = (self.drafted, self.rank)
+        if self.vocab_size > self.hidden_size:
+            moved = functional.linear(trunk, self.maps.flatten(0, 1)).unflatten(-1, (*shape, self.hidden_size))
+            return log_weights, functional.linear(hidden[..., None, None, :] + moved, self.unembedding)
+        # Over a vocabulary smaller than the hidden state the product U M is the smaller matrix.
+        moved = functional.linear(trunk, (self.unembedding @ self.maps).flatten(0, 1)).unflatten(-1, (*shape, self.vocab_size))
+        return log_weights, functional.linear(hidden, self.unembedding)[..., None, None, :] + moved
 
     @classmethod
     def _from_pretrained(

@@ -126,7 +126,7 @@ class HuggingFaceLanguageModel:
             return self.next_token_log_probs(torch.cat([context.expand(len(continuations), -1), continuations], 1))
         return self._shared_prefix_log_probs(context, continuations)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample_tokens(self, count: int, length: int, *, seed: int = 0, temperature: float = 1.0) -> Int[Tensor, "count length"]:
         """Sequences drawn from the model itself, starting as a document does; the start token is not among them.
 
