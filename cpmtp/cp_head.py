@@ -26,8 +26,7 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
     trunk ``z = h``. Rank 1 is the independent heads of Gloeckle et al. and of Medusa.
 
     An **anchored** head knows the first token: its trunk reads that token's embedding beside h, and it models the n - 1
-    tokens after it. With `window` > 1 the trunk begins with causal attention over that many past (hidden state, next token)
-    pairs, as far as there are any.
+    tokens after it.
 
     Parameters
     ----------
@@ -39,8 +38,6 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         Of the trunk's residual stream; default: `hidden_size`.
     blocks : int
         Residual blocks (normalise, four times as wide, SiLU, back) of the trunk.
-    window : int
-        Positions that the trunk's attention sees, its own included; 1: no attention.
     base, base_sha256, tokenizer_sha256 : str
         Whose hidden states the head reads; `attach` refuses any other.
 
@@ -68,21 +65,19 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         anchored: bool = False,
         width: int | None = None,
         blocks: int = 0,
-        window: int = 1,
         base: str = "",
         base_sha256: str = "",
         tokenizer_sha256: str = "",
     ):
         super().__init__()
-        _check_shape(horizon, rank, anchored, blocks, window)
+        _check_shape(horizon, rank, blocks)
         self.hidden_size, self.vocab_size, self.horizon, self.rank = hidden_size, vocab_size, horizon, rank
-        self.anchored, self.window = anchored, window
+        self.anchored = anchored
         self.base, self.base_sha256, self.tokenizer_sha256 = base, base_sha256, tokenizer_sha256
         width = hidden_size if width is None else width
-        self.plain = not (anchored or blocks or window > 1 or width != hidden_size)
+        self.plain = not (anchored or blocks or width != hidden_size)
         if not self.plain:
             self.enter = nn.Linear(hidden_size * (2 if anchored else 1), width, bias=False)
-            self.attention = PastAttention(width, window) if window > 1 else None
             self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
             self.norm = nn.RMSNorm(width)
         self.maps = nn.Parameter(torch.randn(self.drafted * rank, hidden_size, width) * 0.3 / width**0.5)
@@ -128,50 +123,48 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         return self
 
     def forward(self, hidden: Float[Tensor, "*batch d"], first_token: Int[Tensor, "*batch"] | None = None) -> CPDistribution:
-        """The head's own distribution: over x_1 … x_n, or, anchored, over x_2 … x_n given `first_token`.
+        """The head's own distribution: over x_1 … x_n, or, anchored, over x_2 … x_n given `first_token`."""
+        log_weights, logits = self.components(hidden, self.trunk(hidden, first_token))
+        return CPDistribution(log_weights.exp(), logits.softmax(-1).mT.unbind(-3))
 
-        With `window` > 1 an axis of time stands before the last of `hidden` and at the end of `first_token` (the token that
-        followed each hidden state; unanchored heads do not read it); the answer is for the last time.
-        """
-        if self.window > 1:
-            trunk = self.trunk(hidden, first_token)[..., -1, :]
-            hidden = hidden[..., -1, :]
-        else:
-            trunk = self.trunk(hidden.unsqueeze(-2), None if first_token is None else first_token.unsqueeze(-1)).squeeze(-2)
-        log_weights, logits = self.components(hidden, trunk)
-        factors = logits.softmax(-1).mT
-        return CPDistribution(log_weights.exp(), factors.unbind(-3))
-
-    def draft(self, hidden: Float[Tensor, "..."], first_token: Int[Tensor, "..."]) -> CPDistribution:
+    def draft(self, hidden: Float[Tensor, "*batch d"], first_token: Int[Tensor, "*batch"]) -> CPDistribution:
         """The law of x_2 … x_n once x_1 is known: read off it (anchored) or by the posterior update.
 
         Parameters
         ----------
         hidden : (*batch, hidden) tensor
-            The hidden state that predicted x_1; with `window` > 1 (*batch, time, hidden), the latest last.
+            The hidden state that predicted x_1.
         first_token : (*batch,) long tensor
-            x_1; with `window` > 1 (*batch, time), the token after each hidden state.
+            x_1.
         """
-        if self.anchored:
-            return self(hidden, first_token)
-        known = first_token[..., -1] if self.window > 1 else first_token
-        return self(hidden, first_token).condition(known.unsqueeze(-1))
+        weights, factors = self.draft_factors(hidden, first_token)
+        return CPDistribution(weights, factors.mT.unbind(-3))
+
+    def draft_factors(
+        self, hidden: Float[Tensor, "*batch d"], first_token: Int[Tensor, "*batch"]
+    ) -> tuple[Float[Tensor, "*batch rank"], Float[Tensor, "*batch rest rank vocab"]]:
+        """What `draft` is made of, unchecked: a decoder asks for it at every call."""
+        scores, logits = self.components(hidden, self.trunk(hidden, first_token))
+        if not self.anchored:
+            known = logits[..., 0, :, :]
+            at = first_token[..., None, None].expand(*known.shape[:-1], 1)
+            scores = scores + (known.gather(-1, at) - known.logsumexp(-1, keepdim=True)).squeeze(-1)
+            logits = logits[..., 1:, :, :]
+        return scores.softmax(-1), logits.softmax(-1)
 
     def trunk(
-        self, hidden: Float[Tensor, "*batch time d"], tokens: Int[Tensor, "*batch time"] | None
-    ) -> Float[Tensor, "*batch time width"]:
-        """z at every position of a sequence; `tokens` holds the token that followed each hidden state."""
+        self, hidden: Float[Tensor, "*batch d"], first_token: Int[Tensor, "*batch"] | None
+    ) -> Float[Tensor, "*batch width"]:
+        """z: what maps and mixture weights read; an anchored head puts the token after each hidden state into it."""
         if self.unembedding.numel() == 0:
             raise ValueError("this head has no base model yet: call head.attach(lm) first")
         if self.plain:
             return hidden
         if self.anchored:
-            if tokens is None:
+            if first_token is None:
                 raise ValueError("an anchored head needs the first token beside the hidden state")
-            hidden = torch.cat([hidden, functional.rms_norm(self.embedding[tokens], self.embedding.shape[-1:])], -1)
+            hidden = torch.cat([hidden, functional.rms_norm(self.embedding[first_token], self.embedding.shape[-1:])], -1)
         z = self.enter(hidden)
-        if self.attention is not None:
-            z = z + self.attention(z)
         for block in self.blocks:
             z = z + block(z)
         return self.norm(z)
@@ -233,35 +226,9 @@ class ResidualBlock(nn.Module):
         return self.down(functional.silu(self.up(self.norm(z))))
 
 
-class PastAttention(nn.Module):
-    """Causal attention over the last `window` positions with a learned bias per head and distance."""
-
-    def __init__(self, width: int, window: int):
-        super().__init__()
-        self.window, self.heads = window, max(width // 32, 1)
-        self.norm = nn.RMSNorm(width)
-        self.read = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.distance = nn.Parameter(torch.zeros(self.heads, window))
-        nn.init.zeros_(self.out.weight)
-
-    def forward(self, z: Float[Tensor, "*batch time width"]) -> Float[Tensor, "*batch time width"]:
-        query, key, value = self.read(self.norm(z)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        mixed = functional.scaled_dot_product_attention(
-            query.transpose(-2, -3), key.transpose(-2, -3), value.transpose(-2, -3), attn_mask=self._bias(z.shape[-2])
-        )
-        return self.out(mixed.transpose(-2, -3).flatten(-2))
-
-    def _bias(self, time: int) -> Tensor:
-        steps = torch.arange(time, device=self.distance.device)
-        distance = steps[:, None] - steps
-        seen = (distance >= 0) & (distance < self.window)
-        return torch.where(seen, self.distance[:, distance.clamp(0, self.window - 1)], -torch.inf)
-
-
-def _check_shape(horizon: int, rank: int, anchored: bool, blocks: int, window: int) -> None:
+def _check_shape(horizon: int, rank: int, blocks: int) -> None:
     if horizon < 2:
         raise ValueError(f"horizon {horizon}: a head needs at least 2 tokens, the first comes from the target")
-    for name, value, least in (("rank", rank, 1), ("blocks", blocks, 0), ("window", window, 1)):
+    for name, value, least in (("rank", rank, 1), ("blocks", blocks, 0)):
         if value < least:
             raise ValueError(f"{name} {value}: expected at least {least}")

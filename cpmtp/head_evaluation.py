@@ -42,23 +42,16 @@ def head_draft(lm: Any, head: CPHead, context: Int[Tensor, " time"], *, horizon:
     horizon = head.horizon if horizon is None else horizon
     if not 2 <= horizon <= head.horizon:
         raise ValueError(f"horizon {horizon}: this head knows 2 to {head.horizon}")
-    past = context[-head.window :]
-    hidden = lm.hidden_states(context[None])[0, -head.window :].float()
+    hidden = lm.hidden_states(context[None])[0, -1].float()
     if head.anchored:
-        first = torch.arange(head.vocab_size)
-        tokens = torch.cat([past[1:].expand(len(first), -1), first[:, None]], 1)
-        hidden = hidden.expand(len(first), -1, -1)
-        draft = head(hidden, tokens) if head.window > 1 else head(hidden[:, 0], first)
+        draft = head(hidden.expand(head.vocab_size, -1), torch.arange(head.vocab_size, device=hidden.device))
     else:
-        # An unanchored head reads no token after the last hidden state.
-        draft = head(hidden, None) if head.window > 1 else head(hidden[0])
+        draft = head(hidden)
     return _double(draft.marginal(horizon - head.anchored))
 
 
 @torch.no_grad()
-def held_out_survival(
-    lm: Any, head: CPHead, tokens: Int[Tensor, "rows length"]
-) -> Float[Tensor, "rows horizon"]:
+def held_out_survival(lm: Any, head: CPHead, tokens: Int[Tensor, "rows length"]) -> Float[Tensor, "rows horizon"]:
     """Survival under block verification, first token from the target, averaged over each row's positions.
 
     Unbiased for contexts like the rows'. Rows are independent of each other; positions within one are not.

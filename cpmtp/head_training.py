@@ -33,7 +33,7 @@ class HeadTrainingSettings:
 
     Attributes
     ----------
-    horizon, rank, anchored, width, blocks, window
+    horizon, rank, anchored, width, blocks
         The head, see `CPHead`.
     objective : {"distillation", "likelihood", "acceptance"}
         See `head_loss`. ``acceptance`` has vanishing gradients far from the target: give `train_head` a head to start from.
@@ -58,8 +58,7 @@ class HeadTrainingSettings:
     rank: int = 8
     anchored: bool = False
     width: int | None = None
-    blocks: int = 0
-    window: int = 1
+    blocks: int = 1
     objective: str = "distillation"
     balance: float = 0.0
     steps: int = 500
@@ -327,7 +326,7 @@ def _samples_key(lm, plan: HeadTrainingSettings) -> str:
 
 
 def _new_head(lm, settings: HeadTrainingSettings) -> CPHead:
-    shape = {n: getattr(settings, n) for n in ("horizon", "rank", "anchored", "width", "blocks", "window")}
+    shape = {n: getattr(settings, n) for n in ("horizon", "rank", "anchored", "width", "blocks")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         head = CPHead(
