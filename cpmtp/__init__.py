@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cpmtp.cp_head import CPHead
     from cpmtp.decomposition.fitting import FitResult, fit
     from cpmtp.divergence import Divergences, divergences
+    from cpmtp.head_evaluation import head_draft, held_out_survival, waterfall
     from cpmtp.head_training import HeadTrainingSettings, train_head
     from cpmtp.joint_distribution import JointDistribution, exact_joint
     from cpmtp.language_model import HiddenMarkovLanguageModel, LanguageModel, MarkovLanguageModel, separated_hmm
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from cpmtp.report import write_report
     from cpmtp.sampled_acceptance import AcceptanceEstimate, estimate_acceptance
     from cpmtp.sampling_law import SamplingLaw
+    from cpmtp.speculative_decoding import speculative_generate
     from cpmtp.study import run_study
     from cpmtp.study_plan import StudySettings
     from cpmtp.training import BaseTrainingSettings, train_base
@@ -41,6 +43,9 @@ _HOME = {
     "divergences": "divergence",
     "JointDistribution": "joint_distribution",
     "exact_joint": "joint_distribution",
+    "head_draft": "head_evaluation",
+    "held_out_survival": "head_evaluation",
+    "waterfall": "head_evaluation",
     "HeadTrainingSettings": "head_training",
     "train_head": "head_training",
     "HiddenMarkovLanguageModel": "language_model",
@@ -59,6 +64,7 @@ _HOME = {
     "estimate_acceptance": "sampled_acceptance",
     "AcceptanceInterval": "truncated_acceptance",
     "SamplingLaw": "sampling_law",
+    "speculative_generate": "speculative_decoding",
     "StudySettings": "study_plan",
     "run_study": "study",
     "BaseTrainingSettings": "training",

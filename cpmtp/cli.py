@@ -149,6 +149,82 @@ def train_base_command(
     print(f"model                   {result.folder}")
 
 
+@app.command("train-head")
+def train_head_command(
+    model: Annotated[str, typer.Option(help="Base model: code, prose, a folder or a hub id.")] = "code",
+    out: Annotated[Path | None, typer.Option(help="Folder for head and checkpoint; default: runs/head-MODEL-rRANK.")] = None,
+    horizon: Annotated[int, typer.Option(help="Tokens per call at most.")] = 4,
+    rank: Annotated[int, typer.Option(help="Components of the CP distribution.")] = 8,
+    anchored: Annotated[bool, typer.Option(help="The head reads the known first token.")] = True,
+    objective: Annotated[str, typer.Option(help="distillation, likelihood or acceptance.")] = "distillation",
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 500,
+    seconds: Annotated[float | None, typer.Option(help="Train for so long instead of for --steps.")] = None,
+    corpus: Annotated[list[str] | None, typer.Option(help="Files, folders or globs; default: the model's own samples.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Folder of a head to begin with.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of weights, samples and batches.")] = 0,
+) -> None:
+    """Train a head for a base model that stays as it is; goes on from its checkpoint if there is one.
+
+    Example: cpmtp train-head --model code --rank 8 --steps 2000 --out runs/head-code
+    """
+    from cpmtp.corpora import read_documents
+    from cpmtp.cp_head import CPHead
+    from cpmtp.head_training import HeadTrainingSettings, train_head, windows_of_text
+    from cpmtp.pretrained import load_language_model
+
+    settings = HeadTrainingSettings(
+        horizon=horizon, rank=rank, anchored=anchored, objective=objective, steps=steps, seconds=seconds, seed=seed
+    )
+    lm = load_language_model(model, device=device)
+    tokens = windows_of_text(lm, [d.text for d in read_documents(list(corpus))], settings.length) if corpus else None
+    folder = out or Path(f"runs/head-{lm.name}-r{rank}")
+    train_head(lm, settings, out=folder, tokens=tokens, start=CPHead.from_pretrained(start) if start else None)
+    last = (folder / "metrics.csv").read_text("utf-8").splitlines()[-1].split(",")
+    print(f"steps            {last[0]} in {float(last[1]):.0f} s")
+    print(f"tokens per call  {float(last[3]):.3f} (block, on the last batch)")
+    print(f"head             {folder}")
+
+
+@app.command()
+def generate(
+    head: Annotated[Path | None, typer.Argument(help="Folder of a trained head; without one: plain decoding.")] = None,
+    model: Annotated[str, typer.Option(help="Its base model: code, prose, a folder or a hub id.")] = "code",
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def add(a, b):\n    return ",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 200,
+    rule: Annotated[str, typer.Option(help="block, token or greedy.")] = "block",
+    temperature: Annotated[float, typer.Option(help="0 follows the most probable token.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Only the so many most probable tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Only the most probable tokens of this mass.")] = None,
+    monitor: Annotated[Path | None, typer.Option(help="File that gets a line of JSON per cycle.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
+) -> None:
+    """Generate text by lossless self-speculative decoding and say what it took.
+
+    Example: cpmtp generate runs/head-code --model code --max-new-tokens 200 --monitor runs/generate.jsonl
+    """
+    from cpmtp.cp_head import CPHead
+    from cpmtp.pretrained import load_language_model
+    from cpmtp.speculative_decoding import speculative_generate
+
+    lm = load_language_model(model, device=device)
+    if head is not None and not (head / "config.json").is_file():
+        raise ValueError(f"the folder {str(head)!r} holds no head: expected config.json and model.safetensors in it")
+    draft = None if head is None else CPHead.from_pretrained(head).to(device)
+    out = speculative_generate(
+        lm, draft, lm.encode(prompt), max_new_tokens=max_new_tokens, rule=rule, temperature=temperature, top_k=top_k,
+        top_p=top_p, seed=seed, monitor=monitor,
+    )  # fmt: skip
+    print(lm.decode(out.sequences[0]))
+    stats = out.stats
+    print(f"tokens per call    {stats.tokens_per_call:.3f} in {stats.calls} calls", file=sys.stderr)
+    print(f"tokens per second  {stats.tokens_per_second:.1f}", file=sys.stderr)
+    print(
+        f"latency per token  {1e3 * stats.latency(0.5):.1f} ms median, {1e3 * stats.latency(0.95):.1f} ms p95", file=sys.stderr
+    )
+
+
 @app.command()
 def models() -> None:
     """List the embedded models.

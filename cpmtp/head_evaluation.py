@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cpmtp.acceptance import implied_acceptance
+from cpmtp.acceptance import acceptance_profiles
 from cpmtp.cp_distribution import CPDistribution
 from cpmtp.cp_head import CPHead
 from cpmtp.decomposition.fitting import fit
@@ -111,21 +111,20 @@ def waterfall(
 def _ceilings(joint: JointDistribution, rank: int, anchored: bool, *, rule: str, seed: int) -> dict[str, float]:
     found = {}
     for method in ("em", "acceptance"):
-        options = {"rule": rule} if method == "acceptance" else {}
-        result = fit(joint, rank=rank, method=method, anchored=anchored, restarts=1, seed=seed, **options)
-        profile = implied_acceptance(joint, result.distribution, rule=rule)
-        found[f"{method}_fit"] = float(profile.tokens_per_call)
+        result = fit(joint, rank=rank, method=method, anchored=anchored, restarts=1, seed=seed, rule=rule)
+        profile = acceptance_profiles(joint, result.distribution, (rule,))[rule]
+        found[f"{method}_fit"] = float(profile.survival.sum())
     return found
 
 
 def _learned(lm: Any, head: CPHead, context: Tensor, joint: JointDistribution, rule: str) -> dict[str, float]:
     draft = head_draft(lm, head, context, horizon=joint.horizon)
-    profile = implied_acceptance(joint, draft, rule=rule)
-    found = {"learned": float(profile.tokens_per_call)}
+    profile = acceptance_profiles(joint, draft, (rule,))[rule]
+    found = {"learned": float(profile.survival.sum())}
     found |= {f"survival_{k + 1}": s for k, s in enumerate(profile.survival.tolist())}
     if not head.anchored:
         distance = divergences(joint, draft)
-        found |= {"kl_nats": distance.kl_nats, "total_variation": distance.total_variation}
+        found |= {"kl_nats": float(distance.kl_nats), "total_variation": float(distance.total_variation)}
     return found
 
 

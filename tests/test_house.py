@@ -32,6 +32,10 @@ ALLOWED = {
     "training": EXACT | {"pretrained", "muon", "base_evaluation", "checkpoints"} - {"decomposition"},
     "cp_head": {"cp_distribution"},
     "head_objectives": {"cp_head"},
+    "head_evaluation": EXACT | {"cp_head", "head_objectives"},
+    "generation_target": {"language_model"},
+    "speculative_decoding": TYPES
+    | {"cp_head", "verification", "generation_target", "generation_stats"} - {"joint_distribution", "prefix_tree"},
     "head_training": {"language_model", "cp_head", "head_objectives", "muon", "checkpoints"},
     "base_evaluation": {"corpora"},
     "report": {"plots", "rank_selection", "latency"},

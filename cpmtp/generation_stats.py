@@ -1,0 +1,97 @@
+"""What a decoding run did and how long it took; one line of JSON per call for whoever watches."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+STAGES = ("target", "draft", "verification", "rest")
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """Counts and times of one run.
+
+    Attributes
+    ----------
+    calls : int
+        Forward passes of the target, the reading of the prompts included.
+    accepted_counts : tuple of int
+        How many cycles of a row accepted exactly 0, 1, … drafted tokens.
+    tokens_per_call : float
+        Pooled over rows: tokens emitted by cycles over cycles of rows (the reading of the prompts is no cycle).
+    tokens_per_call_by_row : tuple of float
+    seconds : float
+        The whole run.
+    stage_seconds : dict of str to float
+        Of the cycles: target forward passes, draft, verification, the rest.
+    token_latencies : tuple of float
+        Seconds per emitted token of every cycle: its time over the mean number of tokens a row got.
+    """
+
+    calls: int
+    accepted_counts: tuple[int, ...]
+    tokens_per_call: float
+    tokens_per_call_by_row: tuple[float, ...]
+    seconds: float
+    stage_seconds: dict[str, float]
+    token_latencies: tuple[float, ...]
+    tokens: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def accepted_per_position(self) -> tuple[int, ...]:
+        """In how many cycles of a row the k-th drafted token was accepted, k = 1, 2, …"""
+        return tuple(int(c) for c in np.cumsum(self.accepted_counts[::-1])[::-1][1:])
+
+    def latency(self, quantile: float) -> float:
+        """Seconds per token that this share of the cycles did not exceed, e.g. 0.5 or 0.95."""
+        return float(np.quantile(self.token_latencies, quantile)) if self.token_latencies else 0.0
+
+
+@dataclass
+class Recorder:
+    """Collects a run's numbers while it goes on; writes a line per cycle to `monitor`."""
+
+    rows: int
+    horizon: int
+    monitor: Path | None = None
+    calls: int = 1
+    accepted: list[list[int]] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    latencies: list[float] = field(default_factory=list)
+
+    def cycle(self, accepted: dict[int, int], stages: dict[str, float]) -> None:
+        """`accepted` maps the rows that are still running to their number of accepted drafted tokens."""
+        self.calls += 1
+        self.accepted.append([accepted.get(row, -1) for row in range(self.rows)])
+        for name, seconds in stages.items():
+            self.stages[name] += seconds
+        emitted = sum(accepted.values()) / len(accepted) + 1
+        self.latencies.append(sum(stages.values()) / emitted)
+        if self.monitor:
+            line = {"call": self.calls, "accepted": list(accepted.values()), "seconds": stages}
+            with self.monitor.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def finish(self, seconds: float, tokens: int) -> GenerationStats:
+        table = np.array(self.accepted, dtype=int).reshape(-1, self.rows)
+        running = table >= 0
+        emitted = np.where(running, table + 1, 0)
+        per_row = emitted.sum(0) / np.maximum(running.sum(0), 1)
+        return GenerationStats(
+            calls=self.calls,
+            accepted_counts=tuple(int((table == k).sum()) for k in range(self.horizon)),
+            tokens_per_call=float(emitted.sum() / max(running.sum(), 1)),
+            tokens_per_call_by_row=tuple(per_row.tolist()),
+            seconds=seconds,
+            stage_seconds=self.stages,
+            token_latencies=tuple(self.latencies),
+            tokens=tokens,
+        )
