@@ -7,7 +7,7 @@ sum over sequences of at most two prefix laws, the target's and the draft's: onl
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cpmtp.acceptance_rules import posterior_after_first, survivals
 from cpmtp.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import LanguageModel
@@ -162,15 +163,8 @@ def acceptance_profiles(
     if isinstance(draft, LanguageModel):
         draft = _draft_of_model(joint, draft, context)
     _check_shapes(joint, draft, first_token)
-    laws = _Laws.of(joint, draft, first_token, law)
-    survivals: dict[str, Callable[[], Tensor]] = {
-        "token": lambda: _token(laws),
-        "block": lambda: _block(laws),
-        "coupling": lambda: _coupling(laws),
-        "greedy": lambda: _greedy(laws),
-        "typical": lambda: _typical(laws, epsilon, delta),
-    }
-    return {rule: AcceptanceProfile(_first_is_certain(survivals[rule](), first_token), rule, first_token) for rule in rules}
+    found = survivals(joint, draft, rules, first_token, law, epsilon=epsilon, delta=delta)
+    return {rule: AcceptanceProfile(survival, rule, first_token) for rule, survival in found.items()}
 
 
 def revealed_component_survival(
@@ -189,7 +183,7 @@ def revealed_component_survival(
             total += draft.weights[a] * acceptance_profiles(joint, component, (rule,), first_token=first_token)[rule].survival
         return total
     given, first = joint.given_first_token(), joint.prefix_probs(1)
-    posterior = _posterior(draft)
+    posterior = posterior_after_first(draft)
     for a in range(draft.rank):
         factors = [f[:, a : a + 1].expand(joint.vocab_size, -1, -1) for f in draft.factors[1:]]
         component = CPDistribution(certain.expand(joint.vocab_size, 1), factors)
@@ -197,142 +191,6 @@ def revealed_component_survival(
         total[1:] += torch.einsum("v,v,vk->k", first, posterior[:, a], profile.survival)
     total[0] = 1.0
     return total
-
-
-@dataclass(frozen=True)
-class _Laws:
-    """Prefix laws of target and draft, lengths 0 … n, flat: (*batch, vocab**k)."""
-
-    p: list[Tensor]
-    q: list[Tensor]
-    vocab: int
-    first_token: str
-
-    @classmethod
-    def of(cls, joint: JointDistribution, draft, first_token: str, law: SamplingLaw) -> _Laws:
-        batch, lengths = joint.batch_shape, range(joint.horizon + 1)
-        p = [joint.prefix_probs(k).reshape(*batch, -1) for k in lengths]
-        prefixes = _told_first if first_token == "target" else _own_prefixes
-        laws = cls(p, [v.reshape(*batch, -1) for v in prefixes(joint, draft)], joint.vocab_size, first_token)
-        return laws if law.is_identity else laws._processed(law)
-
-    def _processed(self, law: SamplingLaw) -> _Laws:
-        judged = 2 if self.first_token == "target" else 1
-        q = self.q[:judged]
-        for k in range(judged, len(self.q)):
-            # After a prefix without mass any law will do: it is reached with probability zero.
-            children = self.q[k].unflatten(-1, (-1, self.vocab))
-            conditional = ratio(children, self.q[k - 1].unsqueeze(-1), otherwise=1 / self.vocab)
-            processed = law.process(conditional / conditional.sum(-1, keepdim=True))
-            q.append((q[k - 1].unsqueeze(-1) * processed).flatten(-2))
-        return _Laws(self.p, q, self.vocab, self.first_token)
-
-    @property
-    def steps(self) -> range:
-        return range(1, len(self.p))
-
-
-def _told_first(joint: JointDistribution, draft) -> list[Tensor]:
-    """Prefix laws of a draft that is told the first token: ``P(x1) Q(x_2:k | x1)``."""
-    n, first = joint.horizon, joint.prefix_probs(1)
-    if draft.horizon == n - 1:
-        return [joint.prefix_probs(0), first, *(_times(first, draft.prefix_probs(k - 1)) for k in range(2, n + 1))]
-    if isinstance(draft, JointDistribution):
-        own = draft.prefix_probs(1)
-        # Where the draft gives the first token no mass there is no posterior: the prior, its law of the others, is used.
-        prior = draft.probs.sum(dim=-n, keepdim=True)
-        shape = (*own.shape, *(1,) * (n - 1))
-        given = torch.where(
-            own.view(shape) > 0, draft.probs * ratio(first, own, otherwise=0.0).view(shape), prior * first.view(shape)
-        )
-        return [joint.prefix_probs(0), first, *(given.flatten(-(n - k)).sum(-1) if k < n else given for k in range(2, n + 1))]
-    rows = _posterior(draft) * first.unsqueeze(-1)
-    laws = [joint.prefix_probs(0), first]
-    for factor in draft.factors[1:]:
-        laws.append((rows @ factor.mT).flatten(-2))
-        if len(laws) <= n:
-            rows = (rows.unsqueeze(-2) * factor.unsqueeze(-3)).flatten(-3, -2)
-    return laws
-
-
-def _own_prefixes(joint: JointDistribution, draft) -> list[Tensor]:
-    return [draft.prefix_probs(k) for k in range(joint.horizon + 1)]
-
-
-def _posterior(draft: CPDistribution) -> Float[Tensor, "*batch vocab rank"]:
-    """Weights after each first token; the prior weights after one of zero mass."""
-    scores = draft.weights.unsqueeze(-2) * draft.factors[0]
-    total = scores.sum(-1, keepdim=True)
-    return torch.where(total > 0, scores / torch.where(total > 0, total, 1.0), draft.weights.unsqueeze(-2))
-
-
-def _times(first: Tensor, rest: Tensor) -> Tensor:
-    return first.reshape(*first.shape, *(1,) * (rest.ndim - first.ndim)) * rest
-
-
-def _token(laws: _Laws) -> Tensor:
-    # T_k = T_{k-1} min(p_k, q_k) = min(P_k T_{k-1}/P_{k-1}, Q_k T_{k-1}/Q_{k-1}): divisions by the shorter prefix only.
-    kept, survival = laws.p[0], []
-    for k in laws.steps:
-        kept = torch.minimum(_grow(laws, k, laws.p, kept), _grow(laws, k, laws.q, kept))
-        survival.append(kept.sum(-1))
-    return torch.stack(survival, -1)
-
-
-def _block(laws: _Laws) -> Tensor:
-    kept, survival = laws.p[0], []
-    for k in laws.steps:
-        kept = torch.minimum(_grow(laws, k, laws.p, kept), laws.q[k])
-        survival.append(kept.sum(-1))
-    return torch.stack(survival, -1)
-
-
-def _coupling(laws: _Laws) -> Tensor:
-    return torch.stack([torch.minimum(laws.p[k], laws.q[k]).sum(-1) for k in laws.steps], -1)
-
-
-def _greedy(laws: _Laws) -> Tensor:
-    path = torch.zeros_like(laws.p[0], dtype=torch.long)
-    survival = []
-    for k in laws.steps:
-        children = laws.p[k].unflatten(-1, (-1, laws.vocab))
-        chosen = children.gather(-2, path.unsqueeze(-1).expand(*path.shape, laws.vocab)).argmax(-1)
-        path = path * laws.vocab + chosen
-        survival.append(laws.q[k].gather(-1, path).squeeze(-1))
-        if k == 1 and laws.first_token == "target":
-            given = survival[0]
-    survival_of_path = torch.stack(survival, -1)
-    # The first token is the target's argmax, whatever mass the joint gives it.
-    return survival_of_path / given.unsqueeze(-1) if laws.first_token == "target" else survival_of_path
-
-
-def _typical(laws: _Laws, epsilon: float, delta: float) -> Tensor:
-    allowed = torch.ones_like(laws.p[0], dtype=torch.bool)
-    survival = []
-    for k in laws.steps:
-        p = ratio(laws.p[k].unflatten(-1, (-1, laws.vocab)), laws.p[k - 1].unsqueeze(-1), otherwise=0.0)
-        entropy = -torch.special.xlogy(p, p).sum(-1, keepdim=True)
-        good = p > (delta * torch.exp(-entropy)).clamp_max(epsilon)
-        judged = k > 1 or laws.first_token == "draft"
-        allowed = (allowed.unsqueeze(-1) & (good if judged else torch.ones_like(good))).flatten(-2)
-        survival.append(torch.where(allowed, laws.q[k], 0.0).sum(-1))
-    return torch.stack(survival, -1)
-
-
-def _grow(laws: _Laws, k: int, law: list[Tensor], kept: Tensor) -> Tensor:
-    """``kept(x_1:k-1) * law(x_k | x_1:k-1)``."""
-    return (law[k].unflatten(-1, (-1, laws.vocab)) * ratio(kept, law[k - 1], otherwise=0.0).unsqueeze(-1)).flatten(-2)
-
-
-def ratio(a: Tensor, b: Tensor, *, otherwise: float) -> Tensor:
-    """``a / b``, and `otherwise` where b is zero, without a NaN in the value or in the gradient."""
-    return torch.where(b > 0, a / torch.where(b > 0, b, 1.0), otherwise)
-
-
-def _first_is_certain(survival: Tensor, first_token: str) -> Tensor:
-    if first_token == "draft":
-        return survival
-    return torch.cat([torch.ones_like(survival[..., :1]), survival[..., 1:]], -1)
 
 
 def _draft_of_model(joint: JointDistribution, lm: LanguageModel, context: Tensor | None) -> JointDistribution:
