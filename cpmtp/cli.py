@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +23,9 @@ app = typer.Typer(
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
+
 def main() -> None:
     """Entry point: bad input is one line and exit status 2, an interruption status 130."""
     try:
@@ -30,6 +35,11 @@ def main() -> None:
     except _UsageError as error:
         _stop(getattr(error, "format_message", lambda: str(error))())
     except OSError as error:
+        if error.errno in _DISK_ERRORS:
+            print(
+                f"cpmtp: {error.strerror}; what could be written is kept, the same command goes on from there", file=sys.stderr
+            )
+            sys.exit(1)
         _stop(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     except (KeyboardInterrupt, typer.Abort):
         print("cpmtp: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
@@ -72,11 +82,23 @@ def study(
     methods: Annotated[str, typer.Option(help="als, hals, mu, em, gradient, separated by commas.")] = "als,em,gradient",
     contexts: Annotated[int, typer.Option(help="Contexts per model.")] = 8,
     context_length: Annotated[int, typer.Option(help="Tokens in a context.")] = 64,
-    temperature: Annotated[float, typer.Option(help="Temperature of the target's law.")] = 1.0,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=PATH: a named corpus (file, folder or glob); several times for domains side by side."),
+    ] = None,
+    temperatures: Annotated[
+        str, typer.Option("--temperatures", "--temperature", help="Temperatures of the target's law, separated by commas.")
+    ] = "1.0",
+    anchored: Annotated[str, typer.Option(help="no, yes or both: whether drafts are told the first token.")] = "no",
     restarts: Annotated[int, typer.Option(help="Random starts per fit; the best is kept.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder of the study; the same folder again goes on with it.")] = Path("runs/study"),
     seed: Annotated[int, typer.Option(help="Seed of contexts and starts.")] = 0,
     workers: Annotated[int | None, typer.Option(help="Local processes; default one per core.")] = None,
+    dask: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, tcp://HOST:PORT, to compute on.")] = None,
+    max_gigabytes: Annotated[
+        float, typer.Option(help="Memory of a worker for dense joints; larger ones become truncated trees.")
+    ] = 4.0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, no summary.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show cells, memory and estimated time; compute nothing.")] = False,
 ) -> None:
     """Run a study and recommend a rank.
@@ -89,13 +111,16 @@ def study(
     settings = StudySettings(
         models=tuple(model),
         corpus=tuple(corpus or ()),
+        domains=tuple(_pair("--domain", text) for text in domain or ()),
         horizons=_integers("--horizons", horizons),
         ranks=_integers("--ranks", ranks),
         methods=tuple(part.strip() for part in methods.split(",") if part.strip()),
         contexts=contexts,
         context_length=context_length,
-        temperature=temperature,
+        anchored=_anchored(anchored),
+        temperatures=_numbers("--temperatures", temperatures, float, "numbers", "1.0,0.7"),
         restarts=restarts,
+        max_bytes=_bytes(max_gigabytes),
         seed=seed,
     )
     if workers is not None and workers < 1:
@@ -103,8 +128,40 @@ def study(
     if dry_run:
         _show_plan(settings, workers)
         return
-    table = run_study(settings, out, workers=workers)
-    _finish(table, out)
+    with _executor(dask, workers) as executor:
+        table = run_study(settings, out, executor, workers=workers, progress=False if quiet else None)
+    _finish(table, out, quiet)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of a finished study.")],
+    second: Annotated[Path, typer.Argument(help="Folder of the one to compare it with.")],
+    rule: Annotated[str, typer.Option(help="token, block or coupling.")] = "block",
+    first_token: Annotated[str, typer.Option(help="target or draft.")] = "target",
+    out: Annotated[Path | None, typer.Option(help="File for the comparison as CSV.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+) -> None:
+    """Compare two studies: two models, two corpora, two dates; paired where contexts are shared.
+
+    Example: cpmtp compare runs/before runs/after
+    """
+    from cpmtp.study import read_study
+    from cpmtp.study_comparison import compare_studies
+
+    tables = [read_study(folder)[0] for folder in (first, second)]
+    comparison = compare_studies(*tables, rule=rule, first_token=first_token, seed=seed)
+    print(f"{first} against {second}, tokens per call ({rule}, first token from the {first_token})")
+    for (what, horizon), part in comparison.groupby(["compared", "horizon"], sort=False):
+        paired = f"{part['shared_contexts'].iloc[0]} shared contexts, paired" if part["paired"].iloc[0] else "unpaired"
+        print(f"{what}, horizon {horizon} ({paired})")
+        for row in part.itertuples():
+            print(
+                f"  rank {row.rank:4d}  {row.first:7.3f}  {row.second:7.3f}  difference {row.difference:+.3f} "
+                f"(95 % interval {row.difference_low:+.3f} to {row.difference_high:+.3f})"
+            )
+    if out is not None:
+        comparison.to_csv(out, index=False)
 
 
 @app.command()
@@ -241,10 +298,55 @@ def models() -> None:
 
 
 def _integers(option: str, text: str) -> tuple[int, ...]:
+    return _numbers(option, text, int, "integers", "1,2,4")
+
+
+def _numbers(option: str, text: str, kind: type, what: str, example: str) -> tuple:
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        return tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise ValueError(f"{option} {text!r}: expected integers separated by commas, such as 1,2,4") from None
+        raise ValueError(f"{option} {text!r}: expected {what} separated by commas, such as {example}") from None
+
+
+def _pair(option: str, text: str) -> tuple[str, str]:
+    name, found, path = text.partition("=")
+    if not found:
+        raise ValueError(f"{option} {text!r}: expected NAME=PATH, such as law=contracts/*.txt")
+    return name, path
+
+
+def _anchored(text: str) -> tuple[bool, ...]:
+    choices = {"no": (False,), "yes": (True,), "both": (False, True)}
+    if text not in choices:
+        raise ValueError(f"--anchored {text!r}: expected no, yes or both")
+    return choices[text]
+
+
+def _bytes(gigabytes: float) -> int:
+    if not (0 < gigabytes < float("inf")):
+        raise ValueError(f"--max-gigabytes {gigabytes}: expected a number above 0")
+    return max(int(gigabytes * 1e9), 1)
+
+
+@contextmanager
+def _executor(address: str | None, workers: int | None):
+    """Dask's executor, or none."""
+    if address is None:
+        yield None
+        return
+    if workers is not None:
+        raise ValueError("--workers counts local processes and --dask computes elsewhere: give one of them")
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ValueError("--dask needs the package distributed: pip install 'cpmtp[distributed]'") from None
+    try:
+        client = Client(address, timeout="10s", set_as_default=False)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"--dask {address!r}: no scheduler answers there ({error})") from error
+    with client:
+        # A context whose rows depend on nothing but itself may be computed twice; its first answer counts.
+        yield client.get_executor(pure=False)
 
 
 def _show_plan(settings, workers: int | None) -> None:
@@ -257,25 +359,57 @@ def _show_plan(settings, workers: int | None) -> None:
     print(f"time            about {max(estimate.seconds / 60, 0.1):.1f} minutes (a rough guide: machines differ)")
 
 
-def _finish(table, out: Path) -> None:
-    from cpmtp.rank_selection import select_rank
+def _finish(table, out: Path, quiet: bool) -> None:
     from cpmtp.report import write_report
     from cpmtp.study import read_study
 
     failed = int((table["status"] == "failed").sum())
-    path = write_report(*read_study(out), out / "report.html")
-    for (model, domain), part in table.groupby(["model", "domain"], sort=False):
-        choice = select_rank(part)
-        print(f"{model} ({choice.contexts} contexts from {domain})")
-        for horizon in choice.rank:
-            print(f"  {choice.sentence(horizon)}")
-        if choice.few_documents:
-            print(f"  only {choice.documents} independent documents: take the intervals as too narrow (--contexts 32 or more)")
-    print(f"table   {out / 'table.parquet'}  ({len(table):,} rows)")
-    print(f"report  {path}")
+    _, manifest = read_study(out)
+    if failed < len(table):
+        path = write_report(table, manifest, out / "report.html")
+        if not quiet:
+            _summarise(table, manifest)
+            print(f"table   {out / 'table.parquet'}  ({len(table):,} rows)")
+            print(f"report  {path}")
     if failed:
         print(f"{failed} of {len(table)} cells failed: see the columns status and message", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _summarise(table, manifest: dict) -> None:
+    """One screen: what was studied, and per horizon what each rank gives."""
+    from cpmtp.rank_selection import select_rank
+    from cpmtp.report import table_parts
+
+    for name, corpus in manifest["corpora"].items():
+        replaced = corpus["replaced_bytes"]
+        note = f", {replaced:,} bytes that were not UTF-8 replaced" if replaced else ""
+        print(f"domain {name}: {corpus['documents']:,} documents{note}")
+    for name, facts in manifest["models"].items():
+        for horizon in facts["truncated_horizons"]:
+            held = table[(table["model"] == name) & (table["horizon"] == horizon)]["kept_mass"].min()
+            print(
+                f"{name}, horizon {horizon}: {facts['vocab_size']:,} tokens are too many for a dense joint; truncated trees of "
+                f"at least {held:.1%} of the mass, tokens per call are lower bounds"
+            )
+    for (model, domain), part in table_parts(table):
+        if (part["status"] == "failed").all():
+            print(f"{model} on {domain}: every fit failed")
+            continue
+        choice = select_rank(part)
+        bits = part["domain_bits_per_byte"].iloc[0]
+        known = f", {bits:.2f} bits per byte" if bits == bits else ""
+        print(f"{model} ({choice.contexts} contexts from {domain}{known})")
+        for horizon in choice.rank:
+            rows = choice.table[choice.table["horizon"] == horizon]
+            cells = [
+                f"r={r.rank}: {r.tokens_per_call:.2f} [{r.tokens_per_call_low:.2f}, {r.tokens_per_call_high:.2f}]"
+                for r in rows.itertuples()
+            ]
+            print(f"  {choice.sentence(horizon)}")
+            print(f"    {'  '.join(cells)}")
+        if choice.few_documents:
+            print(f"  only {choice.documents} independent documents: take the intervals as too narrow (--contexts 32 or more)")
 
 
 if __name__ == "__main__":

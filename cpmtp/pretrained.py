@@ -117,6 +117,12 @@ class HuggingFaceLanguageModel:
         return torch.cat([self._log_probs(self._forward(part, keep=1))[:, -1] for part in token_ids.split(rows)])
 
     @torch.inference_mode()
+    def sequence_log_probs(self, token_ids: Int[Tensor, " time"]) -> Float[Tensor, " later"]:
+        """Log-probability (nats) of each token after the first, given those before it; one forward pass."""
+        laws = self._log_probs(self._forward(token_ids[None, :-1], keep=0))[0]
+        return laws.gather(-1, token_ids[1:, None]).squeeze(-1)
+
+    @torch.inference_mode()
     def continuation_log_probs(
         self, context: Int[Tensor, " time"], continuations: Int[Tensor, "count length"]
     ) -> Float[Tensor, "count vocab"]:

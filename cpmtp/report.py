@@ -50,7 +50,7 @@ def write_report(table: pd.DataFrame, manifest: dict, path: str | Path) -> Path:
     ValueError
         If the table holds no usable row.
     """
-    sections = [_section(part, *key) for key, part in table.groupby(["model", "domain"], sort=False)]
+    sections = [_section(part, model, domain) for (model, domain), part in table_parts(table)]
     environment = Environment(
         loader=PackageLoader("cpmtp", "templates"), autoescape=select_autoescape(default=True), undefined=StrictUndefined
     )
@@ -61,6 +61,18 @@ def write_report(table: pd.DataFrame, manifest: dict, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def table_parts(table: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    """What a rank is chosen for: (model, domain), the domain with the temperature and kind of draft where there are several."""
+    keys = [name for name in ("temperature", "anchored") if name in table and table[name].nunique() > 1]
+    found = []
+    for (model, domain, *others), part in table.groupby(["model", "domain", *keys], sort=False):
+        told = dict(zip(keys, others, strict=True))
+        notes = [f"temperature {told['temperature']:g}"] if "temperature" in told else []
+        notes += [("anchored" if told["anchored"] else "unanchored") + " drafts"] if "anchored" in told else []
+        found.append(((model, ", ".join([domain, *notes])), part))
+    return found
 
 
 def _section(table: pd.DataFrame, model: str, domain: str) -> Section:
@@ -117,7 +129,7 @@ def _setup(table: pd.DataFrame, manifest: dict) -> list[tuple[str, str]]:
         ("Models", ", ".join(models)),
         ("Contexts", f"{settings['contexts']} per model, {settings['context_length']} tokens each"),
         ("Contexts from", ", ".join(settings["corpus"]) or "samples of each model itself"),
-        ("Temperature", str(settings["temperature"])),
+        ("Temperature", ", ".join(map(str, settings.get("temperatures", [settings.get("temperature")])))),
         ("Horizons", ", ".join(map(str, settings["horizons"]))),
         ("Ranks", ", ".join(map(str, settings["ranks"]))),
         ("Methods", f"{', '.join(settings['methods'])}; {settings['restarts']} start(s) each"),

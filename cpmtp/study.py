@@ -1,46 +1,25 @@
-"""The study: every (model, context, horizon, rank, method) as one row of a table; resumable, on any executor."""
+"""The study: every (model, context, temperature, horizon, rank, method) as one row of a table; resumable, on any executor."""
 
 from __future__ import annotations
 
 import json
-import math
-import multiprocessing
-import os
-import platform
 import sys
-import time
-import types
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import asdict, fields
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
-import torch
-from threadpoolctl import threadpool_limits
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from cpmtp.acceptance import acceptance_profiles
-from cpmtp.decomposition.fitting import FitResult, fit
-from cpmtp.divergence import divergences
-from cpmtp.joint_distribution import JointDistribution, exact_joint
-from cpmtp.study_plan import StudySettings, StudyUnit, open_language_model, plan_study, study_cells
-
-SCHEMA_VERSION = 1
-RULES = ("token", "block", "coupling")
-FIRST_TOKENS = ("target", "draft")
-TIMING_COLUMNS = ("joint_seconds", "fit_seconds")
-# One thread each; and memory that is freed stays with the process: fits take and drop tensors of a joint's size all the time,
-# and fetching fresh pages for each took half of the evaluation's time and a tenth of the fits' (glibc only).
-_WORKER_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "MALLOC_MMAP_THRESHOLD_": str(32 * 1024**2),
-    "MALLOC_TRIM_THRESHOLD_": str(2 * 1024**3),
-}
-_PACKAGES = ("cpmtp", "torch", "transformers", "tensorly", "numpy", "scipy", "pandas", "pyarrow")
+from cpmtp.study_folder import StudyFolder
+from cpmtp.study_plan import StudySettings, StudyUnit, plan_study
+from cpmtp.study_table import rows_to_table
+from cpmtp.study_unit import domain_bits_per_byte, one_thread
+from cpmtp.study_workers import unit_results
 
 
 def run_study(
@@ -53,8 +32,10 @@ def run_study(
 ) -> pd.DataFrame:
     """Run a study, or what is left of it, and return its table.
 
-    One row per (model, domain, context, horizon, rank, method). Each context's rows are written to a Parquet part of their own
-    as soon as they are there; started again with the same settings and folder, finished contexts are not computed again.
+    One row per (model, domain, context, temperature, horizon, rank, method, anchored). Each context's rows are written to a
+    Parquet part of their own as soon as they are there; started again with the same settings and folder, finished contexts are
+    not computed again and damaged parts are set aside. What fails is a row with ``status`` and ``message``; a context whose
+    worker vanished for good is tried again by the next run.
 
     Parameters
     ----------
@@ -62,7 +43,7 @@ def run_study(
     out : path
         Folder for `manifest.json`, `parts/` and `table.parquet`.
     executor : concurrent.futures.Executor, optional
-        Where contexts are computed; default: local processes.
+        Where contexts are computed (Dask: ``Client(address).get_executor()``); default: local processes.
     workers : int, optional
         Number of local processes (default: one per core; 1 stays in this process).
     progress : bool, optional
@@ -71,21 +52,19 @@ def run_study(
     Raises
     ------
     ValueError
-        If a model or corpus cannot be used, a joint would be too large, or `out` holds another study. Nothing is computed then.
+        If a model or corpus cannot be used, `out` holds another study, or another run is using it. Nothing is computed then.
+    OSError
+        If the finished table cannot be written. What could be kept is kept.
     """
-    folder = Path(out)
-    with _one_thread():
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers {workers}: expected at least 1")
+    with one_thread():
         units, identity = plan_study(settings)
-    _open_folder(folder, settings, identity)
-    pending = [unit for unit in units if not _part(folder, unit).exists()]
-    hidden = not sys.stderr.isatty() if progress is None else not progress
-    with tqdm(total=len(units), initial=len(units) - len(pending), unit="context", disable=hidden) as bar:
-        for unit, rows in _results(settings, pending, executor, workers):
-            _write_parquet(_part(folder, unit), pd.DataFrame(rows))
-            bar.update()
-    table = pd.concat([pd.read_parquet(_part(folder, unit)) for unit in units], ignore_index=True)
-    _write_parquet(folder / "table.parquet", table)
-    return table
+    with StudyFolder.opened(Path(out), settings, identity) as folder:
+        tables = _computed(folder, units, executor, workers, progress)
+        table = _with_domain_bits(pa.concat_tables(tables))
+        folder.write_table(table)
+    return table.to_pandas()
 
 
 def read_study(folder: str | Path) -> tuple[pd.DataFrame, dict]:
@@ -99,206 +78,55 @@ def read_study(folder: str | Path) -> tuple[pd.DataFrame, dict]:
     folder = Path(folder)
     if not (folder / "table.parquet").is_file() or not (folder / "manifest.json").is_file():
         raise ValueError(f"{str(folder)!r} holds no finished study: run `cpmtp study --out {folder}` first")
-    return pd.read_parquet(folder / "table.parquet"), json.loads((folder / "manifest.json").read_text("utf-8"))
-
-
-def study_unit_rows(settings: StudySettings, unit: StudyUnit) -> list[dict]:
-    """All rows of one context: its joint once, then every fit. Never raises for what one cell does."""
-    with _one_thread():
-        lm = open_language_model(unit.model)
-        begun = time.perf_counter()
-        try:
-            joint = exact_joint(
-                lm,
-                torch.tensor(unit.token_ids, dtype=torch.long),
-                max(settings.horizons),
-                temperature=settings.temperature,
-                max_bytes=settings.max_bytes,
-            )
-        except (ValueError, RuntimeError, MemoryError) as error:
-            return [_row(settings, unit, cell, error=error) for cell in study_cells(settings)]
-        seconds = time.perf_counter() - begun
-        rows = []
-        for horizon in settings.horizons:
-            shorter = joint.marginal(horizon)
-            facts = {"joint_seconds": seconds, **_joint_facts(shorter)}
-            rows += [_fit_row(settings, unit, shorter, c, facts) for c in study_cells(settings) if c[0] == horizon]
-        return rows
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # Workers of several threads each fight for the cores; and sums of one thread have one order, hence the same bits.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(before)
+        return pq.read_table(folder / "table.parquet").to_pandas(), json.loads((folder / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"{str(folder)!r} holds a damaged study ({error}): run `cpmtp study --out {folder}` again") from error
 
 
-def _fit_row(settings, unit: StudyUnit, joint: JointDistribution, cell: tuple[int, int, str], facts: dict) -> dict:
-    _, rank, method = cell
+def _computed(folder: StudyFolder, units: Sequence[StudyUnit], executor, workers, progress) -> list[pa.Table]:
+    """Every unit's rows in the order of `units`, from the folder or computed now."""
+    tables = {unit: folder.read(unit) for unit in units}
+    pending = [unit for unit, table in tables.items() if table is None]
+    unwritten: dict[StudyUnit, list[dict]] = {}
+    failures = sum(_failures(table) for table in tables.values() if table is not None)
+    hidden = not sys.stderr.isatty() if progress is None else not progress
+    results = unit_results(folder.settings, pending, executor, workers)
+    with closing(results), tqdm(total=len(units), initial=len(units) - len(pending), unit="context", disable=hidden) as bar:
+        for unit, rows, final in results:
+            tables[unit] = rows_to_table(rows, folder.settings)
+            if final and not _kept(folder, unit, rows):
+                unwritten[unit] = rows
+            failures += _failures(tables[unit])
+            if failures:
+                bar.set_postfix(failed=failures, refresh=False)
+            bar.update()
+    # A disk that was full for a while: what is here is kept now.
+    for unit, rows in unwritten.items():
+        _kept(folder, unit, rows)
+    return [table for table in tables.values() if table is not None]
+
+
+def _kept(folder: StudyFolder, unit: StudyUnit, rows: list[dict]) -> bool:
+    """Whether the rows could be written; a full disk must not cost what the other contexts will give."""
     try:
-        result = fit(joint, rank, method, restarts=settings.restarts, seed=unit.seed(settings.seed) % 2**31)
-        return _row(settings, unit, cell, facts, _fit_facts(result) | _quality(joint, result))
-    except (ValueError, RuntimeError, ArithmeticError, MemoryError) as error:
-        return _row(settings, unit, cell, facts, error=error)
+        folder.write(unit, rows)
+    except OSError:
+        return False
+    return True
 
 
-def _row(settings, unit: StudyUnit, cell, *facts: dict, error: Exception | None = None) -> dict:
-    horizon, rank, method = cell
-    row: dict[str, object] = dict.fromkeys(table_columns(settings), math.nan)
-    row |= {"schema_version": SCHEMA_VERSION, "model": unit.model, "domain": unit.domain, "document": unit.document}
-    row |= {"context": unit.context, "context_text": unit.text, "context_tokens": len(unit.token_ids)}
-    row |= {"horizon": horizon, "rank": rank, "method": method, "temperature": settings.temperature}
-    row |= {"restarts": settings.restarts, "status": "ok", "message": ""}
-    for some in facts:
-        row |= some
-    if error is not None:
-        row |= {"status": "failed", "message": f"{type(error).__name__}: {error}"}
-    return row
+def _failures(table: pa.Table) -> int:
+    return pc.sum(pc.equal(table.column("status"), "failed")).as_py() or 0
 
 
-def table_columns(settings: StudySettings) -> list[str]:
-    """Names of the table's columns, in order; units are the suffixes, probabilities and counts have none."""
-    outcome = [f"tokens_per_call_{rule}_{first}" for rule in RULES for first in FIRST_TOKENS]
-    depths = range(1, max(settings.horizons) + 1)
-    survival = [f"survival_{rule}_{first}_{k}" for rule in RULES for first in FIRST_TOKENS for k in depths]
-    return [
-        *("schema_version", "model", "domain", "document", "context", "context_text", "context_tokens", "temperature"),
-        *("horizon", "rank", "method", "restarts", "status", "message", "converged", "iterations", "parameters"),
-        *("objective", "kl_nats", "total_variation", "relative_frobenius", "hellinger"),
-        *("raw_relative_error", "negative_mass", "mass_deficit"),
-        *("joint_entropy_nats", "first_token_entropy_nats", "total_correlation_nats"),
-        *outcome,
-        *survival,
-        *TIMING_COLUMNS,
-    ]
-
-
-def _joint_facts(joint: JointDistribution) -> dict:
-    entropies = [-torch.special.xlogy(m, m).sum().item() for m in joint.marginals()]
-    entropy = joint.entropy().item()
-    return {
-        "joint_entropy_nats": entropy,
-        "first_token_entropy_nats": entropies[0],
-        "total_correlation_nats": max(sum(entropies) - entropy, 0.0),
-    }
-
-
-def _fit_facts(result: FitResult) -> dict:
-    return {
-        "status": result.status,
-        "message": result.message,
-        "converged": float(result.converged),
-        "iterations": float(result.iterations),
-        "parameters": float(result.distribution.parameter_count),
-        "objective": float(result.objective),
-        "raw_relative_error": float(result.raw_relative_error),
-        "negative_mass": float(result.negative_mass),
-        "mass_deficit": float(result.mass_deficit),
-        "fit_seconds": result.seconds,
-    }
-
-
-def _quality(joint: JointDistribution, result: FitResult) -> dict:
-    quality = asdict(divergences(joint, result.distribution))
-    for first in FIRST_TOKENS:
-        for rule, profile in acceptance_profiles(joint, result.distribution, RULES, first_token=first).items():
-            quality[f"tokens_per_call_{rule}_{first}"] = profile.tokens_per_call
-            for k, survival in enumerate(profile.survival.tolist(), start=1):
-                quality[f"survival_{rule}_{first}_{k}"] = survival
-    return quality
-
-
-def _results(settings, units, executor: Executor | None, workers: int | None) -> Iterator[tuple[StudyUnit, list[dict]]]:
-    count = min(workers or os.cpu_count() or 1, len(units))
-    if executor is None and count <= 1:
-        for unit in units:
-            yield unit, study_unit_rows(settings, unit)
-        return
-    with _local_processes(count) if executor is None else _borrowed(executor) as pool:
-        futures = {pool.submit(study_unit_rows, settings, unit): unit for unit in units}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-
-
-@contextmanager
-def _local_processes(count: int) -> Iterator[Executor]:
-    # Spawned workers import the caller's main module, which starts a script without a main guard all over again. They need
-    # nothing from it, so an empty one stands in while they start.
-    main, environment = sys.modules["__main__"], dict(os.environ)
-    os.environ |= _WORKER_ENVIRONMENT
-    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        for _ in range(count):
-            pool.submit(_nothing)
-        sys.modules["__main__"] = main
-        yield pool
-    finally:
-        sys.modules["__main__"] = main
-        os.environ.clear()
-        os.environ.update(environment)
-        pool.shutdown(cancel_futures=True)
-
-
-def _nothing() -> None:
-    """Starts a worker."""
-
-
-@contextmanager
-def _borrowed(executor: Executor) -> Iterator[Executor]:
-    yield executor
-
-
-def _open_folder(folder: Path, settings: StudySettings, identity: dict) -> None:
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "settings": json.loads(json.dumps(asdict(settings))),
-        **identity,
-        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
-    }
-    path = folder / "manifest.json"
-    if path.exists():
-        _refuse_other_study(json.loads(path.read_text("utf-8")), manifest, folder)
-        return
-    (folder / "parts").mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, lambda partial: partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8"))
-
-
-def _refuse_other_study(there: dict, new: dict, folder: Path) -> None:
-    compared = ("schema_version", "settings", "models", "corpus_sha256")
-    different = [name for name in compared if name != "settings" and there.get(name) != new[name]]
-    old = there.get("settings", {})
-    different += [
-        f"{f.name} ({old.get(f.name)} there, {new['settings'][f.name]} now)"
-        for f in fields(StudySettings)
-        if old.get(f.name) != new["settings"][f.name]
-    ]
-    if different:
-        raise ValueError(f"{str(folder)!r} holds another study; it differs in {', '.join(different)}: choose another --out")
-
-
-def _part(folder: Path, unit: StudyUnit) -> Path:
-    return folder / "parts" / f"{unit.key}.parquet"
-
-
-def _write_parquet(path: Path, table: pd.DataFrame) -> None:
-    _write_atomically(path, lambda partial: table.to_parquet(partial, index=False))
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    write(partial)
-    os.replace(partial, path)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def _with_domain_bits(table: pa.Table) -> pa.Table:
+    """The table with the bits per byte of each model and domain, every context counted once."""
+    columns = ["model", "domain", "context", "context_nats", "context_bytes"]
+    contexts = table.select(columns).to_pandas().drop_duplicates(columns[:3])
+    sums = contexts.dropna().groupby(["model", "domain"])[["context_nats", "context_bytes"]].sum()
+    bits = {key: domain_bits_per_byte(row.context_nats, int(row.context_bytes)) for key, row in sums.iterrows()}
+    keys = zip(table.column("model").to_pylist(), table.column("domain").to_pylist(), strict=True)
+    index = table.schema.get_field_index("domain_bits_per_byte")
+    values = pa.array([bits.get(key, float("nan")) for key in keys], pa.float64())
+    return table.set_column(index, table.schema.field(index), values)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -248,51 +250,49 @@ _TIGHT = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1
 
 
 def best_single_path_scheme(target: torch.Tensor, draft: torch.Tensor) -> float:
-    """Most drafted tokens any valid single-path scheme can keep, by linear programming (two positions).
+    """Most drafted tokens any valid single-path scheme can keep, by linear programming.
 
-    A scheme keeps the first ``t`` tokens of the path with probability ``a_t(path)``. It is valid when what it emits, the
+    A scheme keeps exactly the first ``t`` tokens of a path with probability ``a_t(path)``. It is valid when what it emits, the
     correction chosen at will and the target sampled from then on, can follow the target's law: after every prefix, what
     survives there may not exceed what the target sends there, out of what survived before it.
     """
-    vocab = len(target)
-    # Unknowns: keep exactly one or both tokens of each path, b1[x, y] and b2[x, y].
-    size = vocab * vocab
-    q, p1 = draft.reshape(-1).numpy(), target.sum(1)
-    reward = -torch.tensor([1.0] * size + [2.0] * size).numpy()
+    vocab, n = len(target), draft.ndim
+    paths = list(itertools.product(range(vocab), repeat=n))
+    # Unknowns: draft probability of the path times a_t(path), t = 1 … n.
+    at = {(path, t): i for i, (path, t) in enumerate(itertools.product(paths, range(1, n + 1)))}
+    through: dict[tuple, np.ndarray] = {}
+    for (path, t), i in at.items():
+        for k in range(1, t + 1):
+            through.setdefault(path[:k], np.zeros(len(at)))[i] = 1
     rows, bounds = [], []
-    for path in range(size):
-        row = torch.zeros(2 * size, dtype=torch.float64)
-        row[path] = row[size + path] = 1
-        rows.append(row)
-        bounds.append(q[path])
-    for x in range(vocab):
-        reached = torch.zeros(2 * size, dtype=torch.float64)
-        for y in range(vocab):
-            reached[x * vocab + y] = reached[size + x * vocab + y] = 1
-        rows.append(reached)
-        bounds.append(p1[x].item())
-        for y in range(vocab):
-            # What is emitted as (x, y) by surviving must not exceed p(y | x) times all that survives at x.
-            row = -reached * (target[x, y] / p1[x]) if p1[x] > 0 else torch.zeros_like(reached)
-            row[size + x * vocab + y] += 1
-            rows.append(row)
-            bounds.append(0.0)
-    found = linprog(reward, torch.stack(rows).numpy(), bounds, bounds=(0, None), method="highs", options=_TIGHT)
+    for path in paths:
+        rows.append(np.zeros(len(at)))
+        rows[-1][[at[path, t] for t in range(1, n + 1)]] = 1
+        bounds.append(draft[path].item())
+    for prefix, survives in through.items():
+        last = conditionals(target, prefix)[-1][prefix[-1]].item()
+        # Nothing is asked of what follows an impossible prefix: nothing survives there.
+        before = through[prefix[:-1]] * last if len(prefix) > 1 else 0.0
+        rows.append(survives - before)
+        bounds.append(last if len(prefix) == 1 else 0.0)
+    reward = -np.array([float(t) for _, t in at])
+    found = linprog(reward, np.stack(rows), bounds, bounds=(0, None), method="highs", options=_TIGHT)
     assert found.status == 0
     return -found.fun
 
 
-def test_block_verification_is_the_best_valid_single_path_scheme():
-    for seed in range(200):
-        vocab = 2 + seed % 3
-        target, draft = random_joint(vocab, 2, seed), random_joint(vocab, 2, seed + 500, zeros=0.2 * (seed % 2))
-        earned = (
-            implied_acceptance(JointDistribution(target), JointDistribution(draft), first_token="draft").survival.sum().item()
+@pytest.mark.parametrize(
+    ("vocab", "horizon", "cases"), [(2, 2, 70), (3, 2, 70), (4, 2, 60), (2, 3, 60), (3, 3, 30), (4, 3, 5), (2, 4, 20)]
+)
+def test_block_verification_is_the_best_valid_single_path_scheme(vocab, horizon, cases):
+    for seed in range(cases):
+        zeros = 0.2 * (seed % 2)
+        target = random_joint(vocab, horizon, seed, zeros=0.2 * (seed % 3 == 0))
+        pair = JointDistribution(target), JointDistribution(random_joint(vocab, horizon, seed + 500, zeros=zeros))
+        earned, bound = (
+            implied_acceptance(*pair, rule=rule, first_token="draft").survival.sum().item() for rule in ("block", "coupling")
         )
-        bound = implied_acceptance(
-            JointDistribution(target), JointDistribution(draft), rule="coupling", first_token="draft"
-        ).survival.sum()
-        assert earned == pytest.approx(best_single_path_scheme(target, draft), abs=1e-9)
+        assert earned == pytest.approx(best_single_path_scheme(target, pair[1].probs), abs=1e-9)
         assert earned <= bound + 1e-12
 
 

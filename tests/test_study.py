@@ -13,8 +13,9 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from cpmtp.study import TIMING_COLUMNS, read_study, run_study, table_columns
+from cpmtp.study import read_study, run_study
 from cpmtp.study_plan import StudySettings, estimate_study, plan_study
+from cpmtp.study_table import KEY_COLUMNS, TIMING_COLUMNS, table_columns
 
 TINY = StudySettings(
     models=("tiny_models:bigram",), horizons=(2, 3), ranks=(1, 2, 4), methods=("als", "em"), contexts=3, context_length=4
@@ -31,9 +32,8 @@ def table(tmp_path_factory):
 
 
 def test_there_is_one_row_per_cell(table):
-    keys = ["model", "domain", "context", "horizon", "rank", "method"]
     assert len(table) == 3 * 2 * 3 * 2 == estimate_study(TINY).cells
-    assert not table.duplicated(keys).any()
+    assert not table.duplicated(list(KEY_COLUMNS)).any()
     assert list(table.columns) == table_columns(TINY)
     assert (table["status"] != "failed").all()
 
@@ -70,7 +70,7 @@ def test_local_processes_give_the_same_table(table, tmp_path, monkeypatch, root)
 
 def test_what_is_finished_is_not_computed_again(tmp_path, monkeypatch):
     first = run_study(TINY, tmp_path, workers=1)
-    monkeypatch.setattr("cpmtp.study.study_unit_rows", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("cpmtp.study_workers.study_unit_rows", lambda *_: pytest.fail("computed again"))
     pd.testing.assert_frame_equal(run_study(TINY, tmp_path, workers=1), first)
 
 
@@ -95,7 +95,7 @@ def test_contexts_are_cut_from_a_corpus_document_by_document(tmp_path):
     units, identity = plan_study(settings)
     assert len({u.document for u in units}) == 3
     assert all(len(set(u.token_ids)) == 1 and len(u.token_ids) == 4 for u in units)
-    assert identity["corpus_sha256"]
+    assert identity["corpora"]["corpus"]["sha256"]
 
 
 def test_a_fit_that_breaks_is_a_row_with_a_message(tmp_path, monkeypatch):
@@ -104,10 +104,10 @@ def test_a_fit_that_breaks_is_a_row_with_a_message(tmp_path, monkeypatch):
             raise RuntimeError("no luck")
         return real(joint, rank, method)
 
-    import cpmtp.study
+    import cpmtp.study_unit
 
-    real = cpmtp.study.fit
-    monkeypatch.setattr("cpmtp.study.fit", fails_at_two)
+    real = cpmtp.study_unit.fit
+    monkeypatch.setattr("cpmtp.study_unit.fit", fails_at_two)
     table = run_study(replace(TINY, methods=("em",), contexts=1), tmp_path, workers=1)
     failed = table[table["rank"] == 2]
     assert (failed["status"] == "failed").all() and failed["message"].str.contains("no luck").all()
@@ -127,7 +127,7 @@ def test_a_fit_that_breaks_is_a_row_with_a_message(tmp_path, monkeypatch):
         ({"contexts": 0}, "contexts 0"),
         ({"context_length": 0}, "context_length 0"),
         ({"restarts": 0}, "restarts 0"),
-        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"temperatures": (-1.0,)}, "temperature -1.0"),
         ({"models": ()}, "models is empty"),
     ],
 )

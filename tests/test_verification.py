@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
+from random_drafts import random_draft
 from reference_acceptance import emitted_law, random_joint, survival
 
+from cpmtp.cp_distribution import CPDistribution
+from cpmtp.joint_distribution import JointDistribution
 from cpmtp.verification import RULES, residual_law, verify
 
 CASES = [
     (v, n, seed)
-    for v, n, count in ((2, 1, 20), (2, 2, 30), (3, 2, 30), (2, 3, 20), (4, 2, 10), (3, 3, 5), (5, 2, 5))
+    for v, n, count in (
+        (2, 1, 20),
+        (5, 1, 20),
+        (2, 2, 40),
+        (3, 2, 40),
+        (2, 3, 30),
+        (4, 2, 20),
+        (5, 2, 10),
+        (3, 3, 10),
+        (2, 4, 15),
+    )
     for seed in range(count)
 ]
 
@@ -18,6 +31,7 @@ CASES = [
 @pytest.mark.parametrize("rule", RULES)
 def test_what_is_emitted_follows_the_targets_law_exactly(rule):
     worst = 0.0
+    assert len(CASES) >= 200
     for vocab, n, seed in CASES:
         target = random_joint(vocab, n + 1, seed, zeros=0.3 * (seed % 2))
         draft = random_joint(vocab, n, seed + 1000, zeros=0.3 * (seed % 3 == 0))
@@ -28,9 +42,10 @@ def test_what_is_emitted_follows_the_targets_law_exactly(rule):
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_long_blocks_keep_the_law_too(rule):
-    for seed in range(20):
-        target, draft = random_joint(3, 5, seed, zeros=0.2), random_joint(3, 4, seed + 1, zeros=0.2)
-        assert (emitted_law(target, draft, rule)[0] - target).abs().max() <= 1e-12
+    for vocab, n, count in ((3, 4, 20), (4, 3, 20), (5, 3, 10), (4, 4, 3), (5, 4, 1)):
+        for seed in range(count):
+            target, draft = random_joint(vocab, n + 1, seed, zeros=0.2), random_joint(vocab, n, seed + 1, zeros=0.2)
+            assert (emitted_law(target, draft, rule)[0] - target).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -69,10 +84,6 @@ def _draft_law_at_another_temperature(p, q, path, outcome, rule):
     return verify(p, cooler, path, rule)
 
 
-def _draft_law_as_product_of_marginals(p, q, path, outcome, rule):
-    return verify(p, q.mean(-2, keepdim=True).expand_as(q), path, rule)
-
-
 def _acceptance_on_the_product(p, q, path, outcome, rule):
     at = path.unsqueeze(-1)
     ratios = (p[:-1].gather(-1, at) / q.gather(-1, at)).squeeze(-1).cumprod(0).clamp_max(1)
@@ -93,7 +104,6 @@ def _greedy_match(p, q, path, outcome, rule):
     [
         _correction_from_the_target,
         _draft_law_at_another_temperature,
-        _draft_law_as_product_of_marginals,
         _acceptance_on_the_product,
         _greedy_match,
     ],
@@ -105,6 +115,31 @@ def test_a_lossy_variant_breaks_the_law(monkeypatch, change, rule):
         for seed in range(3)
     ]
     assert min(errors) > 1e-3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_mixture_verified_as_the_product_of_its_marginals_breaks_the_law(monkeypatch, rule):
+    target, mixture = random_joint(3, 3, 0), random_draft(3, 2, rank=2, seed=0)
+    marginals = torch.stack(JointDistribution(mixture.to_tensor()).marginals())
+    assert (emitted_law(target, mixture.to_tensor(), rule)[0] - target).abs().max() <= 1e-12
+    _with(monkeypatch, lambda p, q, path, outcome, rule: verify(p, marginals, path, rule))
+    assert (emitted_law(target, mixture.to_tensor(), rule)[0] - target).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_verifying_against_the_sampled_component_keeps_the_law_but_its_block_tokens_give_it_away(rule):
+    target, mixture = random_joint(3, 3, 0), random_draft(3, 2, rank=3, seed=0)
+    law, earned = torch.zeros_like(target), torch.zeros((), dtype=torch.float64)
+    for a, weight in enumerate(mixture.weights):
+        component = CPDistribution(torch.ones(1, dtype=torch.float64), [f[:, a : a + 1] for f in mixture.factors])
+        emitted, lengths = emitted_law(target, component.to_tensor(), rule)
+        law += weight * emitted
+        earned += weight * (lengths * torch.arange(3)).sum()
+    assert (law - target).abs().max() <= 1e-12
+    if rule == "block":
+        known = (emitted_law(target, mixture.to_tensor(), rule)[1] * torch.arange(3)).sum()
+        # Both are exact: nothing but the rule makes the difference.
+        assert earned < known - 0.01
 
 
 def test_a_residual_with_nothing_left_is_the_target():

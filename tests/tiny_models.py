@@ -89,3 +89,22 @@ def random_llama_folder(folder: Path, *, vocab_merges: int = 0, window: int = 64
     new_llama(len(tokenizer), width=96, layers=1, window=window, seed=0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+class WideTable(CharacterTable):
+    """More tokens than a dense joint of three has room for."""
+
+    def __init__(self):
+        super().__init__(vocab_size=500)
+
+
+def wide() -> WideTable:
+    return WideTable()
+
+
+def needs_an_argument(size) -> BigramTable:
+    return BigramTable(size)
+
+
+def raises() -> BigramTable:
+    raise OSError("no such file of weights")

@@ -1,0 +1,117 @@
+"""Two studies side by side: two models, two corpora, two dates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+_RESAMPLES = 2000
+# What a context is, whoever continues it: the same text from the same document.
+_SHARED = ["domain", "document", "context", "context_text", "temperature", "anchored"]
+_SETTING = ["model", "domain", "temperature", "anchored"]
+
+
+def compare_studies(
+    first: pd.DataFrame, second: pd.DataFrame, *, rule: str = "block", first_token: str = "target", seed: int = 0
+) -> pd.DataFrame:
+    """Tokens per call of two studies with the difference's 95 % bootstrap interval.
+
+    Parts of the tables are compared where model, domain, temperature and kind of draft agree. What only one value of is in
+    each table may differ: two models on one corpus, one model on two corpora. A context's value at a rank is that of its best
+    fit; contexts that both tables have are compared one by one (then the others are left out), otherwise means are.
+    Documents are what is resampled.
+
+    Parameters
+    ----------
+    first, second : pandas.DataFrame
+        Of `run_study`.
+    rule, first_token : str
+    seed : int
+        Of the bootstrap.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Per (compared, horizon, rank): `first`, `second` (mean tokens per call), `difference` (second minus first),
+        `difference_low`, `difference_high`, `paired`, `shared_contexts`.
+
+    Raises
+    ------
+    ValueError
+        If the tables have other columns, or nothing in common that could be compared.
+
+    Examples
+    --------
+    >>> row = dict(model="m", domain="d", context_text="a", temperature=1.0, anchored=False, horizon=2, rank=1, status="ok")
+    >>> def table(value):
+    ...     return pd.DataFrame([row | dict(document=str(c), context=c, tokens_per_call_block_target=value) for c in range(9)])
+    >>> compare_studies(table(1.5), table(1.75))["difference"].tolist()
+    [0.25]
+    """
+    column = f"tokens_per_call_{rule}_{first_token}"
+    for table in (first, second):
+        missing = [name for name in (*_SHARED, "model", "horizon", "rank", "status", column) if name not in table]
+        if missing:
+            raise ValueError(f"the table has no column {', '.join(missing)}: expected a table of run_study of this version")
+    rows = []
+    for name, part, other in _matching_parts(first, second):
+        values = [_values(table, column) for table in (part, other)]
+        for horizon, rank in sorted(set(values[0].columns) & set(values[1].columns)):
+            before, after = (v[horizon, rank].dropna() for v in values)
+            found = {"compared": name, "horizon": horizon, "rank": rank}
+            rows.append(found | _difference(before, after, np.random.default_rng(seed)))
+    if not rows:
+        raise ValueError("the studies have no horizon and rank of the same model and domain in common")
+    return pd.DataFrame(rows)
+
+
+def _matching_parts(first: pd.DataFrame, second: pd.DataFrame):
+    """Parts that agree in all that varies; what each table has one value of only may differ."""
+    free = [name for name in _SETTING if first[name].nunique() == 1 and second[name].nunique() == 1]
+    keys = [name for name in _SETTING if name not in free]
+    named = [f"{first[n].iloc[0]} against {second[n].iloc[0]}" for n in free if first[n].iloc[0] != second[n].iloc[0]]
+    same = [str(first[n].iloc[0]) for n in ("model", "domain") if n in free and first[n].iloc[0] == second[n].iloc[0]]
+    if not keys:
+        yield ", ".join([*named, *same]), first, second
+        return
+    others = {key: part for key, part in second.groupby(keys, sort=False)}
+    for key, part in first.groupby(keys, sort=False):
+        if key in others:
+            told = [f"{k}" if n in ("model", "domain") else f"{n} {k}" for n, k in zip(keys, key, strict=True)]
+            yield ", ".join([*told, *named, *same]), part, others[key]
+
+
+def _values(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Best value any method reached: rows contexts, columns (horizon, rank)."""
+    usable = table[(table["status"] != "failed") & table[column].notna()]
+    return usable.pivot_table(index=_SHARED, columns=["horizon", "rank"], values=column, aggfunc="max")
+
+
+def _difference(first: pd.Series, second: pd.Series, generator: np.random.Generator) -> dict:
+    # Contexts without a text cannot be told to be the same.
+    shared = first.index.intersection(second.index)
+    shared = shared[shared.get_level_values("context_text") != ""] if len(shared) else shared
+    paired = len(shared) > 0
+    if paired:
+        first, second = first[shared], second[shared]
+        drawn = _resampled_means(second - first, generator)
+    else:
+        drawn = _resampled_means(second, generator) - _resampled_means(first, generator)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return {
+        "first": first.mean(),
+        "second": second.mean(),
+        "difference": second.mean() - first.mean(),
+        "difference_low": low,
+        "difference_high": high,
+        "paired": paired,
+        "shared_contexts": len(shared),
+    }
+
+
+def _resampled_means(values: pd.Series, generator: np.random.Generator) -> np.ndarray:
+    """Means of resamples of documents."""
+    grouped = values.groupby(level="document")
+    sums, counts = grouped.sum().to_numpy(), grouped.size().to_numpy()
+    weights = generator.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=_RESAMPLES)
+    return (weights @ sums) / (weights @ counts)
