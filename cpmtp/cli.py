@@ -23,13 +23,18 @@ app = typer.Typer(
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
+_INTERRUPTED = 130
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
 def main() -> None:
     """Entry point: bad input is one line and exit status 2, an interruption status 130."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        status = app(standalone_mode=False) or 0
+        # Some versions of typer make a status of an interruption.
+        if status == _INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(status)
     except ValueError as error:
         _stop(" ".join(str(error).split()))
     except _UsageError as error:
@@ -43,7 +48,7 @@ def main() -> None:
         _stop(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     except (KeyboardInterrupt, typer.Abort):
         print("cpmtp: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)
 
 
 def _stop(message: str) -> None:

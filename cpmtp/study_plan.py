@@ -254,7 +254,7 @@ def open_language_model(name: str) -> LanguageModel:
     module, factory = name.split(":")
     try:
         lm = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # a factory of the user's may raise anything
         raise ValueError(f"model {name!r}: {error}; expected an importable module and a factory without arguments") from error
     if not isinstance(lm, LanguageModel):
         raise ValueError(f"model {name!r} is a {type(lm).__name__}: expected vocab_size and next_token_log_probs")

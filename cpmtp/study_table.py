@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import secrets
@@ -110,19 +112,35 @@ def rows_to_table(rows: Sequence[dict], settings: StudySettings) -> pa.Table:
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
-    """Write with checksums, to a temporary name that becomes the real one when all is on disk."""
-    write_atomically(path, lambda partial: pq.write_table(table, partial, write_page_checksum=True))
+    """Write to a temporary name that becomes the real one when all is on disk; the contents' digest goes with it."""
+    signed = table.replace_schema_metadata({**(table.schema.metadata or {}), _DIGEST: _digest(table)})
+    write_atomically(path, lambda partial: pq.write_table(signed, partial))
 
 
 def read_part(path: Path, settings: StudySettings, rows: int) -> pa.Table:
     """Read one context's rows, or raise a ValueError that says what is wrong with the file."""
     try:
-        table = pq.ParquetFile(path, page_checksum_verification=True).read(use_threads=False)
+        table = pq.ParquetFile(path).read(use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(str(error)) from error
-    if not table.schema.equals(table_schema(settings)) or len(table) != rows:
+    schema = table_schema(settings)
+    if not table.schema.equals(schema) or len(table) != rows:
         raise ValueError(f"{len(table)} rows of other columns than expected")
-    return table
+    if (table.schema.metadata or {}).get(_DIGEST) != _digest(table):
+        raise ValueError("its contents are not what was written")
+    return table.cast(schema)
+
+
+_DIGEST = b"cpmtp_content_sha256"
+
+
+def _digest(table: pa.Table) -> bytes:
+    """SHA-256 of all values; Parquet's own checksums leave out what is not in a page."""
+    digest = hashlib.sha256()
+    for column in table.columns:
+        values = column.to_numpy()
+        digest.update(json.dumps(values.tolist()).encode() if values.dtype == object else values.tobytes())
+    return digest.hexdigest().encode()
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

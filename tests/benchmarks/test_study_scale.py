@@ -1,0 +1,79 @@
+"""What a study costs beyond its fits: a hundred thousand rows, and two workers against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cpmtp.study import run_study
+from cpmtp.study_plan import StudySettings
+
+ROWS = """
+import json, random, resource, sys, time
+import cpmtp.study_workers
+from cpmtp.cli import _summarise
+from cpmtp.report import write_report
+from cpmtp.study import read_study, run_study
+from cpmtp.study_plan import StudySettings, study_cells
+from cpmtp.study_table import FIRST_TOKENS, RULES
+from cpmtp.study_unit import _row
+
+settings = StudySettings(models=("tiny_models:bigram",), contexts=2800, context_length=64)
+imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def synthetic(settings, unit):
+    chance = random.Random(unit.key)
+    rows = []
+    for cell in study_cells(settings):
+        row = _row(settings, unit, cell) | {"kl_nats": chance.random(), "total_variation": chance.random()}
+        row |= {"relative_frobenius": chance.random(), "fit_seconds": 1.0, "context_nats": 3.0}
+        for rule in RULES:
+            for first in FIRST_TOKENS:
+                row[f"tokens_per_call_{rule}_{first}"] = cell.horizon - chance.random() / cell.rank
+                row |= {f"survival_{rule}_{first}_{k}": chance.random() for k in range(1, cell.horizon + 1)}
+        rows.append(row)
+    return rows
+
+cpmtp.study_workers.study_unit_rows = synthetic
+begun = time.perf_counter()
+table = run_study(settings, sys.argv[1], workers=1)
+written = time.perf_counter()
+again = run_study(settings, sys.argv[1], workers=1)
+resumed = time.perf_counter()
+table, manifest = read_study(sys.argv[1])
+_summarise(table, manifest)
+write_report(table, manifest, sys.argv[1] + "/report.html")
+done = time.perf_counter()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+figures = {"rows": len(table), "write": written - begun, "resume": resumed - written, "summarise": done - resumed}
+print(json.dumps(figures | {"peak_bytes": peak * 1024, "imported_bytes": imported * 1024}))
+"""
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rows_take_a_minute_and_a_gigabyte_at_most(tmp_path, root):
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", ROWS, str(tmp_path / "study")]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    print(figures)
+    assert figures["rows"] >= 100_000
+    assert figures["write"] + figures["resume"] + figures["summarise"] <= 60
+    assert figures["peak_bytes"] <= 1e9
+
+
+@pytest.mark.slow
+def test_two_workers_are_nearly_twice_as_fast_as_one(tmp_path):
+    settings = StudySettings(models=("code",), horizons=(3,), ranks=(4, 8), methods=("em",), contexts=40)
+    seconds = {}
+    for workers in (1, 2):
+        begun = time.perf_counter()
+        run_study(settings, tmp_path / str(workers), workers=workers)
+        seconds[workers] = time.perf_counter() - begun
+    print(seconds, seconds[1] / seconds[2])
+    assert seconds[1] / seconds[2] >= 1.7
