@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cpmtp.sampling_law import SamplingLaw
     from cpmtp.speculative_decoding import speculative_generate
     from cpmtp.study import run_study
+    from cpmtp.study_comparison import compare_studies
     from cpmtp.study_plan import StudySettings
     from cpmtp.training import BaseTrainingSettings, train_base
     from cpmtp.truncated_acceptance import AcceptanceInterval
@@ -67,6 +68,7 @@ _HOME = {
     "speculative_generate": "speculative_decoding",
     "StudySettings": "study_plan",
     "run_study": "study",
+    "compare_studies": "study_comparison",
     "BaseTrainingSettings": "training",
     "train_base": "training",
 }

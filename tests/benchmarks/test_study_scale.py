@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from cpmtp.study import run_study
+from cpmtp.study import read_study, run_study
 from cpmtp.study_plan import StudySettings
 
 ROWS = """
@@ -69,7 +69,7 @@ def test_a_hundred_thousand_rows_take_a_minute_and_a_gigabyte_at_most(tmp_path, 
 
 @pytest.mark.slow
 def test_two_workers_are_nearly_twice_as_fast_as_one(tmp_path):
-    settings = StudySettings(models=("code",), horizons=(3,), ranks=(4, 8), methods=("em",), contexts=40)
+    settings = StudySettings(models=("code",), horizons=(3,), ranks=(4, 8, 16), methods=("em",), contexts=64)
     seconds = {}
     for workers in (1, 2):
         begun = time.perf_counter()
@@ -77,3 +77,40 @@ def test_two_workers_are_nearly_twice_as_fast_as_one(tmp_path):
         seconds[workers] = time.perf_counter() - begun
     print(seconds, seconds[1] / seconds[2])
     assert seconds[1] / seconds[2] >= 1.7
+
+
+STORIES = """\
+Once upon a time there was a little girl named Lily. She liked to play in the park with her big red ball. One day the
+ball rolled into the pond. Lily was sad and wanted to cry. A kind duck saw her and pushed the ball back. Lily said thank
+you.
+|Tom and his mom went to the store. Tom saw a toy car and wanted it very much. Mom said no, we need to buy milk and
+bread. Tom was sad, but he helped carry the bag. When they came home, mom gave him a big hug and a cookie. Tom was happy
+again.
+|There was a small cat who lived in a big house. Every day she sat by the window and looked at the birds. She wanted to
+fly too. One day a bird came and said, you can run and jump, and I can not. The cat smiled and went to play in the sun.
+|Ben had a new kite. It was blue and yellow. The wind was strong and the kite went up, up, up. Then the string broke and
+the kite was gone. Ben looked for it all day. He found it in a tall tree, and his dad climbed up and got it down. They
+laughed together."""
+
+
+@pytest.mark.slow
+def test_a_small_real_model_is_studied_unattended_on_two_domains_in_ten_minutes(tmp_path, root, stories):
+    """Over 512 tokens a joint of three is too large to hold: the study goes over to trees by itself."""
+    plays = (root.parent / "shared" / "corpora" / "tinyshakespeare.txt").read_text("utf-8")
+    texts = {"stories": STORIES.split("|"), "plays": [plays[i : i + 4000] for i in range(0, 400_000, 50_000)]}
+    for domain, documents in texts.items():
+        (tmp_path / domain).mkdir()
+        for i, text in enumerate(documents):
+            (tmp_path / domain / f"{i}.txt").write_text(text, "utf-8")
+    command = [sys.executable, "-m", "cpmtp.cli", "study", "--model", str(stories), "--out", str(tmp_path / "out")]
+    command += [part for domain in texts for part in ("--domain", f"{domain}={tmp_path / domain}")]
+    begun = time.perf_counter()
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(root)}, cwd=root, capture_output=True, text=True)
+    seconds = time.perf_counter() - begun
+    print(done.stdout, done.stderr, f"{seconds:.0f} s")
+    assert done.returncode in (0, 1) and "truncated trees" in done.stdout
+    table = read_study(tmp_path / "out")[0]
+    bits = table.groupby("domain")["domain_bits_per_byte"].first()
+    assert bits["stories"] < bits["plays"]
+    assert (table["status"] == "failed").mean() < 0.05
+    assert seconds <= 600
