@@ -18,7 +18,7 @@ from cpmtp.joint_distribution import JointDistribution
 from cpmtp.sampling_law import SamplingLaw
 
 # Entries of a piece; a few tensors of this size are alive at a time.
-_PIECE = 1 << 17
+_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,19 @@ def test_a_models_folder_and_a_corpus_are_enough(monkeypatch, capsys, tmp_path):
     assert "2 contexts from corpus" in out
 
 
+def test_bytes_that_are_no_utf8_are_counted_and_told(monkeypatch, capsys, tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"abc\xff\xfedef" * 20)
+    model = ("--model", "tiny_models:characters", "--domain", f"odd={tmp_path / 'text.txt'}", "--ranks", "1,2", "--horizons", 2)
+    status, out, err = run(monkeypatch, capsys, "study", *SMALL[2:], *model, "--out", tmp_path / "s")
+    assert status == 0, err
+    assert "domain odd: 1 documents, 40 bytes that were not UTF-8 replaced" in out
+    assert "bits per byte" in out and re.search(r"r=1: \d\.\d\d \[\d\.\d\d, \d\.\d\d\]", out)
+
+
+def test_a_quiet_study_says_nothing(monkeypatch, capsys, tmp_path):
+    assert run(monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2", "--quiet", "--out", tmp_path / "s") == (0, "", "")
+
+
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(monkeypatch, capsys, tmp_path):
     status, out, _ = run(monkeypatch, capsys, "study", *SMALL, "--dry-run", "--out", tmp_path / "s")
     assert status == 0

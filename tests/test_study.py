@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 
 from cpmtp.study import read_study, run_study
 from cpmtp.study_plan import StudySettings, estimate_study, plan_study
@@ -96,6 +98,55 @@ def test_contexts_are_cut_from_a_corpus_document_by_document(tmp_path):
     assert len({u.document for u in units}) == 3
     assert all(len(set(u.token_ids)) == 1 and len(u.token_ids) == 4 for u in units)
     assert identity["corpora"]["corpus"]["sha256"]
+
+
+def test_temperatures_and_anchored_drafts_are_axes_of_the_table(table, tmp_path):
+    settings = replace(TINY, methods=("em",), temperatures=(1.0, 0.5), anchored=(False, True))
+    found = run_study(settings, tmp_path, workers=1)
+    assert len(found) == 3 * 2 * (3 + 2 * 3) == estimate_study(settings).cells
+    assert not found.duplicated(list(KEY_COLUMNS)).any()
+    assert set(found[found["anchored"]]["horizon"]) == {3}
+    keys = ["context", "horizon", "rank"]
+    # What was there without the axes is there with them: the same contexts, seeds and numbers.
+    alone = table[table["method"] == "em"].set_index(keys)["tokens_per_call_block_target"]
+    plain = found[~found["anchored"] & (found["temperature"] == 1)].set_index(keys)["tokens_per_call_block_target"]
+    pd.testing.assert_series_equal(plain, alone.loc[plain.index])
+    told = found[found["anchored"] & (found["temperature"] == 1)].set_index(keys)["tokens_per_call_block_target"]
+    assert (told > plain.loc[told.index]).mean() > 0.5
+    assert found[found["anchored"]]["tokens_per_call_block_draft"].isna().all()
+    cooler = found.groupby("temperature")["joint_entropy_nats"].mean()
+    assert cooler[0.5] < cooler[1.0]
+
+
+def test_a_joint_that_is_too_large_becomes_a_tree_with_bounds(tmp_path):
+    settings = replace(TINY, methods=("em", "als"), max_bytes=8 * 8 * 6**2, tree_nodes=15)
+    found = run_study(settings, tmp_path, workers=1)
+    assert found.groupby("horizon")["joint"].unique().map(list).to_dict() == {2: ["dense"], 3: ["tree"]}
+    tree = found[found["joint"] == "tree"]
+    assert set(tree["method"]) == {"em"} and (tree["status"] == "ok").all() and (tree["kept_mass"] < 1).all()
+    assert (tree["tokens_per_call_block_target"] < tree["tokens_per_call_upper_block_target"]).all()
+    assert read_study(tmp_path)[1]["models"]["tiny_models:bigram"]["truncated_horizons"] == [3]
+    assert len(found) == estimate_study(settings).cells
+
+
+def test_domains_stand_side_by_side_with_their_bits_per_byte(tmp_path):
+    import tiny_models
+
+    for name, letters in (("one", "abcdef"), ("two", "aaab")):
+        (tmp_path / f"{name}.txt").write_text(letters * 30)
+    domains = {"one": tmp_path / "one.txt", "two": tmp_path / "two.txt"}
+    settings = replace(TINY, models=("tiny_models:characters",), domains=domains, methods=("em",), ranks=(1,), contexts=2)
+    found = run_study(settings, tmp_path / "out", workers=1)
+    assert found.groupby("domain")["context"].nunique().to_dict() == {"one": 2, "two": 2}
+    lm = tiny_models.characters()
+    for domain in domains:
+        units = [u for u in plan_study(settings)[0] if u.domain == domain]
+        nats = 0.0
+        for unit in units:
+            laws = lm.next_token_log_probs(torch.tensor(unit.token_ids[:-1])[:, None])
+            nats -= laws.gather(1, torch.tensor(unit.token_ids[1:])[:, None]).sum().item()
+        expected = nats / math.log(2) / (2 * 3)
+        assert found[found["domain"] == domain]["domain_bits_per_byte"].unique() == pytest.approx(expected)
 
 
 def test_a_fit_that_breaks_is_a_row_with_a_message(tmp_path, monkeypatch):

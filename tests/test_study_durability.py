@@ -264,6 +264,10 @@ def test_a_dask_cluster_that_loses_a_worker_gives_the_same_table(table, tmp_path
             killed = killer.submit(kill_when, running[1], tmp_path / "dask", 3)
             found = run_study(settings, tmp_path / "dask", client.get_executor(pure=False))
             assert killed.result() < 24
+            # The command line takes the scheduler's address.
+            command = [*COMMAND[:-2], "--dask", client.scheduler.address, "--out", tmp_path / "cli"]
+            done = subprocess.run(command, cwd=root, env=environment, check=False)
+            assert done.returncode == 0 and len(read_study(tmp_path / "cli")[0]) == 24 * 6
     finally:
         for process in running:
             process.kill()
