@@ -66,13 +66,13 @@ def test_only_shared_contexts_count_where_there_are_any():
 def test_the_interval_of_a_true_difference_holds_it_as_often_as_it_says():
     generator = np.random.default_rng(1)
     held = 0
-    for seed in range(200):
+    for seed in range(100):
         first = generator.normal(2, 0.3, (40, 2))
         second = first + generator.normal(0.05, 0.1, (40, 2))
         row = compare_studies(table(first), table(second), seed=seed).iloc[0]
         held += row["difference_low"] <= 0.05 <= row["difference_high"]
     # Twenty clusters: a percentile interval holds a little less than the 95 % it is named after.
-    assert 170 <= held <= 198
+    assert 84 <= held <= 99
 
 
 def test_studies_with_nothing_in_common_are_refused():
