@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from cpmtp.study_folder import StudyFolder
 from cpmtp.study_plan import StudySettings, StudyUnit, plan_study
-from cpmtp.study_table import rows_to_table
+from cpmtp.study_table import joined, packed, rows_to_table
 from cpmtp.study_unit import domain_bits_per_byte, one_thread
 from cpmtp.study_workers import unit_results
 
@@ -61,8 +61,7 @@ def run_study(
     with one_thread():
         units, identity = plan_study(settings)
     with StudyFolder.opened(Path(out), settings, identity) as folder:
-        tables = _computed(folder, units, executor, workers, progress)
-        table = _with_domain_bits(pa.concat_tables(tables))
+        table = _with_domain_bits(joined(_computed(folder, units, executor, workers, progress), settings))
         folder.write_table(table)
     return table.to_pandas()
 
@@ -84,33 +83,37 @@ def read_study(folder: str | Path) -> tuple[pd.DataFrame, dict]:
         raise ValueError(f"{str(folder)!r} holds a damaged study ({error}): run `cpmtp study --out {folder}` again") from error
 
 
-def _computed(folder: StudyFolder, units: Sequence[StudyUnit], executor, workers, progress) -> list[pa.Table]:
-    """Every unit's rows in the order of `units`, from the folder or computed now."""
-    tables = {unit: folder.read(unit) for unit in units}
-    pending = [unit for unit, table in tables.items() if table is None]
-    unwritten: dict[StudyUnit, list[dict]] = {}
-    failures = sum(_failures(table) for table in tables.values() if table is not None)
+def _computed(folder: StudyFolder, units: Sequence[StudyUnit], executor, workers, progress) -> Iterable[bytes]:
+    """Every unit's rows in the order of `units`, packed; from the folder or computed now."""
+    parts: dict[StudyUnit, bytes | None] = dict.fromkeys(units)
+    unwritten: list[tuple[StudyUnit, pa.Table]] = []
+    failures = 0
+    for unit in units:
+        table = folder.read(unit)
+        if table is not None:
+            parts[unit], failures = packed(table), failures + _failures(table)
+    pending = [unit for unit, part in parts.items() if part is None]
     hidden = not sys.stderr.isatty() if progress is None else not progress
     results = unit_results(folder.settings, pending, executor, workers)
     with closing(results), tqdm(total=len(units), initial=len(units) - len(pending), unit="context", disable=hidden) as bar:
         for unit, rows, final in results:
-            tables[unit] = rows_to_table(rows, folder.settings)
-            if final and not _kept(folder, unit, rows):
-                unwritten[unit] = rows
-            failures += _failures(tables[unit])
+            table = rows_to_table(rows, folder.settings)
+            parts[unit], failures = packed(table), failures + _failures(table)
+            if final and not _kept(folder, unit, table):
+                unwritten.append((unit, table))
             if failures:
                 bar.set_postfix(failed=failures, refresh=False)
             bar.update()
     # A disk that was full for a while: what is here is kept now.
-    for unit, rows in unwritten.items():
-        _kept(folder, unit, rows)
-    return [table for table in tables.values() if table is not None]
+    for unit, table in unwritten:
+        _kept(folder, unit, table)
+    return [part for part in parts.values() if part is not None]
 
 
-def _kept(folder: StudyFolder, unit: StudyUnit, rows: list[dict]) -> bool:
+def _kept(folder: StudyFolder, unit: StudyUnit, table: pa.Table) -> bool:
     """Whether the rows could be written; a full disk must not cost what the other contexts will give."""
     try:
-        folder.write(unit, rows)
+        folder.write(unit, table)
     except OSError:
         return False
     return True

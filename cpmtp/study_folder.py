@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from cpmtp.study_plan import StudySettings, StudyUnit, study_cells
-from cpmtp.study_table import SCHEMA_VERSION, read_part, rows_to_table, write_atomically, write_parquet
+from cpmtp.study_table import SCHEMA_VERSION, read_part, write_atomically, write_part, write_table
 
 _PACKAGES = ("cpmtp", "torch", "transformers", "tensorly", "numpy", "scipy", "pandas", "pyarrow")
 
@@ -72,15 +72,13 @@ class StudyFolder:
             os.replace(path, aside / f"{path.name}.{number}")
             return None
 
-    def write(self, unit: StudyUnit, rows: list[dict]) -> pa.Table:
+    def write(self, unit: StudyUnit, table: pa.Table) -> None:
         """Keep a context's rows."""
-        table = rows_to_table(rows, self.settings)
-        write_parquet(self._part(unit), table)
-        return table
+        write_part(self._part(unit), table)
 
     def write_table(self, table: pa.Table) -> None:
         """The whole study's."""
-        write_parquet(self.path / "table.parquet", table)
+        write_table(self.path / "table.parquet", table)
 
     def _part(self, unit: StudyUnit) -> Path:
         return self.path / "parts" / f"{unit.key}.parquet"

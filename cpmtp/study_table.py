@@ -7,7 +7,8 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -86,6 +87,13 @@ def table_schema(settings: StudySettings) -> pa.Schema:
     return _schema(max(settings.horizons))
 
 
+@lru_cache(maxsize=8)
+def _plain_schema(longest_horizon: int) -> pa.Schema:
+    """Without the descriptions: they would be the larger part of a small file."""
+    return pa.schema([pa.field(field.name, field.type) for field in _schema(longest_horizon)])
+
+
+@lru_cache(maxsize=8)
 def _schema(longest_horizon: int) -> pa.Schema:
     columns = dict(_FIXED_COLUMNS)
     timing = {name: columns.pop(name) for name in TIMING_COLUMNS}
@@ -103,32 +111,67 @@ def _schema(longest_horizon: int) -> pa.Schema:
     return pa.schema(fields, metadata={"cpmtp_schema_version": str(SCHEMA_VERSION)})
 
 
+_MISSING: dict = {pa.float64(): math.nan, pa.string(): "", pa.int64(): 0, pa.bool_(): False}
+
+
 def rows_to_table(rows: Sequence[dict], settings: StudySettings) -> pa.Table:
-    """Rows with whatever columns they have; the others are NaN."""
-    schema = table_schema(settings)
-    missing = {pa.float64(): math.nan, pa.string(): "", pa.int64(): 0, pa.bool_(): False}
-    arrays = [pa.array([row.get(f.name, missing[f.type]) for row in rows], f.type, from_pandas=False) for f in schema]
+    """Rows with whatever columns they have; numbers that are not there are NaN."""
+    schema = _plain_schema(max(settings.horizons))
+    arrays = []
+    for field in schema:
+        missing = _MISSING[field.type]
+        arrays.append(pa.array([row.get(field.name, missing) for row in rows], field.type, from_pandas=False))
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
-def write_parquet(path: Path, table: pa.Table) -> None:
-    """Write to a temporary name that becomes the real one when all is on disk; the contents' digest goes with it."""
-    signed = table.replace_schema_metadata({**(table.schema.metadata or {}), _DIGEST: _digest(table)})
-    write_atomically(path, lambda partial: pq.write_table(signed, partial))
+def write_part(path: Path, table: pa.Table) -> None:
+    """Write one context's rows with their digest.
+
+    Not forced to the disk: what a power cut spoils is noticed when it is read.
+    """
+    signed = table.replace_schema_metadata({_DIGEST: _digest(table)})
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    write_atomically(path, lambda partial: pq.write_table(signed, partial, **options), forced=False)
 
 
 def read_part(path: Path, settings: StudySettings, rows: int) -> pa.Table:
     """Read one context's rows, or raise a ValueError that says what is wrong with the file."""
     try:
-        table = pq.ParquetFile(path).read(use_threads=False)
+        with pq.ParquetFile(path) as file:
+            table = file.read(use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(str(error)) from error
-    schema = table_schema(settings)
+    schema = _plain_schema(max(settings.horizons))
     if not table.schema.equals(schema) or len(table) != rows:
         raise ValueError(f"{len(table)} rows of other columns than expected")
     if (table.schema.metadata or {}).get(_DIGEST) != _digest(table):
         raise ValueError("its contents are not what was written")
-    return table.cast(schema)
+    return pa.Table.from_arrays(table.columns, schema=schema)
+
+
+def packed(table: pa.Table) -> bytes:
+    """A small table in one piece: thousands of them as Arrow tables take several times their values' room."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def joined(parts: Iterable[bytes], settings: StudySettings) -> pa.Table:
+    """One table out of packed ones, with the columns' descriptions."""
+    groups, waiting = [], []
+    for part in parts:
+        waiting.append(pa.ipc.open_stream(part).read_all())
+        if len(waiting) == 256:
+            groups.append(pa.concat_tables(waiting).combine_chunks())
+            waiting = []
+    table = pa.concat_tables([*groups, *waiting]).combine_chunks()
+    return pa.Table.from_arrays(table.columns, schema=table_schema(settings))
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a whole study's table."""
+    write_atomically(path, lambda partial: pq.write_table(table, partial))
 
 
 _DIGEST = b"cpmtp_content_sha256"
@@ -143,14 +186,15 @@ def _digest(table: pa.Table) -> bytes:
     return digest.hexdigest().encode()
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, forced: bool = True) -> None:
     """What `write` puts into a temporary file appears under `path` when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     try:
         write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+        if forced:
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

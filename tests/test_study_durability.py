@@ -82,11 +82,11 @@ def test_a_part_under_another_ones_name_is_not_believed(table, tmp_path):
 def test_a_disk_that_is_full_for_a_while_costs_nothing(table, tmp_path, monkeypatch):
     whole, refused = StudyFolder.write, []
 
-    def full_once(self, unit, rows):
+    def full_once(self, unit, table):
         if unit.context == 1 and not refused:
             refused.append(unit)
             raise OSError(errno.ENOSPC, "No space left on device")
-        return whole(self, unit, rows)
+        return whole(self, unit, table)
 
     monkeypatch.setattr(StudyFolder, "write", full_once)
     pd.testing.assert_frame_equal(without_times(run_study(TINY, tmp_path, workers=1)), without_times(table))
@@ -94,7 +94,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(table, tmp_path, monkeypa
 
 
 def test_a_part_that_cannot_be_written_is_in_the_table_all_the_same(table, tmp_path, monkeypatch):
-    def full(self, unit, rows):
+    def full(self, unit, table):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(StudyFolder, "write", full)
@@ -105,7 +105,7 @@ def test_a_part_that_cannot_be_written_is_in_the_table_all_the_same(table, tmp_p
 def test_a_full_disk_is_one_line_and_status_one(monkeypatch, capsys, tmp_path):
     from cpmtp.cli import main
 
-    def full(path, write):
+    def full(path, write, **_):
         with open("/dev/full", "w") as file:
             file.write("x" * 100_000)
 

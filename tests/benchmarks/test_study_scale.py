@@ -26,7 +26,16 @@ from cpmtp.study_unit import _row
 settings = StudySettings(models=("tiny_models:bigram",), contexts=2800, context_length=64)
 imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
+in_fits = 0.0
+
 def synthetic(settings, unit):
+    global in_fits
+    begun = time.perf_counter()
+    rows = rows_of(settings, unit)
+    in_fits += time.perf_counter() - begun
+    return rows
+
+def rows_of(settings, unit):
     chance = random.Random(unit.key)
     rows = []
     for cell in study_cells(settings):
@@ -50,7 +59,7 @@ _summarise(table, manifest)
 write_report(table, manifest, sys.argv[1] + "/report.html")
 done = time.perf_counter()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-figures = {"rows": len(table), "write": written - begun, "resume": resumed - written, "summarise": done - resumed}
+figures = {"rows": len(table), "write": written - begun - in_fits, "resume": resumed - written, "summarise": done - resumed}
 print(json.dumps(figures | {"peak_bytes": peak * 1024, "imported_bytes": imported * 1024}))
 """
 
@@ -69,7 +78,7 @@ def test_a_hundred_thousand_rows_take_a_minute_and_a_gigabyte_at_most(tmp_path, 
 
 @pytest.mark.slow
 def test_two_workers_are_nearly_twice_as_fast_as_one(tmp_path):
-    settings = StudySettings(models=("code",), horizons=(3,), ranks=(4, 8, 16), methods=("em",), contexts=64)
+    settings = StudySettings(models=("code",), horizons=(3,), ranks=(4, 8), methods=("em",), contexts=48)
     seconds = {}
     for workers in (1, 2):
         begun = time.perf_counter()
