@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from pathlib import Path
@@ -63,7 +63,7 @@ def run_study(
     with StudyFolder.opened(Path(out), settings, identity) as folder:
         table = _with_domain_bits(joined(_computed(folder, units, executor, workers, progress), settings))
         folder.write_table(table)
-    return table.to_pandas()
+    return _frame(table)
 
 
 def read_study(folder: str | Path) -> tuple[pd.DataFrame, dict]:
@@ -78,12 +78,17 @@ def read_study(folder: str | Path) -> tuple[pd.DataFrame, dict]:
     if not (folder / "table.parquet").is_file() or not (folder / "manifest.json").is_file():
         raise ValueError(f"{str(folder)!r} holds no finished study: run `cpmtp study --out {folder}` first")
     try:
-        return pq.read_table(folder / "table.parquet").to_pandas(), json.loads((folder / "manifest.json").read_text("utf-8"))
+        return _frame(pq.read_table(folder / "table.parquet")), json.loads((folder / "manifest.json").read_text("utf-8"))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"{str(folder)!r} holds a damaged study ({error}): run `cpmtp study --out {folder}` again") from error
 
 
-def _computed(folder: StudyFolder, units: Sequence[StudyUnit], executor, workers, progress) -> Iterable[bytes]:
+def _frame(table: pa.Table) -> pd.DataFrame:
+    # Columns go over one by one, each given up on the way: the table is never held twice.
+    return table.to_pandas(split_blocks=True, self_destruct=True)
+
+
+def _computed(folder: StudyFolder, units: Sequence[StudyUnit], executor, workers, progress) -> list[bytes]:
     """Every unit's rows in the order of `units`, packed; from the folder or computed now."""
     parts: dict[StudyUnit, bytes | None] = dict.fromkeys(units)
     unwritten: list[tuple[StudyUnit, pa.Table]] = []

@@ -7,10 +7,11 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -111,16 +112,23 @@ def _schema(longest_horizon: int) -> pa.Schema:
     return pa.schema(fields, metadata={"cpmtp_schema_version": str(SCHEMA_VERSION)})
 
 
-_MISSING: dict = {pa.float64(): math.nan, pa.string(): "", pa.int64(): 0, pa.bool_(): False}
+_MISSING: dict = {pa.string(): "", pa.int64(): 0, pa.bool_(): False}
 
 
 def rows_to_table(rows: Sequence[dict], settings: StudySettings) -> pa.Table:
     """Rows with whatever columns they have; numbers that are not there are NaN."""
     schema = _plain_schema(max(settings.horizons))
+    numbers = [field.name for field in schema if field.type == pa.float64()]
+    # One NumPy array for most of the table: lists column by column took as long as writing the file.
+    values = np.array([[row.get(name, math.nan) for name in numbers] for row in rows], dtype=np.float64).T.copy()
+    columns = dict(zip(numbers, values, strict=True))
     arrays = []
     for field in schema:
-        missing = _MISSING[field.type]
-        arrays.append(pa.array([row.get(field.name, missing) for row in rows], field.type, from_pandas=False))
+        if field.name in columns:
+            arrays.append(pa.array(columns[field.name], field.type, from_pandas=False))
+        else:
+            missing = _MISSING[field.type]
+            arrays.append(pa.array([row.get(field.name, missing) for row in rows], field.type))
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
@@ -137,7 +145,7 @@ def write_part(path: Path, table: pa.Table) -> None:
 def read_part(path: Path, settings: StudySettings, rows: int) -> pa.Table:
     """Read one context's rows, or raise a ValueError that says what is wrong with the file."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, memory_map=True) as file:
             table = file.read(use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(str(error)) from error
@@ -157,11 +165,12 @@ def packed(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def joined(parts: Iterable[bytes], settings: StudySettings) -> pa.Table:
-    """One table out of packed ones, with the columns' descriptions."""
+def joined(parts: list[bytes], settings: StudySettings) -> pa.Table:
+    """One table out of packed ones, with the columns' descriptions; `parts` is emptied, so that both are not held at once."""
     groups, waiting = [], []
-    for part in parts:
-        waiting.append(pa.ipc.open_stream(part).read_all())
+    parts.reverse()
+    while parts:
+        waiting.append(pa.ipc.open_stream(parts.pop()).read_all())
         if len(waiting) == 256:
             groups.append(pa.concat_tables(waiting).combine_chunks())
             waiting = []

@@ -50,9 +50,9 @@ def rows_of(settings, unit):
 
 cpmtp.study_workers.study_unit_rows = synthetic
 begun = time.perf_counter()
-table = run_study(settings, sys.argv[1], workers=1)
+run_study(settings, sys.argv[1], workers=1)
 written = time.perf_counter()
-again = run_study(settings, sys.argv[1], workers=1)
+run_study(settings, sys.argv[1], workers=1)
 resumed = time.perf_counter()
 table, manifest = read_study(sys.argv[1])
 _summarise(table, manifest)
