@@ -28,13 +28,15 @@ ALLOWED = {
     "decomposition": TYPES - {"language_model", "sampling_law"} | {"divergence", "acceptance"},
     "study_plan": EXACT | {"pretrained"},
     "study": EXACT | {"pretrained", "study_plan"},
-    "rank_selection": {"latency"},
+    "rank_selection": {"latency", "cluster_bootstrap", "rank_criteria"},
     "training": EXACT | {"pretrained", "muon", "base_evaluation", "checkpoints"} - {"decomposition"},
     "cp_head": {"cp_distribution"},
     "head_objectives": {"cp_head"},
     "head_training": {"language_model", "cp_head", "head_objectives", "muon", "checkpoints"},
     "base_evaluation": {"corpora"},
-    "report": {"plots", "rank_selection", "latency"},
+    "pilot": {"latency"},
+    "report": {"plots", "rank_selection", "latency", "pilot", "study_summary", "report_sections"},
+    "report_sections": {"plots", "rank_selection", "latency", "pilot", "study_summary"},
 }
 TOUCHED_BY = {"tensorly": {"decomposition/als.py", "cp_distribution.py"}, "matplotlib": {"plots.py"}}
 
