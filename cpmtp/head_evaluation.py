@@ -56,9 +56,7 @@ def head_draft(lm: Any, head: CPHead, context: Int[Tensor, " time"], *, horizon:
 
 
 @torch.no_grad()
-def held_out_survival(
-    lm: Any, head: CPHead, tokens: Int[Tensor, "rows length"]
-) -> Float[Tensor, "rows horizon"]:
+def held_out_survival(lm: Any, head: CPHead, tokens: Int[Tensor, "rows length"]) -> Float[Tensor, "rows horizon"]:
     """Survival under block verification, first token from the target, averaged over each row's positions.
 
     Unbiased for contexts like the rows'. Rows are independent of each other; positions within one are not.
