@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import random
 import signal
@@ -215,33 +216,73 @@ def test_ctrl_c_is_one_line_and_leaves_nobody_behind(tmp_path, root):
     assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
+LONGER = replace(TINY, models=("tiny_models:hidden_markov",), contexts=24)
+
+
+def run_in_a_process(out, workers: int):
+    """A study in a process of its own that has everything imported already; its moments are those of the work."""
+    process = multiprocessing.get_context("fork").Process(target=run_study, args=(LONGER, out), kwargs={"workers": workers})
+    process.start()
+    return process
+
+
+def assert_whole(out, expected: pd.DataFrame) -> None:
+    found = read_study(out)[0]
+    assert not found.duplicated(list(KEY_COLUMNS)).any()
+    pd.testing.assert_frame_equal(without_times(found), without_times(expected))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["parent", "worker"])
-def test_killed_at_twenty_random_moments_the_table_is_the_unbroken_one(tmp_path, root, whom):
-    whole = started(root, tmp_path / "whole")
-    whole.communicate(timeout=300)
-    assert whole.returncode == 0
-    kept = read_study(tmp_path / "whole")[0]
-    chance = random.Random(0)
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_twenty_random_moments_the_table_is_the_unbroken_one(tmp_path):
+    begun = time.perf_counter()
+    whole = run_in_a_process(tmp_path / "whole", 1)
+    whole.join()
+    seconds, chance = time.perf_counter() - begun, random.Random(0)
+    expected = read_study(tmp_path / "whole")[0]
+    left = []
     for moment in range(20):
         out = tmp_path / str(moment)
-        running = started(root, out)
-        wait_for_parts(running, out, chance.randrange(0, 20))
-        time.sleep(chance.random() * 0.05)
-        children = [p for p in psutil.Process(running.pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
-        if whom == "parent":
+        for _ in range(2):
+            running = run_in_a_process(out, 1)
+            time.sleep(chance.random() * seconds)
             running.kill()
-            running.communicate()
-            assert not psutil.wait_procs(children, timeout=20)[1]
-        elif children:
-            chance.choice(children).kill()
-            running.communicate(timeout=300)
-        again = started(root, out)
-        again.communicate(timeout=300)
-        assert again.returncode == 0
-        found = read_study(out)[0]
-        assert not found.duplicated(list(KEY_COLUMNS)).any()
-        pd.testing.assert_frame_equal(without_times(found), without_times(kept))
+            running.join()
+            left.append(len(parts_of(out)))
+        again = run_in_a_process(out, 1)
+        again.join()
+        assert again.exitcode == 0
+        assert_whole(out, expected)
+    assert len(set(left)) > 5, left
+
+
+@pytest.mark.slow
+def test_workers_killed_at_twenty_random_moments_cost_nothing(tmp_path, monkeypatch, root):
+    monkeypatch.setenv("PYTHONPATH", f"{root}{os.pathsep}{root / 'tests'}")
+    expected = run_study(LONGER, tmp_path / "whole", workers=1)
+    chance, killed, studies = random.Random(1), 0, 0
+    while killed < 20:
+        out, studies = tmp_path / str(studies), studies + 1
+        running = run_in_a_process(out, 2)
+        while running.is_alive() and killed < 20:
+            done = len(parts_of(out))
+            time.sleep(chance.random() * 2)
+            workers = [p for p in children_of(running.pid) if len(parts_of(out)) > done]
+            if workers:
+                chance.choice(workers).kill()
+                killed += 1
+        running.join()
+        again = run_in_a_process(out, 1)
+        again.join()
+        assert_whole(out, expected)
+
+
+def children_of(pid: int) -> list[psutil.Process]:
+    try:
+        children = psutil.Process(pid).children()
+        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    except psutil.Error:
+        return []
 
 
 @pytest.mark.slow
