@@ -349,7 +349,9 @@ def _method_table(table: pd.DataFrame) -> Table:
 
 def _error_figures(subject: Subject) -> Iterator[Figure]:
     methods = method_summary(subject.table)
-    for n, part in methods.groupby("horizon"):
+    # Truncated joints have no divergences to show.
+    known = methods[methods["kl_nats"].notna()]
+    for n, part in known.groupby("horizon"):
         yield Figure(
             f"Error against rank, n = {n}",
             "KL divergence from the exact joint to each method's fit, median over contexts with quartiles. A line ends where "

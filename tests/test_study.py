@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
+from cpmtp.report import write_report
 from cpmtp.study import read_study, run_study
 from cpmtp.study_plan import StudySettings, estimate_study, plan_study
 from cpmtp.study_table import KEY_COLUMNS, TIMING_COLUMNS, table_columns
@@ -127,6 +128,7 @@ def test_a_joint_that_is_too_large_becomes_a_tree_with_bounds(tmp_path):
     assert (tree["tokens_per_call_block_target"] < tree["tokens_per_call_upper_block_target"]).all()
     assert read_study(tmp_path)[1]["models"]["tiny_models:bigram"]["truncated_horizons"] == [3]
     assert len(found) == estimate_study(settings).cells
+    write_report(*read_study(tmp_path), tmp_path / "report.html")
 
 
 def test_domains_stand_side_by_side_with_their_bits_per_byte(tmp_path):
