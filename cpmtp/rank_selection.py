@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 
-CRITERIA = ("tolerance",)
+from cpmtp.cluster_bootstrap import (
+    FEW_CLUSTERS,
+    Clusters,
+    detectable,
+    intervals,
+    resampling_weights,
+    shortfalls,
+    standard_errors,
+)
+from cpmtp.latency import LatencyModel
+from cpmtp.rank_criteria import (
+    CRITERIA,
+    hull_choice,
+    marginal_choice,
+    throughput_choice,
+    tolerant_choice,
+    tolerated,
+)
+
 TOLERANCE = 0.01
-_RESAMPLES = 2000
-_FEW_CLUSTERS = 20
+OUTCOME = "tokens_per_call_block_target"
+CONTEXT_KEYS = ["model", "domain", "document", "context"]
 
 
 @dataclass(frozen=True)
@@ -27,12 +45,18 @@ class RankChoice:
     frequency : dict of int to dict of int to float
         Horizon to rank to the share of bootstrap resamples (of documents) that choose it.
     horizon : int, optional
-        The chosen horizon; only a criterion that knows what a step costs can choose one.
+        The chosen horizon; only ``throughput``, which knows what a call costs, can choose one.
     table : pandas.DataFrame
         One row per (horizon, rank): mean tokens per call with a 95 % interval, the paired shortfall to the best rank with its
-        standard error, and whether it is tolerated.
+        standard error, and whether it is tolerated; with a latency model also the predicted speedup with its interval and the
+        share of resamples in which the cell is the fastest of all.
     contexts, documents : int
         Units and clusters the choice rests on.
+    detectable_gain : dict of int to float
+        Horizon to the smallest gain in tokens per call of the next rank over the chosen one (at the edge of the grid: of it
+        over the one before) that a paired test at 5 % with a power of 80 % finds with these contexts.
+    horizon_frequency : dict of int to float
+        ``throughput`` only: share of resamples that choose the horizon.
     """
 
     criterion: str
@@ -43,15 +67,21 @@ class RankChoice:
     table: pd.DataFrame
     contexts: int
     documents: int
+    detectable_gain: dict[int, float] = field(default_factory=dict)
+    horizon_frequency: dict[int, float] = field(default_factory=dict)
 
     @property
     def few_documents(self) -> bool:
         """Whether there are too few clusters for the intervals to keep what they promise."""
-        return self.documents < _FEW_CLUSTERS
+        return self.documents < FEW_CLUSTERS
+
+    def row(self, horizon: int) -> pd.Series:
+        """The table's row of the choice at a horizon."""
+        return self.table.query("horizon == @horizon and rank == @self.rank[@horizon]").iloc[0]
 
     def sentence(self, horizon: int) -> str:
         """The recommendation for one horizon in words."""
-        row = self.table.query("horizon == @horizon and rank == @self.rank[@horizon]").iloc[0]
+        row = self.row(horizon)
         least = "at least " if self.at_grid_edge[horizon] else ""
         return (
             f"horizon {horizon}: rank {least}{self.rank[horizon]}, {row.tokens_per_call:.2f} tokens per call "
@@ -60,38 +90,58 @@ class RankChoice:
         )
 
 
+@dataclass(frozen=True)
+class _Scores:
+    """One horizon's scores: columns are ranks."""
+
+    horizon: int
+    ranks: np.ndarray
+    parameters: np.ndarray
+    clusters: Clusters
+
+
 def select_rank(
     table: pd.DataFrame,
     criterion: str = "tolerance",
     *,
-    column: str = "tokens_per_call_block_target",
+    column: str = OUTCOME,
     tolerance: float = TOLERANCE,
+    latency: LatencyModel | None = None,
     seed: int = 0,
 ) -> RankChoice:
     """Choose a rank per horizon from a study's table.
 
-    ``tolerance``: the smallest rank whose mean paired shortfall to the best rank is at most
-    ``max(one standard error, tolerance * tokens per call of the best)``. Every context counts once; its value at a rank is the
-    best any method reached (each fit is a rank-r distribution, so the best is the tightest bound on the ceiling). Contexts of
-    one document are one cluster, of the standard error as of the bootstrap. Several models or domains in the table are
-    pooled: select from a part of it for a choice per model.
+    Every context counts once; its value at a rank is the best any method reached (each fit is a rank-r distribution, so the
+    best is the tightest bound on the ceiling). Ranks are compared on the same contexts. Contexts of one document are one
+    cluster, of standard errors as of the bootstrap. Several models or domains in the table are pooled: select from a part of it
+    for a choice per model.
 
     Parameters
     ----------
     table : pandas.DataFrame
         Of `run_study`.
-    criterion : {"tolerance"}
+    criterion : {"tolerance", "marginal_gain", "convex_hull", "throughput"}
+        ``tolerance``: the smallest rank whose mean paired shortfall to the best rank is at most
+        ``max(one standard error, tolerance * tokens per call of the best)``. ``marginal_gain``: the first rank from which a
+        doubling gains less than ``tolerance`` of its tokens per call. ``convex_hull``: the elbow of the hull of tokens per call
+        against free parameters. ``throughput``: the most tokens per second; the only one that chooses a horizon too.
     column : str
         What is to be high.
     tolerance : float
         Share of tokens per call that is not worth a higher rank.
+    latency : LatencyModel, optional
+        What a call costs; required by ``throughput``, and with any criterion the table then has the predicted speedup.
     seed : int
         Of the bootstrap.
 
     Raises
     ------
     ValueError
-        If the criterion is unknown, a column is missing, or no context has all ranks.
+        If the criterion is unknown, ``throughput`` has no latency model, a column is missing, or no context has all ranks.
+
+    References
+    ----------
+    ceulemans2006selecting, efron1987better
 
     Examples
     --------
@@ -99,33 +149,118 @@ def select_rank(
     ...              tokens_per_call_block_target=1.9 - 0.4 / r**5 + 0.001 * c) for c in range(30) for r in (1, 2, 4)]
     >>> select_rank(pd.DataFrame(rows)).rank
     {2: 2}
+    >>> select_rank(pd.DataFrame(rows), "throughput", latency=LatencyModel(0.01, 0.01, per_component=0.004)).rank
+    {2: 1}
     """
     if criterion not in CRITERIA:
         raise ValueError(f"unknown criterion {criterion!r}: expected one of {', '.join(CRITERIA)}")
+    if criterion == "throughput" and latency is None:
+        raise ValueError("criterion 'throughput' needs to know what a call costs: give latency=LatencyModel(...)")
     values = context_values(table, column)
-    horizons = sorted(values.index.unique("horizon"))
-    rank, edge, frequency, rows = {}, {}, {}, []
-    for horizon in horizons:
-        scores = values.xs(horizon, level="horizon").dropna()
-        if scores.empty:
-            raise ValueError(f"horizon {horizon}: no context has a usable fit at every rank; look at status and message")
-        ranks = scores.columns.to_numpy()
-        clusters, counts = _cluster_sums(scores)
-        weights = _resampling_weights(len(clusters), seed)
-        chosen = _tolerant_choice(clusters, counts, np.ones((1, len(clusters))), tolerance)[0]
-        drawn = _tolerant_choice(clusters, counts, weights, tolerance)
-        rank[horizon], edge[horizon] = int(ranks[chosen]), bool(chosen == len(ranks) - 1 and len(ranks) > 1)
-        frequency[horizon] = {int(r): float((drawn == i).mean()) for i, r in enumerate(ranks)}
-        rows.append(_rank_rows(horizon, ranks, clusters, counts, weights, tolerance))
+    complete = criterion == "throughput"
+    scores = _scores(table, values, complete=complete)
+    rank, edge, frequency, gains = {}, {}, {}, {}
+    for part in scores:
+        weights = resampling_weights(part.clusters.number, seed)
+        once = np.ones((1, part.clusters.number), dtype=int)
+        chosen = int(_choose(part, once, criterion, tolerance, latency)[0])
+        drawn = _choose(part, weights, criterion, tolerance, latency)
+        last = len(part.ranks) - 1
+        rank[part.horizon], edge[part.horizon] = int(part.ranks[chosen]), chosen == last and last > 0
+        frequency[part.horizon] = {int(r): float((drawn == i).mean()) for i, r in enumerate(part.ranks)}
+        gains[part.horizon] = _detectable_gain(part, chosen)
+    rows = pd.concat([_rank_rows(part, tolerance, seed) for part in scores], ignore_index=True)
+    horizon, horizons = None, {}
+    if latency is not None:
+        rows = _with_speedup(rows, latency)
+    if criterion == "throughput" and latency is not None:
+        rows["fastest_frequency"], horizons, horizon = _fastest(scores, latency, seed)
     documents = values.index.droplevel(["horizon", "context"]).nunique()
     contexts = values.index.droplevel("horizon").nunique()
-    result = pd.concat(rows, ignore_index=True)
-    return RankChoice(criterion, rank, edge, frequency, None, result, contexts, documents)
+    return RankChoice(criterion, rank, edge, frequency, horizon, rows, contexts, documents, gains, horizons)
+
+
+def compare_criteria(
+    table: pd.DataFrame,
+    *,
+    column: str = OUTCOME,
+    tolerance: float = TOLERANCE,
+    latency: LatencyModel | None = None,
+    seed: int = 0,
+) -> dict[str, RankChoice]:
+    """What every criterion chooses, side by side; ``throughput`` only with a latency model. Parameters as of `select_rank`."""
+    usable = [name for name in CRITERIA if name != "throughput" or latency is not None]
+    return {name: select_rank(table, name, column=column, tolerance=tolerance, latency=latency, seed=seed) for name in usable}
+
+
+def paired_gains(table: pd.DataFrame, *, column: str = OUTCOME, seed: int = 0) -> pd.DataFrame:
+    """What each step of the grid of ranks gains, on the same contexts.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Per (horizon, rank): `next_rank`, the mean `gain` with a 95 % interval (`gain_low`, `gain_high`), its
+        `standard_error`, the `share_improved` of contexts that gain more than 1e-6, and the `detectable_gain`.
+
+    Raises
+    ------
+    ValueError
+        As for `select_rank`.
+    """
+    rows = []
+    values = context_values(table, column)
+    for part in _scores(table, values):
+        scores = values.xs(part.horizon, level="horizon")[list(part.ranks)].dropna()
+        steps = part.clusters.differences(slice(1, None), slice(None, -1))
+        if not steps.sums.shape[1]:
+            continue
+        low, high = intervals(steps, seed)
+        error = standard_errors(steps)
+        improved = (scores.diff(axis=1).iloc[:, 1:] > 1e-6).mean().to_numpy()
+        rows.append(
+            pd.DataFrame(
+                {
+                    "horizon": part.horizon,
+                    "rank": part.ranks[:-1],
+                    "next_rank": part.ranks[1:],
+                    "gain": steps.means(),
+                    "gain_low": low,
+                    "gain_high": high,
+                    "standard_error": error,
+                    "share_improved": improved,
+                    "detectable_gain": detectable(error, steps.number),
+                }
+            )
+        )
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["horizon", "rank", "next_rank"])
+
+
+def needed_ranks(table: pd.DataFrame, *, column: str = OUTCOME, tolerance: float = TOLERANCE) -> pd.DataFrame:
+    """Per context and horizon, the smallest rank within `tolerance` of the context's best, and what the context is like.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The context's keys, `horizon`, `needed_rank` and, where the table has them, the entropies.
+    """
+    values = context_values(table, column).dropna()
+    best = values.max(axis=1)
+    enough = values.ge(best * (1 - tolerance), axis=0)
+    needed = enough.idxmax(axis=1).rename("needed_rank").reset_index()
+    facts = [name for name in ("joint_entropy_nats", "first_token_entropy_nats", "total_correlation_nats") if name in table]
+    keys = [*CONTEXT_KEYS, "horizon"]
+    return needed.merge(table[[*keys, *facts]].drop_duplicates(keys), on=keys, how="left")
 
 
 def context_values(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Best value any method reached: rows (model, domain, document, context, horizon), columns ranks, NaN where none did."""
-    keys = ["model", "domain", "document", "context", "horizon"]
+    """Best value any method reached: rows (model, domain, document, context, horizon), columns ranks, NaN where none did.
+
+    Raises
+    ------
+    ValueError
+        If a column is missing or no row is usable.
+    """
+    keys = [*CONTEXT_KEYS, "horizon"]
     missing = [name for name in (*keys, "rank", "method", "status", column) if name not in table]
     if missing:
         raise ValueError(f"the table has no column {', '.join(missing)}: expected a table of run_study")
@@ -135,91 +270,88 @@ def context_values(table: pd.DataFrame, column: str) -> pd.DataFrame:
     return usable.pivot_table(index=keys, columns="rank", values=column, aggfunc="max").sort_index(axis=1)
 
 
-def _cluster_sums(scores: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Sums (cluster, rank) and numbers of contexts (cluster,)."""
-    grouped = scores.groupby(level=["model", "domain", "document"])
-    return grouped.sum().to_numpy(), grouped.size().to_numpy()
+def _scores(table: pd.DataFrame, values: pd.DataFrame, *, complete: bool = False) -> list[_Scores]:
+    """Per horizon the contexts that have every rank of it; with `complete` those that have every rank of every horizon."""
+    if complete:
+        whole = values.unstack("horizon").dropna(axis=1, how="all").dropna().index
+        values = values[values.index.droplevel("horizon").isin(whole)]
+    parts = []
+    for horizon in sorted(table.loc[table["status"] != "failed", "horizon"].unique().tolist()):
+        at = values.index.get_level_values("horizon") == horizon
+        scores = values[at].droplevel("horizon").dropna(axis=1, how="all").dropna()
+        if scores.empty:
+            raise ValueError(f"horizon {horizon}: no context has a usable fit at every rank; look at status and message")
+        ranks = scores.columns.to_numpy()
+        parts.append(_Scores(int(horizon), ranks, _parameters(table, horizon, ranks), Clusters.of(scores)))
+    return parts
 
 
-def _resampling_weights(clusters: int, seed: int) -> np.ndarray:
-    """How often each cluster is drawn, (resample, cluster)."""
-    return np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=_RESAMPLES)
+def _parameters(table: pd.DataFrame, horizon: int, ranks: np.ndarray) -> np.ndarray:
+    """Free parameters at each rank; in proportion to the rank where the table does not count them."""
+    if "parameters" not in table:
+        return ranks.astype(float)
+    counted = table[table["horizon"] == horizon].groupby("rank")["parameters"].median().reindex(ranks).to_numpy()
+    return ranks.astype(float) if np.isnan(counted).any() else counted
 
 
-def _means(clusters: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean per context (resample, rank)."""
-    return weights @ clusters / (weights @ counts)[:, None]
+def _choose(part: _Scores, weights: np.ndarray, criterion: str, tolerance: float, latency: LatencyModel | None) -> np.ndarray:
+    """Index of the chosen rank, (resamples,)."""
+    if criterion == "tolerance":
+        return tolerant_choice(*shortfalls(part.clusters, weights), tolerance)
+    means = part.clusters.resampled_means(weights)
+    if criterion == "marginal_gain":
+        return marginal_choice(means, part.ranks, tolerance)
+    if criterion == "convex_hull" or latency is None:
+        return hull_choice(means, part.parameters)
+    return throughput_choice(means, _seconds(part.horizon, part.ranks, latency))
 
 
-def _shortfalls(clusters, counts, weights) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means, mean paired shortfalls to the best rank, and their cluster-robust standard errors, each (resample, rank)."""
-    means = _means(clusters, counts, weights)
-    best = means.argmax(1)
-    shortfall = means.max(1, keepdims=True) - means
-    # Residual of a cluster's sum of differences around its expectation: the linearised variance of a ratio of sums.
-    differences = clusters[:, best].T[:, :, None] - clusters[None]
-    residuals = differences - shortfall[:, None, :] * counts[None, :, None]
-    drawn = weights.sum(1)
-    correction = drawn / np.maximum(drawn - 1, 1)
-    variance = correction[:, None] * np.einsum("bc,bcr->br", weights, residuals**2) / (weights @ counts)[:, None] ** 2
-    return means, shortfall, np.sqrt(variance)
+def _seconds(horizon: int, ranks: np.ndarray, latency: LatencyModel) -> np.ndarray:
+    return np.array([latency.call_seconds(horizon, int(rank)) for rank in ranks])
 
 
-def _tolerant_choice(clusters, counts, weights, tolerance: float) -> np.ndarray:
-    """Index of the smallest tolerated rank, (resample,)."""
-    chosen = []
-    for part in np.array_split(weights, max(len(weights) * clusters.size // 5_000_000, 1)):
-        means, shortfall, error = _shortfalls(clusters, counts, part)
-        allowed = np.maximum(error, tolerance * means.max(1, keepdims=True))
-        chosen.append((shortfall <= allowed + 1e-12).argmax(1))
-    return np.concatenate(chosen)
+def _detectable_gain(part: _Scores, chosen: int) -> float:
+    if len(part.ranks) < 2:
+        return float("nan")
+    low = min(chosen, len(part.ranks) - 2)
+    step = part.clusters.differences([low + 1], [low])
+    return float(detectable(standard_errors(step)[0], step.number))
 
 
-def _rank_rows(horizon, ranks, clusters, counts, weights, tolerance: float) -> pd.DataFrame:
-    means, shortfall, error = (a[0] for a in _shortfalls(clusters, counts, np.ones((1, len(clusters)))))
-    low, high = np.percentile(_means(clusters, counts, weights), [2.5, 97.5], axis=0)
+def _rank_rows(part: _Scores, tolerance: float, seed: int) -> pd.DataFrame:
+    arrays = shortfalls(part.clusters, np.ones((1, part.clusters.number), dtype=int))
+    means, shortfall, error = (array[0] for array in arrays)
+    low, high = intervals(part.clusters, seed)
     return pd.DataFrame(
         {
-            "horizon": horizon,
-            "rank": ranks,
+            "horizon": part.horizon,
+            "rank": part.ranks,
+            "parameters": part.parameters,
             "tokens_per_call": means,
             "tokens_per_call_low": low,
             "tokens_per_call_high": high,
             "shortfall": shortfall,
             "shortfall_standard_error": error,
-            "tolerated": shortfall <= np.maximum(error, tolerance * means.max()) + 1e-12,
+            "tolerated": tolerated(*arrays, tolerance)[0],
         }
     )
 
 
-def method_summary(table: pd.DataFrame, column: str = "tokens_per_call_block_target") -> pd.DataFrame:
-    """Per (horizon, rank, method): medians and quartiles of the errors, the mean of `column`, failures and seconds."""
-    usable = table.assign(failed=table["status"] == "failed", not_converged=table["status"] == "not_converged")
-    grouped = usable.groupby(["horizon", "rank", "method"])
-    summary = grouped.agg(
-        contexts=("context", "size"),
-        failed=("failed", "sum"),
-        not_converged=("not_converged", "sum"),
-        kl_nats=("kl_nats", lambda v: v.quantile(0.5, interpolation="lower")),
-        # Without interpolation: a squared-error fit that misses what P has is infinitely far from it.
-        kl_nats_low=("kl_nats", lambda v: v.quantile(0.25, interpolation="lower")),
-        kl_nats_high=("kl_nats", lambda v: v.quantile(0.75, interpolation="higher")),
-        total_variation=("total_variation", "median"),
-        relative_frobenius=("relative_frobenius", "median"),
-        tokens_per_call=(column, "mean"),
-        fit_seconds=("fit_seconds", "median"),
-    )
-    return summary.reset_index()
+def _with_speedup(rows: pd.DataFrame, latency: LatencyModel) -> pd.DataFrame:
+    """Predicted speedup over plain decoding; a call's time is taken as known."""
+    seconds = np.array([latency.call_seconds(int(n), int(r)) for n, r in zip(rows["horizon"], rows["rank"], strict=True)])
+    scaled = {f"speedup{end}": rows[f"tokens_per_call{end}"] * latency.plain_step / seconds for end in ("", "_low", "_high")}
+    return rows.assign(call_seconds=seconds, **scaled)
 
 
-def survival_by_rank(table: pd.DataFrame, rule: str = "block", first_token: str = "target") -> pd.DataFrame:
-    """Mean survival per (horizon, rank, position), each context represented by its best method."""
-    column = f"tokens_per_call_{rule}_{first_token}"
-    usable = table[(table["status"] != "failed") & table[column].notna()]
-    keys = ["model", "domain", "document", "context", "horizon", "rank"]
-    best = usable.loc[usable.groupby(keys)[column].idxmax()]
-    prefix = f"survival_{rule}_{first_token}_"
-    positions = [name for name in best if name.startswith(prefix)]
-    means = best.groupby(["horizon", "rank"])[positions].mean()
-    long = means.rename(columns=lambda name: int(name.removeprefix(prefix))).rename_axis(columns="position").stack()
-    return long.dropna().rename("survival").reset_index()
+def _fastest(scores: list[_Scores], latency: LatencyModel, seed: int) -> tuple[np.ndarray, dict[int, float], int]:
+    """Share of resamples in which each (horizon, rank) is the fastest, the same per horizon, and the fastest horizon."""
+    weights = resampling_weights(scores[0].clusters.number, seed)
+    seconds = np.concatenate([_seconds(part.horizon, part.ranks, latency) for part in scores])
+    horizons = np.concatenate([np.full(len(part.ranks), part.horizon) for part in scores])
+    drawn = np.concatenate([part.clusters.resampled_means(weights) for part in scores], axis=1)
+    winners = throughput_choice(drawn, seconds)
+    share = np.bincount(winners, minlength=len(seconds)) / len(winners)
+    means = np.concatenate([part.clusters.means() for part in scores])
+    best = int(throughput_choice(means[None], seconds)[0])
+    return share, {int(n): float(share[horizons == n].sum()) for n in np.unique(horizons)}, int(horizons[best])

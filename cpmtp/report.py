@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from cpmtp.plots import figure_svg, plot_error_against_rank, plot_survival, plot_tokens_per_call
-from cpmtp.rank_selection import RankChoice, method_summary, select_rank, survival_by_rank
+from cpmtp.rank_selection import RankChoice, select_rank
+from cpmtp.study_summary import method_summary, survival_by_rank
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ ALLOWED = {
     "study_folder": {"study_plan", "study_table"},
     "study_workers": {"study_plan", "study_unit"},
     "study": {"study_plan", "study_table", "study_unit", "study_folder", "study_workers"},
-    "rank_selection": {"latency"},
+    "rank_selection": {"latency", "cluster_bootstrap", "rank_criteria"},
     "training": EXACT | {"pretrained", "muon", "base_evaluation", "checkpoints"} - {"decomposition"},
     "cp_head": {"cp_distribution"},
     "head_objectives": {"cp_head"},
@@ -43,7 +43,9 @@ ALLOWED = {
     | {"cp_head", "verification", "generation_target", "generation_stats"} - {"joint_distribution", "prefix_tree"},
     "head_training": {"language_model", "cp_head", "head_objectives", "muon", "checkpoints"},
     "base_evaluation": {"corpora"},
-    "report": {"plots", "rank_selection", "latency"},
+    "pilot": {"latency"},
+    "report": {"plots", "rank_selection", "latency", "pilot", "study_summary", "report_sections"},
+    "report_sections": {"plots", "rank_selection", "latency", "pilot", "study_summary"},
 }
 TOUCHED_BY = {"tensorly": {"decomposition/als.py", "cp_distribution.py"}, "matplotlib": {"plots.py"}}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cpmtp.rank_selection import method_summary, select_rank, survival_by_rank
+from cpmtp.rank_selection import select_rank
 
 RANKS = (1, 2, 4, 8)
 
@@ -101,14 +101,6 @@ def test_frequencies_of_a_horizon_sum_to_one():
     choice = select_rank(study_table(lambda r: 0.03 / r, noise=1.0, documents=8))
     assert sum(choice.frequency[3].values()) == pytest.approx(1)
     assert choice.few_documents
-
-
-def test_summaries_keep_every_method_and_position():
-    table = study_table(lambda r: 1 / r)
-    assert len(method_summary(table)) == len(RANKS) * 2
-    survival = survival_by_rank(table)
-    assert set(survival["position"]) == {1, 2}
-    assert (survival[survival["position"] == 1]["survival"] == 1).all()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,38 @@
+"""Means and medians of a study's table over contexts: what the report shows beside the choice."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+
+def method_summary(table: pd.DataFrame, column: str = "tokens_per_call_block_target") -> pd.DataFrame:
+    """Per (horizon, rank, method): medians and quartiles of the errors, the mean of `column`, failures and seconds."""
+    usable = table.assign(failed=table["status"] == "failed", not_converged=table["status"] == "not_converged")
+    grouped = usable.groupby(["horizon", "rank", "method"])
+    summary = grouped.agg(
+        contexts=("context", "size"),
+        failed=("failed", "sum"),
+        not_converged=("not_converged", "sum"),
+        kl_nats=("kl_nats", lambda v: v.quantile(0.5, interpolation="lower")),
+        # Without interpolation: a squared-error fit that misses what P has is infinitely far from it.
+        kl_nats_low=("kl_nats", lambda v: v.quantile(0.25, interpolation="lower")),
+        kl_nats_high=("kl_nats", lambda v: v.quantile(0.75, interpolation="higher")),
+        total_variation=("total_variation", "median"),
+        relative_frobenius=("relative_frobenius", "median"),
+        tokens_per_call=(column, "mean"),
+        fit_seconds=("fit_seconds", "median"),
+    )
+    return summary.reset_index()
+
+
+def survival_by_rank(table: pd.DataFrame, rule: str = "block", first_token: str = "target") -> pd.DataFrame:
+    """Mean survival per (horizon, rank, position), each context represented by its best method."""
+    column = f"tokens_per_call_{rule}_{first_token}"
+    usable = table[(table["status"] != "failed") & table[column].notna()]
+    keys = ["model", "domain", "document", "context", "horizon", "rank"]
+    best = usable.loc[usable.groupby(keys)[column].idxmax()]
+    prefix = f"survival_{rule}_{first_token}_"
+    positions = [name for name in best if name.startswith(prefix)]
+    means = best.groupby(["horizon", "rank"])[positions].mean()
+    long = means.rename(columns=lambda name: int(name.removeprefix(prefix))).rename_axis(columns="position").stack()
+    return long.dropna().rename("survival").reset_index()
