@@ -55,6 +55,22 @@ class LatencyModel:
         return self.base + self.per_position * horizon + self.per_component * horizon * rank
 
 
+def memory_bound_latency(plain_step: float, layers: int) -> LatencyModel:
+    """What a call costs if a device does nothing but read weights: the assumption to replace by a measurement.
+
+    A transformer of L layers of width d has about 12 L d^2 weights, and a head with one d-by-d map per position and component
+    adds n r d^2: ``t(n, r) = t0 (1 + n r / (12 L))``. Arithmetic, caches and sampling are left out.
+
+    Examples
+    --------
+    >>> round(memory_bound_latency(0.02, layers=32).call_seconds(3, 8) / 0.02, 4)
+    1.0625
+    """
+    if layers < 1:
+        raise ValueError(f"layers {layers}: expected at least 1")
+    return LatencyModel(plain_step, plain_step, per_component=plain_step / (12 * layers))
+
+
 @dataclass(frozen=True)
 class Forecast:
     """What a horizon and rank are predicted to buy.

@@ -1,79 +1,306 @@
-"""Figures: tables in, axes out; nothing is computed here. The only user of matplotlib.
+"""Figures in one house style: tables in, axes out; nothing is computed here. The only user of matplotlib.
 
-Every function draws on the axes it is given and returns them.
+Every ``plot_`` function draws on the axes it is given and returns them. Colours stay apart under the common colour blindnesses
+(the tests measure it), and markers and line styles say the same once more.
 """
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
-# Okabe and Ito's palette: distinct under every common colour blindness; markers repeat what colours say.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# On a light page, and what the same series is on a dark one.
+COLOURS = ("#0072b2", "#e05a10", "#00a05a", "#a1225d", "#825021")
+DARK_COLOURS = ("#56b4e9", "#d86d3c", "#00e07a", "#c49ab0", "#ebb71f")
+INK, DARK_INK = "#1b1f24", "#e6e9ec"
+MARKERS = ("o", "s", "^", "D", "v", "P")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+_PALETTE = (*COLOURS, INK)
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": INK,
+    "grid.alpha": 0.15,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+_SIZE = (4.8, 3.3)
+_KL_FLOOR = 1e-6  # a logarithmic axis has no zero
+
+
+def house_style() -> AbstractContextManager[None]:
+    """The style as a context: ``with house_style(): figure, ax = plt.subplots()``."""
+    return matplotlib.rc_context(_STYLE)
 
 
 def plot_error_against_rank(summary: pd.DataFrame, ax: Axes) -> Axes:
     """Median KL divergence per method over ranks, quartiles as bands; one horizon's rows of `method_summary`."""
     for i, (method, rows) in enumerate(summary.groupby("method")):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        floor = 1e-6  # a logarithmic axis has no zero
-        ax.plot(rows["rank"], rows["kl_nats"].clip(lower=floor), color=colour, marker=marker, label=method)
-        low, high = rows["kl_nats_low"].clip(lower=floor), rows["kl_nats_high"].clip(lower=floor)
-        ax.fill_between(rows["rank"], low, high, color=colour, alpha=0.15, linewidth=0)
+        ax.plot(rows["rank"], rows["kl_nats"].clip(lower=_KL_FLOOR), label=method, **_series(i))
+        low, high = rows["kl_nats_low"].clip(lower=_KL_FLOOR), rows["kl_nats_high"].clip(lower=_KL_FLOOR)
+        ax.fill_between(rows["rank"], low, high, color=_PALETTE[i % len(_PALETTE)], alpha=0.15, linewidth=0)
     _rank_axis(ax, summary["rank"])
     ax.set_yscale("log")
     ax.set_ylabel("KL divergence, nats (median, quartiles)")
-    ax.legend(frameon=False)
+    ax.legend()
     return ax
 
 
 def plot_tokens_per_call(choice: pd.DataFrame, ax: Axes, *, recommended: int, horizon: int) -> Axes:
     """Mean tokens per call over ranks with 95 % band, the horizon as ceiling and the recommended rank marked."""
     ax.fill_between(choice["rank"], choice["tokens_per_call_low"], choice["tokens_per_call_high"], color=COLOURS[0], alpha=0.2)
-    ax.plot(choice["rank"], choice["tokens_per_call"], color=COLOURS[0], marker="o", label="best fit (mean, 95 % band)")
-    ax.axhline(horizon, color=COLOURS[6], linestyle=":", label="exact draft")
+    ax.plot(choice["rank"], choice["tokens_per_call"], label="best fit (mean, 95 % band)", **_series(0))
+    ax.axhline(horizon, color=INK, linestyle=":", label="exact draft")
     ax.axvline(recommended, color=COLOURS[1], linestyle="--", label=f"recommended rank {recommended}")
     _rank_axis(ax, choice["rank"])
     ax.set_ylabel("tokens per call")
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(loc="lower right")
     return ax
 
 
-def plot_survival(survival: pd.DataFrame, ax: Axes) -> Axes:
-    """Mean survival per position, a line per rank; one horizon's rows of `survival_by_rank`."""
+def plot_survival(survival: pd.DataFrame, ax: Axes, *, ceiling: pd.DataFrame | None = None) -> Axes:
+    """Mean survival per position, a line per rank, and dotted what no verification could exceed; rows of `survival_by_rank`."""
     for i, (rank, rows) in enumerate(survival.groupby("rank")):
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        ax.plot(rows["position"], rows["survival"], label=f"rank {rank}", color=colour, marker=marker)
+        ax.plot(rows["position"], rows["survival"], label=f"rank {rank}", **_series(i))
+        if ceiling is not None:
+            above = ceiling[ceiling["rank"] == rank]
+            label = "coupling ceiling" if i == 0 else None
+            ax.plot(above["position"], above["survival"], color=_PALETTE[i % len(_PALETTE)], linestyle=":", label=label)
     ax.set_xticks(sorted(survival["position"].unique()))
     ax.set_xlabel("position in the block")
     ax.set_ylabel("survival (mean)")
     ax.set_ylim(top=1.02)
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend()
     return ax
 
 
-def figure_svg(draw: Callable[[Axes], object], title: str) -> str:
-    """One figure as an SVG element to stand in a page."""
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": title, "font.size": 10}):
-        figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+def plot_speedup(cells: pd.DataFrame, ax: Axes, *, confident: float = 0.05) -> Axes:
+    """Predicted speedup over rank and horizon; cells that are the fastest in at least `confident` of resamples are outlined.
+
+    Parameters
+    ----------
+    cells : pandas.DataFrame
+        Table of a ``throughput`` choice.
+    """
+    ranks, horizons = sorted(cells["rank"].unique()), sorted(cells["horizon"].unique())
+    low, high = cells["speedup"].min(), cells["speedup"].max()
+    for row in cells.itertuples():
+        x, y = ranks.index(row.rank), horizons.index(row.horizon)
+        # A tint of the page, so that the figure's ink is legible on it in either theme.
+        tint = 0.05 + 0.5 * (row.speedup - low) / max(high - low, 1e-9)
+        ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=COLOURS[0], alpha=tint, linewidth=0))
+        if row.fastest_frequency >= confident:
+            ax.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor=COLOURS[1], linewidth=2))
+        ax.text(x, y, f"{row.speedup:.2f}", ha="center", va="center")
+    ax.set_xlim(-0.5, len(ranks) - 0.5)
+    ax.set_ylim(-0.5, len(horizons) - 0.5)
+    ax.set_xticks(range(len(ranks)), [str(rank) for rank in ranks])
+    ax.set_yticks(range(len(horizons)), [str(horizon) for horizon in horizons])
+    ax.set_xlabel("rank")
+    ax.set_ylabel("horizon")
+    ax.grid(False)
+    return ax
+
+
+def plot_contexts(values: pd.DataFrame, ax: Axes) -> Axes:
+    """One point per context and rank, the median and quartiles beside; rows `context_values` of one horizon, columns ranks."""
+    spread = np.linspace(-0.22, 0.12, len(values))
+    for i, rank in enumerate(values.columns):
+        scores = np.sort(values[rank].to_numpy())
+        ax.plot(i + spread, scores, linestyle="", marker="o", markersize=3, alpha=0.5, color=COLOURS[0])
+        quartiles = np.nanpercentile(scores, [25, 50, 75])
+        ax.plot([i + 0.27] * 2, quartiles[[0, 2]], color=COLOURS[1], linewidth=3)
+        ax.plot([i + 0.27], quartiles[1:2], color=COLOURS[1], marker="D", markersize=6)
+    ax.set_xticks(range(len(values.columns)), [str(rank) for rank in values.columns])
+    ax.set_xlabel("rank")
+    ax.set_ylabel("tokens per call, one point per context")
+    return ax
+
+
+def plot_against_entropy(contexts: pd.DataFrame, ax: Axes) -> Axes:
+    """Tokens per call of each context against the entropy of its joint, one marker per rank.
+
+    Parameters
+    ----------
+    contexts : pandas.DataFrame
+        Columns `rank`, `joint_entropy_nats`, `tokens_per_call`.
+    """
+    for i, (rank, rows) in enumerate(contexts.groupby("rank")):
+        style = _series(i) | {"linestyle": "", "markersize": 4, "alpha": 0.7}
+        ax.plot(rows["joint_entropy_nats"], rows["tokens_per_call"], label=f"rank {rank}", **style)
+    ax.set_xlabel("entropy of the joint, nats")
+    ax.set_ylabel("tokens per call")
+    ax.legend()
+    return ax
+
+
+def plot_lines_over_rank(table: pd.DataFrame, ax: Axes, *, by: str, value: str, label: str) -> Axes:
+    """`value` over ranks, a line per `by`, with a band where the table has `value_low` and `value_high`."""
+    for i, (name, rows) in enumerate(table.groupby(by, sort=False)):
+        ax.plot(rows["rank"], rows[value], label=str(name), **_series(i))
+        if f"{value}_low" in rows:
+            band = (rows[f"{value}_low"], rows[f"{value}_high"])
+            ax.fill_between(rows["rank"], *band, color=_PALETTE[i % len(_PALETTE)], alpha=0.15, linewidth=0)
+    _rank_axis(ax, table["rank"])
+    ax.set_ylabel(label)
+    ax.legend()
+    return ax
+
+
+def plot_waterfall(row: pd.Series, ax: Axes) -> Axes:
+    """Where tokens per call are lost, from an exact draft to a learned head.
+
+    Parameters
+    ----------
+    row : pandas.Series
+        `exact_limit`, `acceptance_fit`, `em_fit`, `learned`, in tokens per call; `learned_low`, `learned_high` if known.
+    """
+    names = ["exact draft", "lost to rank", "lost to objective", "lost to learning", "learned head"]
+    levels = [row["exact_limit"], row["acceptance_fit"], row["em_fit"], row["learned"]]
+    ax.bar(0, levels[0], color=INK, alpha=0.35)
+    for i in range(3):
+        lost = levels[i] - levels[i + 1]
+        ax.bar(i + 1, lost, bottom=levels[i + 1], color=COLOURS[1 + i], hatch="//" if lost < 0 else None)
+        ax.text(i + 1, max(levels[i], levels[i + 1]), f"{-lost:+.2f}", ha="center", va="bottom")
+    error = None
+    if "learned_low" in row and pd.notna(row["learned_low"]):
+        error = [[row["learned"] - row["learned_low"]], [row["learned_high"] - row["learned"]]]
+    ax.bar(4, levels[3], color=COLOURS[0], yerr=error, capsize=4, ecolor=INK)
+    for x, level in ((0, levels[0]), (4, levels[3])):
+        ax.text(x, level / 2, f"{level:.2f}", ha="center", va="center")
+    ax.set_xticks(range(5), [name.replace(" ", "\n") for name in names])
+    ax.set_ylabel("tokens per call")
+    return ax
+
+
+def plot_forecast(decoding: pd.DataFrame, ax: Axes) -> Axes:
+    """Measured against forecast tokens per call, intervals as bars, equality as a line.
+
+    Parameters
+    ----------
+    decoding : pandas.DataFrame
+        `forecast`, `measured`, each with `_low` and `_high`; `rank` if there are several.
+    """
+    groups = decoding.groupby("rank") if "rank" in decoding else [("", decoding)]
+    for i, (rank, rows) in enumerate(groups):
+        across, up = _half_widths(rows, "forecast"), _half_widths(rows, "measured")
+        style = _series(i) | {"linestyle": "", "elinewidth": 1, "label": f"rank {rank}"}
+        ax.errorbar(rows["forecast"], rows["measured"], xerr=across, yerr=up, **style)
+    ends = [decoding[["forecast", "measured"]].min().min(), decoding[["forecast", "measured"]].max().max()]
+    ax.plot(ends, ends, color=INK, linestyle=":", label="equal")
+    ax.set_xlabel("forecast tokens per call")
+    ax.set_ylabel("measured tokens per call")
+    ax.legend()
+    return ax
+
+
+def plot_step_times(steps: pd.DataFrame, ax: Axes) -> Axes:
+    """What a call spends its time on, stacked: columns `label` and one per part in seconds."""
+    left = np.zeros(len(steps))
+    for i, part in enumerate(name for name in steps.columns if name != "label"):
+        seconds = steps[part].to_numpy() * 1e3
+        ax.barh(range(len(steps)), seconds, left=left, color=_PALETTE[i % len(_PALETTE)], label=part.removesuffix("_seconds"))
+        left += seconds
+    ax.set_yticks(range(len(steps)), steps["label"])
+    ax.set_xlabel("milliseconds per call")
+    ax.legend()
+    return ax
+
+
+def figure_svg(
+    draw: Callable[[Axes], object],
+    title: str,
+    *,
+    name: str | None = None,
+    themed: bool = True,
+    size: tuple[float, float] = _SIZE,
+) -> str:
+    """One figure as an SVG element.
+
+    Parameters
+    ----------
+    draw : callable
+        Draws on the axes it is given.
+    title : str
+        Stands above the axes.
+    name : str, optional
+        Keeps names inside the SVG apart from those of others in the page; default: the title.
+    themed : bool
+        Leave the colours to the page's style sheet (`theme_css`), for a figure inside a page; otherwise the figure stands
+        on white by itself.
+    size : tuple of float
+        Inches.
+    """
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name or title}):
+        figure = Figure(figsize=size, layout="constrained", facecolor="none" if themed else "white")
         FigureCanvasSVG(figure)
-        ax = figure.add_subplot()
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
-        ax.grid(alpha=0.25)
+        ax = figure.add_subplot(facecolor="none")
         draw(ax)
-        ax.set_title(title, loc="left", fontsize=11)
+        # The page's own text has the title as well where the figure stands in a page; a dollar sign begins no formula.
+        ax.set_title(title, parse_math=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r"(font: [^';\"]*?px )[^;\"]*", r"\1sans-serif", text)
+    return _themed(_own_names(text, name or title)) if themed else text
+
+
+def theme_css() -> tuple[str, str]:
+    """Custom properties of the figures' colours on a light page and on a dark one."""
+    light = "".join(f" --series-{i}: {colour};" for i, colour in enumerate(COLOURS))
+    dark = "".join(f" --series-{i}: {colour};" for i, colour in enumerate(DARK_COLOURS))
+    return f"--figure-ink: {INK};{light}", f"--figure-ink: {DARK_INK};{dark}"
+
+
+def _themed(svg: str) -> str:
+    for i, colour in enumerate(COLOURS):
+        svg = svg.replace(colour, f"var(--series-{i}, {colour})")
+    return svg.replace(INK, f"var(--figure-ink, {INK})")
+
+
+def _own_names(svg: str, name: str) -> str:
+    """Ids that nothing refers to are dropped, the others made the figure's own: a page holds many figures."""
+    used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", svg))
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{slug}-{m[1]}"' if m[1] in used else "", svg)
+    return re.sub(r"(url\(|href=\")#", rf"\1#{slug}-", svg)
+
+
+def _half_widths(rows: pd.DataFrame, name: str) -> np.ndarray:
+    """Distances to both ends of an interval, (2, rows); zero where there is none."""
+    low, high = (rows[f"{name}_{end}"] if f"{name}_{end}" in rows else rows[name] for end in ("low", "high"))
+    return np.abs([rows[name] - low, high - rows[name]])
+
+
+def _series(index: int) -> dict[str, Any]:
+    return {
+        "color": _PALETTE[index % len(_PALETTE)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "linestyle": LINES[index % len(LINES)],
+        "markersize": 5,
+    }
 
 
 def _rank_axis(ax: Axes, ranks: pd.Series) -> None:

@@ -7,6 +7,8 @@ about what a rank is worth.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
@@ -85,8 +87,8 @@ def _elbow(fit: ndarray, parameters: ndarray) -> int:
         corners.append(point)
     if len(corners) < 3:
         return corners[-1]
-    slopes = [_slope(fit, parameters, a, b) for a, b in zip(corners, corners[1:], strict=False)]
-    falls = [before / after for before, after in zip(slopes, slopes[1:], strict=False)]
+    slopes = [_slope(fit, parameters, a, b) for a, b in pairwise(corners)]
+    falls = [before / after for before, after in pairwise(slopes)]
     return corners[1 + int(np.argmax(falls))]
 
 

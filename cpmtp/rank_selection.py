@@ -170,7 +170,8 @@ def select_rank(
         frequency[part.horizon] = {int(r): float((drawn == i).mean()) for i, r in enumerate(part.ranks)}
         gains[part.horizon] = _detectable_gain(part, chosen)
     rows = pd.concat([_rank_rows(part, tolerance, seed) for part in scores], ignore_index=True)
-    horizon, horizons = None, {}
+    horizon: int | None = None
+    horizons: dict[int, float] = {}
     if latency is not None:
         rows = _with_speedup(rows, latency)
     if criterion == "throughput" and latency is not None:

@@ -44,8 +44,8 @@ ALLOWED = {
     "head_training": {"language_model", "cp_head", "head_objectives", "muon", "checkpoints"},
     "base_evaluation": {"corpora"},
     "pilot": {"latency"},
-    "report": {"plots", "rank_selection", "latency", "pilot", "study_summary", "report_sections"},
-    "report_sections": {"plots", "rank_selection", "latency", "pilot", "study_summary"},
+    "report": {"plots", "rank_selection", "latency", "report_sections"},
+    "report_sections": {"plots", "rank_selection", "rank_criteria", "latency", "pilot", "study_summary"},
 }
 TOUCHED_BY = {"tensorly": {"decomposition/als.py", "cp_distribution.py"}, "matplotlib": {"plots.py"}}
 

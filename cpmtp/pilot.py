@@ -1,0 +1,223 @@
+"""The plan of a staged roll-out: what to measure, what to expect, how long, when to stop.
+
+What cannot change is the law of the output: verification is lossless, so no new review of quality is needed, only checks that
+the implementation is right.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from cpmtp.latency import Forecast, LatencyModel, cost_per_million_tokens, tokens_until_paid
+
+LOOKS = 4
+# O'Brien and Fleming's bounds for four equally spaced looks at a two-sided level of 5 %: 2.024 sqrt(4 / k).
+_LAST_BOUND = 2.024
+_LEVEL, _POWER = 0.05, 0.8
+_EDIT_MARGIN, _EDIT_RATE = 0.03, 0.2
+_FEWEST = 100  # fewer requests do not show what traffic is like
+
+
+@dataclass(frozen=True)
+class PilotMeasure:
+    """One thing to measure.
+
+    Attributes
+    ----------
+    name, how : str
+    expected, low, high : float, optional
+        The forecast and its 95 % interval, in `unit`; None where the baseline of the service itself is what is expected.
+    unit : str
+    alarm : str
+        When to switch back.
+    """
+
+    name: str
+    how: str
+    expected: float | None
+    low: float | None
+    high: float | None
+    unit: str
+    alarm: str
+
+
+@dataclass(frozen=True)
+class PilotPlan:
+    """Measures, sizes and bounds of an A/B test between plain and speculative decoding.
+
+    Attributes
+    ----------
+    horizon, rank : int
+        Of the head to try.
+    measures : tuple of PilotMeasure
+    requests_per_arm : int
+        To see half of the forecast gain in throughput; at least a hundred.
+    edit_requests_per_arm : int
+        To exclude that people edit more by three points.
+    variation : float
+        Coefficient of variation between requests that the first size rests on.
+    bounds : tuple of float
+        |z| at each look beyond which the test ends early.
+    break_even : float
+        Tokens per call at which speculation is as fast as plain decoding.
+    tokens_per_training_hour : float
+        Tokens to decode for each device-hour of training until it has paid for itself; infinite where it never does.
+    """
+
+    horizon: int
+    rank: int
+    measures: tuple[PilotMeasure, ...]
+    requests_per_arm: int
+    edit_requests_per_arm: int
+    variation: float
+    bounds: tuple[float, ...]
+    break_even: float
+    tokens_per_training_hour: float
+
+
+def plan_pilot(
+    tokens_per_call: tuple[float, float, float],
+    latency: LatencyModel,
+    *,
+    horizon: int,
+    rank: int,
+    price: float,
+    variation: float,
+) -> PilotPlan:
+    """Plan a pilot of one horizon and rank.
+
+    Parameters
+    ----------
+    tokens_per_call : tuple of float
+        Forecast, lower and upper end of its 95 % interval.
+    latency : LatencyModel
+    horizon, rank : int
+    price : float
+        Per device-hour.
+    variation : float
+        Coefficient of variation of throughput between requests.
+
+    Raises
+    ------
+    ValueError
+        If price or variation is not positive.
+
+    Examples
+    --------
+    >>> plan = plan_pilot((2.5, 2.4, 2.6), LatencyModel(0.02, 0.02), horizon=3, rank=8, price=2.5, variation=0.5)
+    >>> plan.requests_per_arm, round(plan.break_even, 2), plan.bounds
+    (100, 1.0, (4.05, 2.86, 2.34, 2.02))
+    """
+    if not variation > 0:
+        raise ValueError(f"variation {variation}: expected a coefficient of variation above 0")
+    seconds = latency.call_seconds(horizon, rank)
+    expected = Forecast(
+        tokens_per_call[0] / seconds, tokens_per_call[0] * latency.plain_step / seconds, seconds / latency.plain_step
+    )
+    detect = abs(expected.speedup - 1) / 2
+    return PilotPlan(
+        horizon=horizon,
+        rank=rank,
+        measures=_measures(tokens_per_call, latency, seconds, price),
+        requests_per_arm=max(requests_per_arm(variation, detect), _FEWEST),
+        edit_requests_per_arm=non_inferiority_size(_EDIT_RATE, _EDIT_MARGIN),
+        variation=variation,
+        bounds=tuple(round(_LAST_BOUND * math.sqrt(LOOKS / look), 2) for look in range(1, LOOKS + 1)),
+        break_even=expected.break_even_tokens_per_call,
+        tokens_per_training_hour=tokens_until_paid(expected, training_device_hours=1.0),
+    )
+
+
+def requests_per_arm(variation: float, difference: float) -> int:
+    """Requests in each arm to find a relative difference of means, two-sided at 5 % with a power of 80 %.
+
+    ``2 (z_{0.975} + z_{0.8})^2 variation^2 / difference^2``, at least 2.
+
+    Examples
+    --------
+    >>> requests_per_arm(0.5, 0.1)
+    393
+    """
+    if difference == 0:
+        return 0
+    z = NormalDist().inv_cdf(1 - _LEVEL / 2) + NormalDist().inv_cdf(_POWER)
+    return max(math.ceil(2 * (z * variation / difference) ** 2), 2)
+
+
+def non_inferiority_size(rate: float, margin: float) -> int:
+    """Requests in each arm to exclude, one-sided at 5 % with a power of 80 %, that a rate is higher by `margin`.
+
+    Examples
+    --------
+    >>> non_inferiority_size(0.2, 0.03)
+    2199
+    """
+    z = NormalDist().inv_cdf(1 - _LEVEL) + NormalDist().inv_cdf(_POWER)
+    return math.ceil(2 * rate * (1 - rate) * (z / margin) ** 2)
+
+
+def _measures(tokens: tuple[float, float, float], latency: LatencyModel, seconds: float, price: float):
+    mean, low, high = tokens
+    break_even = seconds / latency.plain_step
+
+    def cost(tokens_per_call: float) -> float:
+        return cost_per_million_tokens(tokens_per_call / seconds, price)
+
+    return (
+        PilotMeasure(
+            "tokens per call",
+            "tokens emitted divided by forward passes of the target, per request",
+            mean,
+            low,
+            high,
+            "tokens",
+            f"mean of a day below {break_even:.2f} (break-even): switch off; below {low:.2f}: look at the traffic",
+        ),
+        PilotMeasure(
+            "time per call",
+            "clock around the target's forward pass and the draft, p50 and p95",
+            1e3 * seconds,
+            None,
+            None,
+            "ms",
+            "p95 above 1.2 times the forecast for an hour",
+        ),
+        PilotMeasure(
+            "throughput",
+            "tokens per second and request, at the service's own batch sizes",
+            mean / seconds,
+            low / seconds,
+            high / seconds,
+            "tokens/s",
+            f"below plain decoding ({1 / latency.plain_step:.1f} tokens/s) at any batch size in use",
+        ),
+        PilotMeasure(
+            "latency",
+            "time per output token as a user sees it, p50 and p95; time to first token",
+            1e3 * seconds / mean,
+            1e3 * seconds / high,
+            1e3 * seconds / low,
+            "ms per token",
+            "p95 above that of plain decoding for an hour",
+        ),
+        PilotMeasure(
+            "cost",
+            "device-hours paid divided by tokens delivered",
+            cost(mean),
+            cost(high),
+            cost(low),
+            "per million tokens",
+            f"a week above plain decoding ({cost_per_million_tokens(1 / latency.plain_step, price):.2f})",
+        ),
+        PilotMeasure(
+            "edits",
+            "share of outputs that people change before use",
+            None,
+            None,
+            None,
+            "as in the arm without speculation",
+            f"higher by {_EDIT_MARGIN:.0%} or more: not the method but a fault of the implementation; stop and test it",
+        ),
+    )
