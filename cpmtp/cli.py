@@ -173,16 +173,26 @@ def compare(
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a finished study.")],
     out: Annotated[Path | None, typer.Option(help="File to write; default: report.html in the folder.")] = None,
+    latency: Annotated[
+        Path | None,
+        typer.Option(help="JSON with plain_step, base, per_position, per_component in seconds; default: the folder's own."),
+    ] = None,
+    price: Annotated[float, typer.Option(help="Price of a device-hour.")] = 2.5,
 ) -> None:
-    """Write a finished study's report again.
+    """Write a finished study's report again, as HTML and beside it as Markdown with its figures.
 
-    Example: cpmtp report runs/study --out rank-report.html
+    Example: cpmtp report runs/study --price 2.5 --out rank-report.html
     """
-    from cpmtp.report import write_report
+    from cpmtp.report import Report, read_extras
     from cpmtp.study import read_study
 
+    if not price > 0:
+        raise ValueError(f"--price {price}: expected a price above 0")
     table, manifest = read_study(folder)
-    print(f"report  {write_report(table, manifest, out or folder / 'report.html')}")
+    written = Report.of(table, manifest, read_extras(folder, latency, price))
+    page = out or folder / "report.html"
+    print(f"report    {written.write_html(page)}")
+    print(f"markdown  {written.write_markdown(page.with_suffix('.md'))}")
 
 
 @app.command("train-base")

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import StrMethodFormatter
 
 # On a light page, and what the same series is on a dark one.
 COLOURS = ("#0072b2", "#e05a10", "#00a05a", "#a1225d", "#825021")
@@ -46,6 +47,9 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 9,
 }
 _SIZE = (4.8, 3.3)
+_MARGINS = (0.15, 0.15, 0.82, 0.75)  # left, bottom, width, height of the axes
+_ON_WHITE = 'style="background: #fff"'
+_MOST_POINTS = 150
 _KL_FLOOR = 1e-6  # a logarithmic axis has no zero
 
 
@@ -62,6 +66,8 @@ def plot_error_against_rank(summary: pd.DataFrame, ax: Axes) -> Axes:
         ax.fill_between(rows["rank"], low, high, color=_PALETTE[i % len(_PALETTE)], alpha=0.15, linewidth=0)
     _rank_axis(ax, summary["rank"])
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.minorticks_off()
     ax.set_ylabel("KL divergence, nats (median, quartiles)")
     ax.legend()
     return ax
@@ -124,7 +130,8 @@ def plot_speedup(cells: pd.DataFrame, ax: Axes, *, confident: float = 0.05) -> A
 
 
 def plot_contexts(values: pd.DataFrame, ax: Axes) -> Axes:
-    """One point per context and rank, the median and quartiles beside; rows `context_values` of one horizon, columns ranks."""
+    """One point per context and rank (some hundred of them where there are more), the median and quartiles beside; rows `context_values` of one horizon, columns ranks."""
+    values = values.iloc[:: max(len(values) // _MOST_POINTS, 1)]
     spread = np.linspace(-0.22, 0.12, len(values))
     for i, rank in enumerate(values.columns):
         scores = np.sort(values[rank].to_numpy())
@@ -229,14 +236,9 @@ def plot_step_times(steps: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def figure_svg(
-    draw: Callable[[Axes], object],
-    title: str,
-    *,
-    name: str | None = None,
-    themed: bool = True,
-    size: tuple[float, float] = _SIZE,
+    draw: Callable[[Axes], object], title: str, *, name: str | None = None, size: tuple[float, float] = _SIZE
 ) -> str:
-    """One figure as an SVG element.
+    """One figure as an SVG element on white.
 
     Parameters
     ----------
@@ -245,26 +247,31 @@ def figure_svg(
     title : str
         Stands above the axes.
     name : str, optional
-        Keeps names inside the SVG apart from those of others in the page; default: the title.
-    themed : bool
-        Leave the colours to the page's style sheet (`theme_css`), for a figure inside a page; otherwise the figure stands
-        on white by itself.
+        Keeps names inside the SVG apart from those of other figures in the page; default: the title.
     size : tuple of float
         Inches.
     """
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name or title}):
-        figure = Figure(figsize=size, layout="constrained", facecolor="none" if themed else "white")
+        figure = Figure(figsize=size, facecolor="none")
         FigureCanvasSVG(figure)
-        ax = figure.add_subplot(facecolor="none")
+        # Fixed margins: an automatic layout measures every text several times, and took half of a report's time.
+        ax = figure.add_axes(_MARGINS, facecolor="none")
         draw(ax)
-        # The page's own text has the title as well where the figure stands in a page; a dollar sign begins no formula.
-        ax.set_title(title, parse_math=False)
+        ax.set_title(title, y=1.0, parse_math=False)  # a dollar sign begins no formula
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r"(font: [^';\"]*?px )[^;\"]*", r"\1sans-serif", text)
-    return _themed(_own_names(text, name or title)) if themed else text
+    return _own_names(text, name or title).replace("<svg ", f"<svg {_ON_WHITE} ", 1)
+
+
+def themed_svg(svg: str) -> str:
+    """A figure of `figure_svg` whose colours and ground are left to the page's style sheet (`theme_css`)."""
+    svg = svg.replace(f"{_ON_WHITE} ", "", 1)
+    for i, colour in enumerate(COLOURS):
+        svg = svg.replace(colour, f"var(--series-{i}, {colour})")
+    return svg.replace(INK, f"var(--figure-ink, {INK})")
 
 
 def theme_css() -> tuple[str, str]:
@@ -272,12 +279,6 @@ def theme_css() -> tuple[str, str]:
     light = "".join(f" --series-{i}: {colour};" for i, colour in enumerate(COLOURS))
     dark = "".join(f" --series-{i}: {colour};" for i, colour in enumerate(DARK_COLOURS))
     return f"--figure-ink: {INK};{light}", f"--figure-ink: {DARK_INK};{dark}"
-
-
-def _themed(svg: str) -> str:
-    for i, colour in enumerate(COLOURS):
-        svg = svg.replace(colour, f"var(--series-{i}, {colour})")
-    return svg.replace(INK, f"var(--figure-ink, {INK})")
 
 
 def _own_names(svg: str, name: str) -> str:

@@ -100,6 +100,15 @@ class _Scores:
     clusters: Clusters
 
 
+@dataclass(frozen=True)
+class _Rule:
+    """What a criterion may need."""
+
+    tolerance: float
+    latency: LatencyModel | None
+    seed: int
+
+
 def select_rank(
     table: pd.DataFrame,
     criterion: str = "tolerance",
@@ -157,28 +166,8 @@ def select_rank(
     if criterion == "throughput" and latency is None:
         raise ValueError("criterion 'throughput' needs to know what a call costs: give latency=LatencyModel(...)")
     values = context_values(table, column)
-    complete = criterion == "throughput"
-    scores = _scores(table, values, complete=complete)
-    rank, edge, frequency, gains = {}, {}, {}, {}
-    for part in scores:
-        weights = resampling_weights(part.clusters.number, seed)
-        once = np.ones((1, part.clusters.number), dtype=int)
-        chosen = int(_choose(part, once, criterion, tolerance, latency)[0])
-        drawn = _choose(part, weights, criterion, tolerance, latency)
-        last = len(part.ranks) - 1
-        rank[part.horizon], edge[part.horizon] = int(part.ranks[chosen]), chosen == last and last > 0
-        frequency[part.horizon] = {int(r): float((drawn == i).mean()) for i, r in enumerate(part.ranks)}
-        gains[part.horizon] = _detectable_gain(part, chosen)
-    rows = pd.concat([_rank_rows(part, tolerance, seed) for part in scores], ignore_index=True)
-    horizon: int | None = None
-    horizons: dict[int, float] = {}
-    if latency is not None:
-        rows = _with_speedup(rows, latency)
-    if criterion == "throughput" and latency is not None:
-        rows["fastest_frequency"], horizons, horizon = _fastest(scores, latency, seed)
-    documents = values.index.droplevel(["horizon", "context"]).nunique()
-    contexts = values.index.droplevel("horizon").nunique()
-    return RankChoice(criterion, rank, edge, frequency, horizon, rows, contexts, documents, gains, horizons)
+    scores = _scores(table, values, complete=criterion == "throughput")
+    return _choice(criterion, scores, _rows(scores, tolerance, latency, seed), _Rule(tolerance, latency, seed))
 
 
 def compare_criteria(
@@ -190,8 +179,15 @@ def compare_criteria(
     seed: int = 0,
 ) -> dict[str, RankChoice]:
     """What every criterion chooses, side by side; ``throughput`` only with a latency model. Parameters as of `select_rank`."""
-    usable = [name for name in CRITERIA if name != "throughput" or latency is not None]
-    return {name: select_rank(table, name, column=column, tolerance=tolerance, latency=latency, seed=seed) for name in usable}
+    values, rule = context_values(table, column), _Rule(tolerance, latency, seed)
+    scores = _scores(table, values)
+    rows = _rows(scores, tolerance, latency, seed)
+    found = {name: _choice(name, scores, rows, rule) for name in CRITERIA if name != "throughput"}
+    if latency is not None:
+        whole = _scores(table, values, complete=True)
+        same = all(np.array_equal(a.clusters.sums, b.clusters.sums) for a, b in zip(scores, whole, strict=True))
+        found["throughput"] = _choice("throughput", whole, rows if same else _rows(whole, tolerance, latency, seed), rule)
+    return found
 
 
 def paired_gains(table: pd.DataFrame, *, column: str = OUTCOME, seed: int = 0) -> pd.DataFrame:
@@ -287,6 +283,27 @@ def _scores(table: pd.DataFrame, values: pd.DataFrame, *, complete: bool = False
     return parts
 
 
+def _choice(criterion: str, scores: list[_Scores], rows: pd.DataFrame, rule: _Rule) -> RankChoice:
+    """One criterion's choice at every horizon, and how often resamples choose the same."""
+    rank, edge, frequency, gains = {}, {}, {}, {}
+    for part in scores:
+        weights = resampling_weights(part.clusters.number, rule.seed)
+        chosen = int(_choose(part, np.ones((1, part.clusters.number), dtype=int), criterion, rule)[0])
+        drawn = _choose(part, weights, criterion, rule)
+        last = len(part.ranks) - 1
+        rank[part.horizon], edge[part.horizon] = int(part.ranks[chosen]), chosen == last and last > 0
+        frequency[part.horizon] = {int(r): float((drawn == i).mean()) for i, r in enumerate(part.ranks)}
+        gains[part.horizon] = _detectable_gain(part, chosen)
+    horizon: int | None = None
+    horizons: dict[int, float] = {}
+    if criterion == "throughput" and rule.latency is not None:
+        share, horizons, horizon = _fastest(scores, rule.latency, rule.seed)
+        rows = rows.assign(fastest_frequency=share)
+    contexts = max(int(part.clusters.counts.sum()) for part in scores)
+    documents = max(part.clusters.number for part in scores)
+    return RankChoice(criterion, rank, edge, frequency, horizon, rows, contexts, documents, gains, horizons)
+
+
 def _parameters(table: pd.DataFrame, horizon: int, ranks: np.ndarray) -> np.ndarray:
     """Free parameters at each rank; in proportion to the rank where the table does not count them."""
     if "parameters" not in table:
@@ -295,16 +312,16 @@ def _parameters(table: pd.DataFrame, horizon: int, ranks: np.ndarray) -> np.ndar
     return ranks.astype(float) if np.isnan(counted).any() else counted
 
 
-def _choose(part: _Scores, weights: np.ndarray, criterion: str, tolerance: float, latency: LatencyModel | None) -> np.ndarray:
+def _choose(part: _Scores, weights: np.ndarray, criterion: str, rule: _Rule) -> np.ndarray:
     """Index of the chosen rank, (resamples,)."""
     if criterion == "tolerance":
-        return tolerant_choice(*shortfalls(part.clusters, weights), tolerance)
+        return tolerant_choice(*shortfalls(part.clusters, weights), rule.tolerance)
     means = part.clusters.resampled_means(weights)
     if criterion == "marginal_gain":
-        return marginal_choice(means, part.ranks, tolerance)
-    if criterion == "convex_hull" or latency is None:
+        return marginal_choice(means, part.ranks, rule.tolerance)
+    if criterion == "convex_hull" or rule.latency is None:
         return hull_choice(means, part.parameters)
-    return throughput_choice(means, _seconds(part.horizon, part.ranks, latency))
+    return throughput_choice(means, _seconds(part.horizon, part.ranks, rule.latency))
 
 
 def _seconds(horizon: int, ranks: np.ndarray, latency: LatencyModel) -> np.ndarray:
@@ -317,6 +334,11 @@ def _detectable_gain(part: _Scores, chosen: int) -> float:
     low = min(chosen, len(part.ranks) - 2)
     step = part.clusters.differences([low + 1], [low])
     return float(detectable(standard_errors(step)[0], step.number))
+
+
+def _rows(scores: list[_Scores], tolerance: float, latency: LatencyModel | None, seed: int) -> pd.DataFrame:
+    rows = pd.concat([_rank_rows(part, tolerance, seed) for part in scores], ignore_index=True)
+    return rows if latency is None else _with_speedup(rows, latency)
 
 
 def _rank_rows(part: _Scores, tolerance: float, seed: int) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cpmtp.latency import LatencyModel, memory_bound_latency
-from cpmtp.plots import figure_svg, theme_css
+from cpmtp.plots import figure_svg, theme_css, themed_svg
 from cpmtp.report_sections import (
     Economics,
     Figure,
@@ -92,8 +92,66 @@ def _read_latency(path: Path) -> LatencyModel:
         ) from error
 
 
+@dataclass(frozen=True)
+class Report:
+    """What there is to say, once; written as HTML or Markdown.
+
+    Attributes
+    ----------
+    answers, sections : tuple of Section
+        The first screen, one per model and kind of contexts; and the rest.
+    drawings : dict of str to str
+        Name of every figure to its SVG on white.
+    """
+
+    answers: tuple[Section, ...]
+    sections: tuple[Section, ...]
+    drawings: dict[str, str]
+
+    @classmethod
+    def of(cls, table: pd.DataFrame, manifest: dict, extras: ReportExtras | None = None) -> Report:
+        """From a study's table and manifest; parameters and errors as of `write_report`."""
+        answers, sections = _content(table, manifest, extras or ReportExtras())
+        figures = [block for section in sections for block in section.blocks if isinstance(block, Figure)]
+        drawings = {figure.name: figure_svg(figure.draw, figure.title, name=figure.name) for figure in figures}
+        return cls(tuple(answers), tuple(sections), drawings)
+
+    def write_html(self, path: str | Path) -> Path:
+        """One file that needs nothing else."""
+        light, dark = theme_css()
+        page = (
+            _environment(autoescape=True)
+            .get_template("report.html")
+            .render(
+                answers=self.answers,
+                sections=self.sections,
+                light=light,
+                dark=dark,
+                kind=_kind,
+                svg=lambda figure: Markup(themed_svg(self.drawings[figure.name])),
+                anchor=_slug,
+            )
+        )
+        return _written(Path(path), page)
+
+    def write_markdown(self, path: str | Path) -> Path:
+        """The same text, and the figures as files in a folder beside it."""
+        path = Path(path)
+        folder = path.with_name(f"{path.stem}_figures")
+
+        def stored(figure: Figure) -> str:
+            file = _written(folder / f"{_slug(figure.name)}.svg", self.drawings[figure.name])
+            return f"{folder.name}/{file.name}"
+
+        environment = _environment(autoescape=False)
+        environment.filters["plain"] = _plain_markdown
+        template = environment.get_template("report.md")
+        text = template.render(answers=self.answers, sections=self.sections, kind=_kind, stored=stored)
+        return _written(path, re.sub(r"\n{3,}", "\n\n", text))
+
+
 def write_report(table: pd.DataFrame, manifest: dict, path: str | Path, extras: ReportExtras | None = None) -> Path:
-    """Write the report of a study as one HTML file that needs nothing else.
+    """Write the report of a study: a path that ends in `.md` gets Markdown, any other one HTML file that needs nothing else.
 
     Parameters
     ----------
@@ -108,34 +166,8 @@ def write_report(table: pd.DataFrame, manifest: dict, path: str | Path, extras: 
     ValueError
         If the table holds no usable row.
     """
-    answers, sections = _content(table, manifest, extras or ReportExtras())
-    light, dark = theme_css()
-    page = (
-        _environment(autoescape=True)
-        .get_template("report.html")
-        .render(answers=answers, sections=sections, light=light, dark=dark, kind=_kind, svg=_inline_svg, anchor=_slug)
-    )
-    return _written(Path(path), page)
-
-
-def write_markdown_report(table: pd.DataFrame, manifest: dict, path: str | Path, extras: ReportExtras | None = None) -> Path:
-    """Write the same report as Markdown, its figures as SVG files in a folder beside it.
-
-    Parameters and errors as of `write_report`.
-    """
-    path = Path(path)
-    answers, sections = _content(table, manifest, extras or ReportExtras())
-    folder = path.with_name(f"{path.stem}_figures")
-
-    def stored(figure: Figure) -> str:
-        file = folder / f"{_slug(figure.name)}.svg"
-        _written(file, figure_svg(figure.draw, figure.title, name=figure.name, themed=False))
-        return f"{folder.name}/{file.name}"
-
-    environment = _environment(autoescape=False)
-    environment.filters["plain"] = _plain_markdown
-    text = environment.get_template("report.md").render(answers=answers, sections=sections, kind=_kind, stored=stored)
-    return _written(path, re.sub(r"\n{3,}", "\n\n", text))
+    report = Report.of(table, manifest, extras)
+    return report.write_markdown(path) if Path(path).suffix == ".md" else report.write_html(path)
 
 
 def _content(table: pd.DataFrame, manifest: dict, extras: ReportExtras) -> tuple[list[Section], list[Section]]:
@@ -243,10 +275,6 @@ def _environment(*, autoescape: bool) -> Environment:
 
 def _kind(block: Text | Table | Figure) -> str:
     return type(block).__name__
-
-
-def _inline_svg(figure: Figure) -> Markup:
-    return Markup(figure_svg(figure.draw, figure.title, name=figure.name))
 
 
 def _slug(text: str) -> str:

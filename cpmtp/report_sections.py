@@ -225,7 +225,9 @@ def _rank_table(subject: Subject) -> Table:
 
 def _horizon_figures(subject: Subject) -> Iterator[Figure]:
     choice, table = subject.default, subject.table
-    block, coupling = survival_by_rank(table), survival_by_rank(table, "coupling")
+    block = survival_by_rank(table)
+    known = "tokens_per_call_coupling_target" in table
+    coupling = survival_by_rank(table, "coupling") if known else block.iloc[:0]
     values = context_values(table, OUTCOME)
     for n, rank in choice.rank.items():
         cells, label = choice.table[choice.table["horizon"] == n], subject.title

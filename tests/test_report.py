@@ -13,7 +13,7 @@ import pytest
 from test_rank_selection import study_table
 
 from cpmtp.latency import LatencyModel
-from cpmtp.report import ReportExtras, read_extras, write_markdown_report, write_report
+from cpmtp.report import ReportExtras, read_extras, write_report
 
 MANIFEST = {
     "settings": {
@@ -68,7 +68,7 @@ def page(report_file) -> str:
 
 @pytest.fixture(scope="module")
 def markdown(tmp_path_factory):
-    return write_markdown_report(hostile_table(), MANIFEST, tmp_path_factory.mktemp("markdown") / "report.md", LEARNED)
+    return write_report(hostile_table(), MANIFEST, tmp_path_factory.mktemp("markdown") / "report.md", LEARNED)
 
 
 def test_the_first_lines_answer_the_question(page):
