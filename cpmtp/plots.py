@@ -130,18 +130,24 @@ def plot_speedup(cells: pd.DataFrame, ax: Axes, *, confident: float = 0.05) -> A
 
 
 def plot_contexts(values: pd.DataFrame, ax: Axes) -> Axes:
-    """One point per context and rank (some hundred of them where there are more), the median and quartiles beside; rows `context_values` of one horizon, columns ranks."""
-    values = values.iloc[:: max(len(values) // _MOST_POINTS, 1)]
-    spread = np.linspace(-0.22, 0.12, len(values))
+    """One point per context and rank, some hundred where there are more; median and quartiles of all beside.
+
+    Parameters
+    ----------
+    values : pandas.DataFrame
+        `context_values` of one horizon: a row per context, a column per rank.
+    """
     for i, rank in enumerate(values.columns):
         scores = np.sort(values[rank].to_numpy())
-        ax.plot(i + spread, scores, linestyle="", marker="o", markersize=3, alpha=0.5, color=COLOURS[0])
+        points = scores[:: max(len(scores) // _MOST_POINTS, 1)]
+        across = i + np.linspace(-0.22, 0.12, len(points))
+        ax.plot(across, points, linestyle="", marker="o", markersize=3, alpha=0.5, color=COLOURS[0])
         quartiles = np.nanpercentile(scores, [25, 50, 75])
         ax.plot([i + 0.27] * 2, quartiles[[0, 2]], color=COLOURS[1], linewidth=3)
         ax.plot([i + 0.27], quartiles[1:2], color=COLOURS[1], marker="D", markersize=6)
     ax.set_xticks(range(len(values.columns)), [str(rank) for rank in values.columns])
     ax.set_xlabel("rank")
-    ax.set_ylabel("tokens per call, one point per context")
+    ax.set_ylabel("tokens per call of a context")
     return ax
 
 

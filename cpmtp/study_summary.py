@@ -36,3 +36,25 @@ def survival_by_rank(table: pd.DataFrame, rule: str = "block", first_token: str 
     means = best.groupby(["horizon", "rank"])[positions].mean()
     long = means.rename(columns=lambda name: int(name.removeprefix(prefix))).rename_axis(columns="position").stack()
     return long.dropna().rename("survival").reset_index()
+
+
+def objective_gap(table: pd.DataFrame, column: str = "tokens_per_call_block_target") -> pd.DataFrame:
+    """Where tokens per call are lost before any learning: the exact limit, the fit by tokens per call, the fit by divergence.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Per (model, domain, horizon, rank) on contexts where both methods gave an answer: `exact_limit`, `acceptance_fit`,
+        `em_fit`, `lost_to_rank`, `lost_to_objective`, `contexts`. Empty where a method is missing.
+    """
+    keys = ["model", "domain", "horizon", "rank"]
+    usable = table[(table["status"] != "failed") & table["method"].isin(["acceptance", "em"])]
+    wide = usable.pivot_table(index=[*keys, "document", "context"], columns="method", values=column)
+    if set(wide.columns) != {"acceptance", "em"}:
+        return pd.DataFrame(columns=[*keys, "exact_limit", "acceptance_fit", "em_fit"])
+    grouped = wide.dropna().groupby(level=keys)
+    means = grouped.mean().rename(columns={"acceptance": "acceptance_fit", "em": "em_fit"}).reset_index()
+    means.insert(len(keys), "exact_limit", means["horizon"].astype(float))
+    means["lost_to_rank"] = means["exact_limit"] - means["acceptance_fit"]
+    means["lost_to_objective"] = means["acceptance_fit"] - means["em_fit"]
+    return means.assign(contexts=grouped.size().to_numpy()).rename_axis(columns=None)

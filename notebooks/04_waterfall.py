@@ -1,0 +1,46 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 04 Where tokens per call are lost: the waterfall
+#
+# An exact draft of n tokens earns n tokens per call. A rank-r draft earns less (rank), a fit by divergence less than one by
+# tokens per call (objective), and a learned head less than a fit to every context (learning).
+
+# %%
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+import cpmtp
+from cpmtp.plots import house_style, plot_waterfall
+from cpmtp.study import read_study
+from cpmtp.study_summary import objective_gap
+
+STUDIES = Path(cpmtp.__file__).parents[1] / "data" / "studies"
+
+table, _ = read_study(STUDIES / "methods")
+gap = objective_gap(table)
+gap[gap["horizon"] == 3].round(3)
+
+# %% [markdown]
+# The last step needs a trained head. Where its table has been stored, the whole waterfall is drawn.
+
+# %%
+stored = STUDIES / "head" / "waterfall.parquet"
+if stored.is_file():
+    waterfall = pd.read_parquet(stored)
+    with house_style():
+        figure, axes = plt.subplots(1, len(waterfall), figsize=(5 * len(waterfall), 3.5), squeeze=False, layout="constrained")
+        for ax, (_, row) in zip(axes[0], waterfall.iterrows(), strict=True):
+            plot_waterfall(row, ax).set_title(f"{row['model']}, n = {row['horizon']}, rank {row['rank']}")
+else:
+    print("no table of a learned head is stored: the waterfall ends at the objective")
