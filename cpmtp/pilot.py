@@ -59,7 +59,7 @@ class PilotPlan:
     variation : float
         Coefficient of variation between requests that the first size rests on.
     bounds : tuple of float
-        |z| at each look beyond which the test ends early.
+        Absolute z at each look beyond which the test ends early.
     break_even : float
         Tokens per call at which speculation is as fast as plain decoding.
     tokens_per_training_hour : float

@@ -1,0 +1,91 @@
+"""Links inside the documentation lead somewhere, its examples run, and its results are those of the stored tables."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from html.parser import HTMLParser
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+_LINK = re.compile(r"(?<!`)\[[^\]`]*\]\(([^)\s]+)\)")
+_ROLE = re.compile(r"\{doc\}`(?:[^`<]*<)?([\w/.-]+)>?`")
+
+
+def pages(root):
+    return [*(root / "docs").glob("*.md"), root / "README.md", root / "data" / "README.md"]
+
+
+def test_links_between_pages_lead_to_files_that_exist(root):
+    for page in pages(root):
+        for target in _LINK.findall(page.read_text("utf-8")):
+            parts = urlsplit(target)
+            if parts.scheme:
+                assert parts.scheme == "https" and parts.netloc, f"{page.name}: {target}"
+            elif parts.path:
+                assert (page.parent / unquote(parts.path)).exists(), f"{page.name}: {target}"
+
+
+def test_documents_named_by_others_exist(root):
+    for page in pages(root):
+        for name in _ROLE.findall(page.read_text("utf-8")):
+            folder = root if name.startswith("notebooks/") else root / "docs"
+            assert (folder / f"{name}.md").exists() or (folder / f"{name}.ipynb").exists(), f"{page.name}: {name}"
+
+
+def test_every_page_is_in_the_table_of_contents(root):
+    listed = set(re.findall(r"^[\w/]+$", (root / "docs" / "index.md").read_text("utf-8"), flags=re.MULTILINE))
+    assert {page.stem for page in (root / "docs").glob("*.md")} - {"index"} <= listed
+    assert {f"notebooks/{page.stem}" for page in (root / "notebooks").glob("*.ipynb")} <= listed
+
+
+def test_the_tutorial_runs(root):
+    space: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (root / "docs" / "tutorial.md").read_text("utf-8"), flags=re.DOTALL):
+        exec(compile(block, "tutorial.md", "exec"), space)
+    assert space["profile"].tokens_per_call <= 2
+    assert space["choices"]["tolerance"].rank[2] == 4
+
+
+def test_the_results_are_those_of_the_stored_tables(root, tmp_path):
+    runpy.run_path(str(root / "docs" / "make_results.py"))["main"](tmp_path)
+    assert (tmp_path / "results.md").read_text("utf-8") == (root / "docs" / "results.md").read_text("utf-8")
+    assert {f.name for f in (tmp_path / "figures").iterdir()} <= {f.name for f in (root / "docs" / "figures").iterdir()}
+
+
+class _Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.targets, self.names = [], set()
+
+    def handle_starttag(self, tag, attrs):
+        known = dict(attrs)
+        self.targets += [known[name] for name in ("href", "src") if known.get(name)]
+        if known.get("id"):
+            self.names.add(known["id"])
+
+
+@pytest.mark.slow
+def test_the_documentation_builds_without_a_warning_and_no_link_in_it_is_dead(root, tmp_path):
+    pytest.importorskip("sphinx")
+    pytest.importorskip("myst_nb")
+    pytest.importorskip("sphinxcontrib.bibtex")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", str(tmp_path / "trees")]
+    done = subprocess.run([*command, str(root / "docs"), str(tmp_path / "html")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = {}
+    for file in (tmp_path / "html").rglob("*.html"):
+        found[file] = _Links()
+        found[file].feed(file.read_text("utf-8"))
+    for file, links in found.items():
+        for target in links.targets:
+            parts = urlsplit(target)
+            if parts.scheme or parts.netloc:
+                continue
+            aim = (file.parent / unquote(parts.path)).resolve() if parts.path else file
+            assert aim.exists(), f"{file.name}: {target}"
+            if parts.fragment and aim in found:
+                assert unquote(parts.fragment) in found[aim].names, f"{file.name}: {target}"
