@@ -407,7 +407,8 @@ def _summarise(table, manifest: dict) -> None:
                 f"{name}, horizon {horizon}: {facts['vocab_size']:,} tokens are too many for a dense joint; truncated trees of "
                 f"at least {held:.1%} of the mass, tokens per call are lower bounds"
             )
-    for title, part in table_parts(table):
+    for (model, domain), part in table_parts(table):
+        title = f"{model} · contexts from {domain}"
         if (part["status"] == "failed").all():
             print(f"{title}: every fit failed")
             continue

@@ -15,6 +15,7 @@ from numpy import ndarray
 
 CRITERIA = ("tolerance", "marginal_gain", "convex_hull", "throughput")
 _ROUNDING = 1e-12
+_ALIGNED = 1e-9  # slopes that differ by less belong to one line
 
 
 def tolerant_choice(
@@ -80,9 +81,10 @@ def _elbow(fit: ndarray, parameters: ndarray) -> int:
     for point in range(len(fit)):
         if corners and fit[point] <= fit[corners[-1]] + _ROUNDING:
             continue  # more parameters for no better fit
-        while len(corners) > 1 and _slope(fit, parameters, corners[-2], corners[-1]) <= _slope(
-            fit, parameters, corners[-1], point
-        ):
+        while len(corners) > 1:
+            before = _slope(fit, parameters, corners[-2], corners[-1])
+            if before > _slope(fit, parameters, corners[-1], point) * (1 + _ALIGNED):
+                break
             corners.pop()
         corners.append(point)
     if len(corners) < 3:

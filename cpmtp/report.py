@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,6 @@ from cpmtp.report_sections import (
 
 PRICE = 2.5
 _ASSUMED_STEP, _ASSUMED_LAYERS = 0.02, 32
-_AXES = ("model", "domain", "temperature", "anchored")
 _MARKDOWN = re.compile(r"([\\`*_\[\]|$~])")
 
 
@@ -172,7 +170,10 @@ def write_report(table: pd.DataFrame, manifest: dict, path: str | Path, extras: 
 
 
 def _content(table: pd.DataFrame, manifest: dict, extras: ReportExtras) -> tuple[list[Section], list[Section]]:
-    subjects = [Subject.of(title, part, _economics(extras)) for title, part in table_parts(table)]
+    subjects = [
+        Subject.of(f"{model} · contexts from {domain}", part, _economics(extras))
+        for (model, domain), part in table_parts(table)
+    ]
     sections = [Section("How to read this", tuple(Text(text) for text in _READING))]
     for subject in subjects:
         sections += findings(subject)
@@ -205,15 +206,16 @@ _PILOT = (
 )
 
 
-def table_parts(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The table by model and domain, and by whatever else has several values."""
-    varied = [name for name in _AXES if name in table and (name in _AXES[:2] or table[name].nunique() > 1)]
-    for key, part in table.groupby(varied, sort=False):
-        values = dict(zip(varied, key, strict=True))
-        title = f"{values['model']} · contexts from {values['domain']}"
-        title += f" · temperature {values['temperature']}" if "temperature" in values else ""
-        title += " · anchored" if values.get("anchored") else ""
-        yield title, part
+def table_parts(table: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
+    """What a rank is chosen for: (model, domain), the domain with the temperature and kind of draft where there are several."""
+    keys = [name for name in ("temperature", "anchored") if name in table and table[name].nunique() > 1]
+    found = []
+    for (model, domain, *others), part in table.groupby(["model", "domain", *keys], sort=False):
+        told = dict(zip(keys, others, strict=True))
+        notes = [f"temperature {told['temperature']:g}"] if "temperature" in told else []
+        notes += [("anchored" if told["anchored"] else "unanchored") + " drafts"] if "anchored" in told else []
+        found.append(((model, ", ".join([domain, *notes])), part))
+    return found
 
 
 def _economics(extras: ReportExtras) -> Economics:

@@ -229,7 +229,7 @@ A draft that is told the first token (it is known before the draft is made) has 
 
 {_figure(figures, "anchoring", "Anchored and unanchored, n = 3", drawn, "Means with 95 % bands.")}
 
-Anchored rank 1 is worth an unanchored rank between 4 and 8, anchored rank 2 one of 16 to 32, anchored rank 8 more than any that was
+Anchored rank 1 is worth an unanchored rank between 4 and 8, anchored rank 2 one between 8 and 32, anchored rank 8 more than any that was
 tried. {stopped:.0%} of the anchored fits stopped at the last pass allowed for at least one first token, so their ceilings are, if
 anything, higher. The comparison is one of ceilings and not of parameters: an anchored fit has about V times as many. A head
 shares them through the embedding of the first token, and what remains of the gain after learning is another question.
