@@ -424,8 +424,8 @@ def _summarise(table, manifest: dict) -> None:
             ]
             print(f"  {choice.sentence(horizon)}")
             print(f"    {'  '.join(cells)}")
-        if choice.few_documents:
-            print(f"  only {choice.documents} independent documents: take the intervals as too narrow (--contexts 32 or more)")
+        if choice.caution:
+            print(f"  {choice.caution}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -21,16 +21,21 @@ _BLOCK = 5_000_000
 class Clusters:
     """What the resampling needs of a table of scores: one row of sums per document.
 
+    A single document cannot be resampled; its contexts are then drawn one by one, and intervals speak of that document alone.
+
     Attributes
     ----------
     sums : (clusters, columns) float array
         Of the contexts' scores.
     counts : (clusters,) int array
         Contexts in each.
+    documents : int
+        Documents the contexts come from: the number of clusters, or one.
     """
 
     sums: Float[ndarray, "clusters columns"]
     counts: Int[ndarray, " clusters"]
+    documents: int
 
     @classmethod
     def of(cls, scores: pd.DataFrame) -> Clusters:
@@ -43,7 +48,9 @@ class Clusters:
         array([2.33333333])
         """
         grouped = scores.groupby(level=CLUSTER_KEYS)
-        return cls(grouped.sum().to_numpy(), grouped.size().to_numpy())
+        if grouped.ngroups == 1:
+            return cls(scores.to_numpy(dtype=float), np.ones(len(scores), dtype=int), documents=1)
+        return cls(grouped.sum().to_numpy(), grouped.size().to_numpy(), documents=grouped.ngroups)
 
     @property
     def number(self) -> int:
@@ -60,11 +67,11 @@ class Clusters:
 
     def select(self, columns) -> Clusters:
         """The same clusters with some of the columns."""
-        return Clusters(self.sums[:, columns], self.counts)
+        return replace(self, sums=self.sums[:, columns])
 
     def differences(self, high, low) -> Clusters:
         """Paired: columns `high` minus columns `low`."""
-        return Clusters(self.sums[:, high] - self.sums[:, low], self.counts)
+        return replace(self, sums=self.sums[:, high] - self.sums[:, low])
 
 
 CLUSTER_KEYS = ["model", "domain", "document"]
@@ -96,7 +103,7 @@ def intervals(clusters: Clusters, seed: int, level: float = 0.95) -> tuple[ndarr
 
     Examples
     --------
-    >>> clusters = Clusters(np.arange(30.0)[:, None], np.ones(30, dtype=int))
+    >>> clusters = Clusters(np.arange(30.0)[:, None], np.ones(30, dtype=int), documents=30)
     >>> low, high = intervals(clusters, seed=0)
     >>> bool(low[0] < 14.5 < high[0])
     True

@@ -7,6 +7,7 @@ the implementation is right.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -28,7 +29,8 @@ class PilotMeasure:
     ----------
     name, how : str
     expected, low, high : float, optional
-        The forecast and its 95 % interval, in `unit`; None where the baseline of the service itself is what is expected.
+        The forecast and its 95 % interval, in `unit`; None where the baseline of the service itself is what is expected,
+        ends None too where a single context gives no interval.
     unit : str
     alarm : str
         When to switch back.
@@ -91,7 +93,7 @@ def plan_pilot(
     Parameters
     ----------
     tokens_per_call : tuple of float
-        Forecast, lower and upper end of its 95 % interval.
+        Forecast, lower and upper end of its 95 % interval (NaN: unknown).
     latency : LatencyModel
     horizon, rank : int
     price : float
@@ -165,15 +167,20 @@ def _measures(tokens: tuple[float, float, float], latency: LatencyModel, seconds
     def cost(tokens_per_call: float) -> float:
         return cost_per_million_tokens(tokens_per_call / seconds, price)
 
+    def ends(scale: Callable[[float], float]) -> tuple[float | None, float | None]:
+        # A single context has no interval.
+        lower, upper = sorted((scale(low), scale(high))) if math.isfinite(low + high) else (None, None)
+        return lower, upper
+
+    watched = f"; below {low:.2f}: look at the traffic" if math.isfinite(low) else ""
     return (
         PilotMeasure(
             "tokens per call",
             "tokens emitted divided by forward passes of the target, per request",
             mean,
-            low,
-            high,
+            *ends(lambda tokens: tokens),
             "tokens",
-            f"mean of a day below {break_even:.2f} (break-even): switch off; below {low:.2f}: look at the traffic",
+            f"mean of a day below {break_even:.2f} (break-even): switch off{watched}",
         ),
         PilotMeasure(
             "time per call",
@@ -188,8 +195,7 @@ def _measures(tokens: tuple[float, float, float], latency: LatencyModel, seconds
             "throughput",
             "tokens per second and request, at the service's own batch sizes",
             mean / seconds,
-            low / seconds,
-            high / seconds,
+            *ends(lambda tokens: tokens / seconds),
             "tokens/s",
             f"below plain decoding ({1 / latency.plain_step:.1f} tokens/s) at any batch size in use",
         ),
@@ -197,8 +203,7 @@ def _measures(tokens: tuple[float, float, float], latency: LatencyModel, seconds
             "latency",
             "time per output token as a user sees it, p50 and p95; time to first token",
             1e3 * seconds / mean,
-            1e3 * seconds / high,
-            1e3 * seconds / low,
+            *ends(lambda tokens: 1e3 * seconds / tokens),
             "ms per token",
             "p95 above that of plain decoding for an hour",
         ),
@@ -206,8 +211,7 @@ def _measures(tokens: tuple[float, float, float], latency: LatencyModel, seconds
             "cost",
             "device-hours paid divided by tokens delivered",
             cost(mean),
-            cost(high),
-            cost(low),
+            *ends(cost),
             "per million tokens",
             f"a week above plain decoding ({cost_per_million_tokens(1 / latency.plain_step, price):.2f})",
         ),

@@ -75,6 +75,18 @@ class RankChoice:
         """Whether there are too few clusters for the intervals to keep what they promise."""
         return self.documents < FEW_CLUSTERS
 
+    @property
+    def caution(self) -> str:
+        """What to know of intervals from few documents; empty where there are enough."""
+        if self.documents == 1:
+            return "All contexts are from one document: intervals speak of it alone. Study more documents before you decide."
+        if self.few_documents:
+            return (
+                f"{self.documents} independent documents are few: intervals from so few clusters are too narrow (with 8, 95 % "
+                "intervals covered 87 % of simulated truths). Study more contexts (32 or more) before you decide."
+            )
+        return ""
+
     def row(self, horizon: int) -> pd.Series:
         """The table's row of the choice at a horizon."""
         return self.table.query("horizon == @horizon and rank == @self.rank[@horizon]").iloc[0]
@@ -300,7 +312,7 @@ def _choice(criterion: str, scores: list[_Scores], rows: pd.DataFrame, rule: _Ru
         share, horizons, horizon = _fastest(scores, rule.latency, rule.seed)
         rows = rows.assign(fastest_frequency=share)
     contexts = max(int(part.clusters.counts.sum()) for part in scores)
-    documents = max(part.clusters.number for part in scores)
+    documents = max(part.clusters.documents for part in scores)
     return RankChoice(criterion, rank, edge, frequency, horizon, rows, contexts, documents, gains, horizons)
 
 

@@ -129,14 +129,8 @@ def answer(subject: Subject) -> Section:
         Text(f"What would change the answer: {_sensitivity(subject)}."),
         Text("Whatever a call costs (smallest rank within 1 % of the best): " + "; ".join(_sentences(subject.default)) + "."),
     ]
-    if choice.few_documents:
-        blocks.append(
-            Text(
-                f"{choice.documents} independent documents are few: intervals from so few clusters are too narrow (with 8, "
-                "95 % intervals covered 87 % of simulated truths). Study more contexts before you decide.",
-                "note",
-            )
-        )
+    if choice.caution:
+        blocks.append(Text(choice.caution, "note"))
     return Section(subject.title, tuple(blocks), level=2)
 
 

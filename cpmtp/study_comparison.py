@@ -110,8 +110,9 @@ def _difference(first: pd.Series, second: pd.Series, generator: np.random.Genera
 
 
 def _resampled_means(values: pd.Series, generator: np.random.Generator) -> np.ndarray:
-    """Means of resamples of documents."""
-    grouped = values.groupby(level="document")
+    """Means of resamples of documents, of a single document's contexts."""
+    single = values.index.get_level_values("document").nunique() == 1
+    grouped = values.groupby(np.arange(len(values))) if single else values.groupby(level="document")
     sums, counts = grouped.sum().to_numpy(), grouped.size().to_numpy()
     weights = generator.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=_RESAMPLES)
     return (weights @ sums) / (weights @ counts)

@@ -51,7 +51,7 @@ def test_a_models_folder_and_a_corpus_are_enough(monkeypatch, capsys, tmp_path):
         tmp_path / "s",
     )
     assert status == 0, err
-    assert "2 contexts from corpus" in out
+    assert "contexts from corpus (2 contexts" in out and "intervals speak of it alone" in out
 
 
 def test_bytes_that_are_no_utf8_are_counted_and_told(monkeypatch, capsys, tmp_path):

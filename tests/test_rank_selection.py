@@ -196,6 +196,13 @@ def test_a_context_needs_the_smallest_rank_close_to_its_own_best():
     assert set(needed["needed_rank"]) == {4} and len(needed) == 64
 
 
-def test_one_document_has_no_interval():
-    row = select_rank(study_table(lambda r: 0.4 / r, contexts=3, documents=1)).table.iloc[0]
+def test_a_single_document_is_resampled_by_its_contexts_and_told():
+    choice = select_rank(study_table(lambda r: 0.4 / r, contexts=3, documents=1))
+    row = choice.table.iloc[0]
+    assert row.tokens_per_call_low < row.tokens_per_call < row.tokens_per_call_high
+    assert choice.documents == 1 and "intervals speak of it alone" in choice.caution
+
+
+def test_a_single_context_has_no_interval():
+    row = select_rank(study_table(lambda r: 0.4 / r, contexts=1, documents=1)).table.iloc[0]
     assert np.isnan(row.tokens_per_call_low)
