@@ -95,8 +95,8 @@ def waterfall(
         for head in heads:
             shape = (head.rank, head.anchored)
             if shape not in ceilings:
-                ceilings[shape] = _ceilings(joint, *shape, rule=rule, seed=seed)
-            learned = _learned(lm, head, context, joint, rule)
+                ceilings[shape] = rank_ceilings(joint, *shape, rule=rule, seed=seed)
+            learned = learned_scores(lm, head, context, joint, rule=rule)
             key = {"model": lm.name, "context": name, "horizon": horizon, "rank": head.rank, "anchored": head.anchored}
             rows.append(key | {"rule": rule, "exact_limit": float(horizon)} | ceilings[shape] | learned)
             bar.update()
@@ -108,7 +108,10 @@ def waterfall(
     return table
 
 
-def _ceilings(joint: JointDistribution, rank: int, anchored: bool, *, rule: str, seed: int) -> dict[str, float]:
+def rank_ceilings(
+    joint: JointDistribution, rank: int, anchored: bool, *, rule: str = "token", seed: int = 0
+) -> dict[str, float]:
+    """Tokens per call of a context's fits of one rank, first token from the target: ``em_fit`` and ``acceptance_fit``."""
     found = {}
     for method in ("em", "acceptance"):
         result = fit(joint, rank=rank, method=method, anchored=anchored, restarts=1, seed=seed, rule=rule)
@@ -117,7 +120,10 @@ def _ceilings(joint: JointDistribution, rank: int, anchored: bool, *, rule: str,
     return found
 
 
-def _learned(lm: Any, head: CPHead, context: Tensor, joint: JointDistribution, rule: str) -> dict[str, float]:
+def learned_scores(
+    lm: Any, head: CPHead, context: Int[Tensor, " time"], joint: JointDistribution, *, rule: str = "token"
+) -> dict[str, float]:
+    """What the draft after `context` earns: ``learned`` tokens per call, ``survival_1`` …; unanchored also divergences."""
     draft = head_draft(lm, head, context, horizon=joint.horizon)
     profile = acceptance_profiles(joint, draft, (rule,))[rule]
     found = {"learned": float(profile.survival.sum())}

@@ -12,14 +12,11 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from cpmtp.cp_head import CPHead
 
 OBJECTIVES = ("likelihood", "distillation", "acceptance")
-# Logits held at once; below this nothing is computed twice.
-_LOGITS_AT_ONCE = 1 << 22
+_LOGITS_AT_ONCE = 1 << 23
 _TINY = 1e-30
 
 
@@ -60,7 +57,8 @@ def head_loss(
     * ``acceptance``: minus the tokens per call of block verification, whose survival is
       ``E_P[sum_v min(R_{k-1} q_k(v), m_{k-1} p_k(v))]`` with ``R_k = Q(x_2:k|x_1) / P(x_2:k|x_1)``, ``m_k = min_{j<=k} R_j``
 
-    Logits are computed in chunks of positions and, where there are many, computed again on the way back instead of kept.
+    Logits are computed in chunks of positions; where there are several, each chunk's gradient is taken at once and its logits
+    are dropped, so that none is kept and none computed twice.
 
     Parameters
     ----------
@@ -89,11 +87,12 @@ def head_loss(
     seen = hidden.unfold(1, head.horizon, 1)[:, :last].mT.flatten(0, 1)
     drawn = _Chunk(head, unembed, objective, balance)
     size = max(_LOGITS_AT_ONCE // (head.drafted * head.rank * head.vocab_size), 1)
-    parts = [x.split(size) for x in (trunk, seen, paths)]
-    again = len(parts[0]) > 4 and torch.is_grad_enabled()
-    total = torch.zeros(head.horizon, device=tokens.device)
-    for z, h, x in zip(*parts, strict=True):
-        total = total + (checkpoint(drawn, z, h, x, use_reentrant=False) if again else drawn(z, h, x))
+    weights = (head.maps, head.mixture.weight, head.mixture.bias)
+    learns = torch.is_grad_enabled() and any(w.requires_grad for w in (trunk, *weights))
+    if learns and size < len(paths):
+        total = _Chunked.apply(drawn, size, seen, paths, trunk, *weights)
+    else:
+        total = torch.stack([drawn(*part) for part in _chunks(size, trunk, seen, paths)]).sum(0)
     mean = total / len(paths)
     survival = torch.cat([torch.ones_like(mean[:1]), mean[1:].detach()])
     return HeadLoss(mean[0], survival)
@@ -111,32 +110,26 @@ class _Chunk:
     def __call__(self, trunk: Tensor, seen: Tensor, paths: Tensor) -> Tensor:
         head = self.head
         log_weights, logits = head.components(seen[:, 0], trunk)
-        given = paths[:, head.anchored :]
         # (chunk, drafted, rank): log-probability of each path token in each component
-        log_path = -functional.cross_entropy(
-            logits.flatten(0, 2), given[:, :, None].expand(-1, -1, head.rank).flatten(), reduction="none"
-        ).unflatten(0, logits.shape[:3])
+        log_path, probs = _TokenLaws.apply(logits, paths[:, head.anchored :])
         scores = torch.cat([log_weights[:, None], log_weights[:, None] + log_path.cumsum(1)], 1)
         if self.objective == "likelihood":
             with torch.no_grad():
-                survival = self._survival(scores, logits, seen, paths)
+                survival = self._survival(scores, probs, seen, paths)
             loss = -scores[:, -1].logsumexp(-1).sum()
         else:
-            survival = self._survival(scores, logits, seen, paths, with_loss=self.objective == "distillation")
+            survival = self._survival(scores, probs, seen, paths, with_loss=self.objective == "distillation")
             loss = survival[0] if self.objective == "distillation" else -survival[1:].sum() - len(paths)
             survival = survival[1:]
         if self.balance:
             loss = loss + self.balance * len(paths) * (head.rank * log_weights.exp().mean(0).square().sum() - 1)
         return torch.cat([loss[None], survival])
 
-    def _survival(
-        self, scores: Tensor, logits: Tensor, seen: Tensor, paths: Tensor, *, with_loss: bool | None = None
-    ) -> Tensor:
+    def _survival(self, scores: Tensor, probs: Tensor, seen: Tensor, paths: Tensor, *, with_loss: bool | None = None) -> Tensor:
         """Sums of survival at k = 2 … n; with `with_loss` given, preceded by the summed divergence (or zero)."""
         head = self.head
-        first = 1 - head.anchored
-        posterior = scores[:, first:-1].softmax(-1)
-        drafted = (posterior.unsqueeze(-2) @ logits[:, first:].softmax(-1)).squeeze(-2)
+        posterior = scores[:, :-1].softmax(-1)
+        drafted = (posterior.unsqueeze(-2) @ probs).squeeze(-2)[:, 1 - head.anchored :]
         with torch.no_grad():
             target = self.unembed(seen[:, 1:]).to(drafted.dtype).softmax(-1)
         ratio = drafted.gather(-1, paths[:, 1:, None]) / target.gather(-1, paths[:, 1:, None]).clamp_min(_TINY)
@@ -151,3 +144,62 @@ class _Chunk:
             return torch.stack([sums[0] * 0, *sums])
         divergence = (target * (target.clamp_min(_TINY).log() - drafted.clamp_min(_TINY).log())).sum()
         return torch.stack([divergence, *(s.detach() for s in sums)])
+
+
+class _TokenLaws(torch.autograd.Function):
+    """Logits (…, rank, vocab) to the given tokens' log-probabilities (…, rank) and to all probabilities.
+
+    What autograd would keep of a log-softmax, a gather and a softmax is here one tensor of the logits' size.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        at = tokens[..., None, None].expand(*logits.shape[:-1], 1)
+        log_probs = logits.log_softmax(-1)
+        chosen = log_probs.gather(-1, at).squeeze(-1)
+        probs = log_probs.exp_()
+        ctx.save_for_backward(probs, at)
+        return chosen, probs
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
+        of_chosen, of_probs = gradients
+        probs, at = ctx.saved_tensors
+        if of_probs is None and of_chosen is None:
+            return None, None
+        of_chosen = probs.new_zeros(probs.shape[:-1]) if of_chosen is None else of_chosen
+        if of_probs is None:
+            logits = probs * -of_chosen[..., None]
+        else:
+            inner = torch.linalg.vecdot(probs, of_probs)
+            logits = (of_probs - (inner + of_chosen)[..., None]).mul_(probs)
+        return logits.scatter_add_(-1, at, of_chosen[..., None]), None
+
+
+class _Chunked(torch.autograd.Function):
+    """Sums over all positions, chunk by chunk; the gradient of the first of them is taken on the way."""
+
+    @staticmethod
+    def forward(ctx, drawn: _Chunk, size: int, seen: Tensor, paths: Tensor, trunk: Tensor, *weights: Tensor) -> Tensor:
+        total, to_trunk = torch.zeros(drawn.head.horizon, device=trunk.device), torch.zeros_like(trunk)
+        to_weights = [torch.zeros_like(w) for w in weights]
+        for part, (z, h, x) in zip(to_trunk.split(size), _chunks(size, trunk, seen, paths), strict=True):
+            with torch.enable_grad():
+                z = z.detach().requires_grad_()
+                out = drawn(z, h, x)
+                found = torch.autograd.grad(out[0], (z, *weights))
+            total += out.detach()
+            part.copy_(found[0])
+            for mine, more in zip(to_weights, found[1:], strict=True):
+                mine += more
+        ctx.save_for_backward(to_trunk, *to_weights)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return (None, None, None, None, *(gradient[0] * g for g in ctx.saved_tensors))
+
+
+def _chunks(size: int, *tensors: Tensor):
+    return zip(*(x.split(size) for x in tensors), strict=True)

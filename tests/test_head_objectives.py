@@ -90,7 +90,7 @@ def test_survival_is_unbiased_for_the_exact_block_survival(lm, shape):
 
 @pytest.mark.parametrize("objective", head_objectives.OBJECTIVES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_chunks_computed_again_give_the_gradients_of_the_whole(lm, shape, objective, monkeypatch):
+def test_chunks_give_the_gradients_of_the_whole(lm, shape, objective, monkeypatch):
     hidden, tokens = a_window(lm)
     gradients = []
     for size in (1 << 22, 128):

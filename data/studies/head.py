@@ -1,0 +1,72 @@
+"""The learned heads against what their ranks allow, on the reference study's own contexts; goes on where it was stopped.
+
+Run from the checkout: python data/studies/head.py ceilings OUT, then python data/studies/head.py learned OUT HEADS, where HEADS
+holds a folder of heads per model. The ceilings take about a minute of one core per context, the heads a second.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+import cpmtp
+from cpmtp.cp_head import CPHead
+from cpmtp.head_evaluation import learned_scores, rank_ceilings
+from cpmtp.study_plan import StudySettings, StudyUnit, open_language_model, plan_study
+
+SETTINGS = StudySettings(horizons=(2, 3), ranks=(1, 2, 4, 8, 16, 32, 64), methods=("em",), contexts=64)
+CONTEXTS, RANKS, HORIZON, RULE = 32, (1, 2, 4, 8, 16), 3, "token"
+
+
+def units_of(model: str | None = None) -> list[StudyUnit]:
+    """The contexts, models taking turns."""
+    units = [unit for unit in plan_study(SETTINGS)[0] if unit.context < CONTEXTS and model in (None, unit.model)]
+    return sorted(units, key=lambda unit: unit.context)
+
+
+def key_of(unit: StudyUnit) -> dict:
+    """What a row is about."""
+    return {"model": unit.model, "domain": unit.domain, "context": unit.context, "horizon": HORIZON, "rule": RULE}
+
+
+def ceilings(out: Path, model: str | None = None) -> None:
+    """A part per context: the fits of every rank, anchored and not."""
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    for unit in tqdm(units_of(model)):
+        path = out / "parts" / f"{unit.model}-{unit.context:03d}.parquet"
+        if path.exists():
+            continue
+        joint = cpmtp.exact_joint(open_language_model(unit.model), torch.tensor(unit.token_ids), HORIZON)
+        rows = [
+            key_of(unit) | {"rank": rank, "anchored": anchored} | rank_ceilings(joint, rank, anchored, rule=RULE)
+            for rank in RANKS
+            for anchored in (False, True)
+        ]
+        pd.DataFrame(rows).to_parquet(path)
+
+
+def learned(out: Path, heads: Path) -> None:
+    """What every head earns on the same contexts, beside the ceilings of its rank: one row per context and head."""
+    rows = []
+    for unit in tqdm(units_of()):
+        lm = open_language_model(unit.model)
+        context = torch.tensor(unit.token_ids)
+        joint = cpmtp.exact_joint(lm, context, HORIZON)
+        for folder in sorted((heads / unit.model).glob("*/config.json")):
+            head = CPHead.from_pretrained(folder.parent).attach(lm)
+            key = key_of(unit) | {"rank": head.rank, "anchored": head.anchored, "head": folder.parent.name}
+            rows.append(key | learned_scores(lm, head, context, joint, rule=RULE))
+    found = pd.concat(map(pd.read_parquet, sorted((out / "parts").glob("*.parquet"))))
+    table = pd.DataFrame(rows).merge(found, on=[*key_of(units_of()[0]), "rank", "anchored"], how="left")
+    table.insert(table.columns.get_loc("learned"), "exact_limit", float(HORIZON))
+    table.to_parquet(out / "contexts.parquet")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    stage, place, *more = sys.argv[1:]
+    {"ceilings": ceilings, "learned": lambda out, heads: learned(out, Path(heads))}[stage](Path(place), *more)
