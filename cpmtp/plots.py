@@ -207,6 +207,31 @@ def plot_waterfall(row: pd.Series, ax: Axes) -> Axes:
     return ax
 
 
+def plot_losses_over_rank(table: pd.DataFrame, ax: Axes) -> Axes:
+    """The same for several ranks side by side: what is learned at the bottom, above it what is lost to what.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        A row per rank: `rank`, `exact_limit`, `acceptance_fit`, `em_fit`, `learned`; the last with `_low` and `_high` if known.
+    """
+    table = table.sort_values("rank")
+    places = range(len(table))
+    ax.bar(places, table["learned"], color=COLOURS[0], label="learned head", yerr=_half_widths(table, "learned"), ecolor=INK)
+    low = table["learned"]
+    for i, (name, level) in enumerate((("learning", "em_fit"), ("objective", "acceptance_fit"), ("rank", "exact_limit"))):
+        high = np.maximum(table[level], low)
+        ax.bar(places, high - low, bottom=low, color=COLOURS[3 - i], label=f"lost to {name}")
+        low = high
+    ax.set_xticks(places, table["rank"].astype(str))
+    ax.set_xlabel("rank")
+    ax.set_ylabel("tokens per call")
+    # Above the bars, where nothing is drawn.
+    ax.set_ylim(0, 1.25 * float(table["exact_limit"].max()))
+    ax.legend(ncols=2, loc="upper left")
+    return ax
+
+
 def plot_forecast(decoding: pd.DataFrame, ax: Axes) -> Axes:
     """Measured against forecast tokens per call, intervals as bars, equality as a line.
 

@@ -427,10 +427,18 @@ def learned_sections(
 
 def _waterfall_blocks(waterfall: pd.DataFrame) -> Iterator[Table | Figure]:
     yield _plain_table(waterfall)
-    for _, row in waterfall.iterrows():
-        anchored = ", anchored" if row.get("anchored", False) else ""
+    waterfall = waterfall.assign(anchored=waterfall.get("anchored", False))
+    for (model, horizon, anchored), rows in waterfall.groupby(["model", "horizon", "anchored"], sort=False):
+        kind = "anchored" if anchored else "unanchored"
         yield Figure(
-            f"n = {row['horizon']}, rank {row['rank']}{anchored}",
+            f"Losses by rank, n = {horizon}, {kind}",
+            "What a head of each rank has learned, and what is lost to learning, to the objective and to the rank.",
+            partial(plots.plot_losses_over_rank, rows),
+            str(model),
+        )
+    for _, row in waterfall.loc[waterfall.groupby(["model", "horizon"], sort=False)["learned"].idxmax()].iterrows():
+        yield Figure(
+            f"The best head, n = {row['horizon']}, rank {row['rank']}{', anchored' if row['anchored'] else ''}",
             f"Of {row['exact_limit']:.2f} tokens per call, {row['exact_limit'] - row['acceptance_fit']:.2f} are lost to rank, "
             f"{row['acceptance_fit'] - row['em_fit']:.2f} to the objective and {row['em_fit'] - row['learned']:.2f} to "
             f"learning; the learned head has {row['learned']:.2f}.",

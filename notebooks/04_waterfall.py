@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -21,7 +26,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 import cpmtp
-from cpmtp.plots import house_style, plot_waterfall
+from cpmtp.plots import house_style, plot_losses_over_rank, plot_waterfall
 from cpmtp.study import read_study
 from cpmtp.study_summary import objective_gap
 
@@ -38,9 +43,15 @@ gap[gap["horizon"] == 3].round(3)
 stored = STUDIES / "head" / "waterfall.parquet"
 if stored.is_file():
     waterfall = pd.read_parquet(stored)
+    panels = list(waterfall.groupby(["model", "anchored"]))
     with house_style():
-        figure, axes = plt.subplots(1, len(waterfall), figsize=(5 * len(waterfall), 3.5), squeeze=False, layout="constrained")
-        for ax, (_, row) in zip(axes[0], waterfall.iterrows(), strict=True):
+        figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.5), squeeze=False, layout="constrained")
+        for ax, ((model, anchored), rows) in zip(axes[0], panels, strict=True):
+            plot_losses_over_rank(rows, ax).set_title(f"{model}, {'anchored' if anchored else 'unanchored'}")
+    best = waterfall.loc[waterfall.groupby("model")["learned"].idxmax()]
+    with house_style():
+        figure, axes = plt.subplots(1, len(best), figsize=(5 * len(best), 3.5), squeeze=False, layout="constrained")
+        for ax, (_, row) in zip(axes[0], best.iterrows(), strict=True):
             plot_waterfall(row, ax).set_title(f"{row['model']}, n = {row['horizon']}, rank {row['rank']}")
 else:
     print("no table of a learned head is stored: the waterfall ends at the objective")

@@ -68,6 +68,14 @@ def test_a_waterfall_ends_where_the_head_is():
     np.testing.assert_allclose(heights[0] - sum(heights[1:4]), heights[4])
 
 
+def test_losses_over_ranks_stack_up_to_the_exact_draft():
+    rows = pd.DataFrame(dict(rank=[4, 1], exact_limit=3.0, acceptance_fit=[2.8, 2.4], em_fit=[2.7, 2.3], learned=[2.1, 1.9]))
+    ax = plots.plot_losses_over_rank(rows, Figure().add_subplot())
+    heights = np.array([patch.get_height() for patch in ax.patches]).reshape(4, 2)
+    np.testing.assert_allclose(heights[0], [1.9, 2.1])
+    np.testing.assert_allclose(heights.sum(0), 3.0)
+
+
 def test_the_fastest_cells_are_outlined():
     cells = pd.DataFrame(
         dict(horizon=[2, 2, 3, 3], rank=[1, 2, 1, 2], speedup=[1.5, 1.6, 1.8, 2.0], fastest_frequency=[0, 0, 0.04, 0.96])

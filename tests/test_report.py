@@ -119,7 +119,7 @@ def test_every_tag_is_closed(page):
 
 def test_every_figure_says_in_words_what_it_shows(page):
     figures = re.findall(r"<figure>(.*?)</figure>", page, flags=re.DOTALL)
-    assert len(figures) == 9
+    assert len(figures) == 10
     for figure in figures:
         assert len(re.search(r'role="img" aria-label="([^"]*)"', figure)[1]) > 30
         assert "<figcaption>" in figure
@@ -148,7 +148,7 @@ def test_without_tables_of_a_head_their_sections_are_left_out(tmp_path):
 def test_the_markdown_says_the_same_and_names_figures_that_exist(markdown, page):
     text = markdown.read_text("utf-8")
     figures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
-    assert len(figures) == 9
+    assert len(figures) == 10
     assert all((markdown.parent / name).is_file() for name in figures)
     assert "<" not in text.replace("<br>", "")
     assert "\\*star\\*" in text

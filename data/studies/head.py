@@ -9,11 +9,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 import cpmtp
+from cpmtp.cluster_bootstrap import Clusters, intervals
 from cpmtp.cp_head import CPHead
 from cpmtp.head_evaluation import learned_scores, rank_ceilings
 from cpmtp.study_plan import StudySettings, StudyUnit, open_language_model, plan_study
@@ -64,6 +66,21 @@ def learned(out: Path, heads: Path) -> None:
     table = pd.DataFrame(rows).merge(found, on=[*key_of(units_of()[0]), "rank", "anchored"], how="left")
     table.insert(table.columns.get_loc("learned"), "exact_limit", float(HORIZON))
     table.to_parquet(out / "contexts.parquet")
+    summary(table).to_parquet(out / "waterfall.parquet")
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over contexts, one row per head, with intervals of what was learned; the share of the ceiling beside them."""
+    rows = []
+    for keys, part in table.groupby(["model", "domain", "horizon", "rule", "rank", "anchored", "head"], sort=False):
+        levels = part[["exact_limit", "acceptance_fit", "em_fit", "learned"]].to_numpy()
+        clusters = Clusters(levels, np.ones(len(part), dtype=int), documents=len(part))
+        low, high = intervals(clusters, seed=0)
+        row = dict(zip(["model", "domain", "horizon", "rule", "rank", "anchored", "head"], keys, strict=True))
+        row |= dict(zip(["exact_limit", "acceptance_fit", "em_fit", "learned"], clusters.means(), strict=True))
+        row |= {"learned_low": low[-1], "learned_high": high[-1], "contexts": len(part)}
+        rows.append(row | {"share_of_ceiling": row["learned"] / row["em_fit"]})
+    return pd.DataFrame(rows).sort_values(["model", "anchored", "rank"], ignore_index=True)
 
 
 if __name__ == "__main__":
