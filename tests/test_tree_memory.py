@@ -16,8 +16,8 @@ from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
 
 torch.set_num_threads(1)
 model = new_llama(32_000, width=96, layers=2, window=64, seed=0)
-# A head of its own, sharp enough for about three nats of entropy, as real text has.
-model.lm_head.weight = torch.nn.Parameter(0.39 * torch.randn(32_000, 96, generator=torch.Generator().manual_seed(0)))
+# A head of its own, sharp enough for three nats of entropy, as real text has.
+model.lm_head.weight = torch.nn.Parameter(0.36 * torch.randn(32_000, 96, generator=torch.Generator().manual_seed(0)))
 lm = HuggingFaceLanguageModel(model)
 context = torch.arange(16)
 truncated_joint(lm, context, 4, mass=1.0, max_nodes=1000, max_children=2)  # the model and one full batch
@@ -38,7 +38,7 @@ def test_memory_is_in_proportion_to_the_expanded_nodes():
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         expanded, nbytes, beyond, entropy = map(float, done.stdout.split())
         grown[nodes] = nbytes
-        assert expanded == nodes and 1.5 <= entropy <= 5
+        assert expanded == nodes and 2.5 <= entropy <= 3.5
         assert nbytes <= 40 * 512 * nodes
         # Candidates for the next step and the joining of levels hold some copies for a while.
         assert beyond <= 5 * nbytes + 150e6

@@ -6,6 +6,8 @@ one after another, so that a busy machine slows all alike; the ratios are of the
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -134,3 +136,40 @@ def test_four_tokens_cost_hardly_more_than_their_floor(benchmark, root):
     benchmark.extra_info.update(fastest)
     report(f"{lm.name}, V={lm.vocab_size}, n=4", fastest)
     assert fastest["joint"] <= 2 * fastest["floor"]
+
+
+PEAK = """
+import resource, sys
+import torch
+from cpmtp import exact_joint, load_language_model
+lm, horizon = load_language_model(sys.argv[1]), int(sys.argv[2])
+context = torch.randint(lm.vocab_size, (64,), generator=torch.Generator().manual_seed(0))
+exact_joint(lm, context, 2)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+joint = exact_joint(lm, context, horizon)
+print(peak(), peak() - before - joint.probs.nbytes)
+"""
+
+
+def peak_bytes(model: str, horizon: int) -> tuple[float, float]:
+    """Of a process that makes one joint: all of it, and what it needs beyond the joint."""
+    done = subprocess.run([sys.executable, "-c", PEAK, model, str(horizon)], capture_output=True, text=True, check=True)
+    whole, beyond = map(float, done.stdout.split())
+    return whole, beyond
+
+
+@pytest.mark.slow
+def test_four_tokens_need_a_gigabyte_beyond_the_joint(benchmark):
+    _, beyond = benchmark.pedantic(peak_bytes, ("code", 4), rounds=1, iterations=1)
+    print(f"\n10^8 entries: {beyond / 1e6:.0f} MB beyond the joint")
+    assert beyond <= 1e9
+
+
+def test_five_hundred_tokens_at_three_fit_into_two_and_a_half_gigabytes(benchmark, root):
+    _model("stories260K", root)  # skips where it is not
+    whole, _ = benchmark.pedantic(
+        peak_bytes, (str(root.parent / "shared" / "models" / "stories260K"), 3), rounds=1, iterations=1
+    )
+    print(f"\n1.3 10^8 entries: {whole / 1e9:.2f} GB in all")
+    assert whole <= 2.5e9
