@@ -86,6 +86,7 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         nn.init.zeros_(self.mixture.bias)
         self.register_buffer("unembedding", torch.empty(0), persistent=False)
         self.register_buffer("embedding", torch.empty(0), persistent=False)
+        self._kept: tuple[tuple, Tensor] | None = None
 
     @property
     def drafted(self) -> int:
@@ -178,9 +179,18 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         if self.vocab_size > self.hidden_size:
             moved = functional.linear(trunk, self.maps.flatten(0, 1)).unflatten(-1, (*shape, self.hidden_size))
             return log_weights, functional.linear(hidden[..., None, None, :] + moved, self.unembedding)
-        # Over a vocabulary smaller than the hidden state the product U M is the smaller matrix.
-        moved = functional.linear(trunk, (self.unembedding @ self.maps).flatten(0, 1)).unflatten(-1, (*shape, self.vocab_size))
+        moved = functional.linear(trunk, self._projected_maps().flatten(0, 1)).unflatten(-1, (*shape, self.vocab_size))
         return log_weights, functional.linear(hidden, self.unembedding)[..., None, None, :] + moved
+
+    def _projected_maps(self) -> Tensor:
+        """U M, over a vocabulary smaller than the hidden state the smaller matrix; kept for as long as nothing changes."""
+        if torch.is_grad_enabled():
+            return self.unembedding @ self.maps
+        parts = (self.maps, self.unembedding)
+        state = tuple((part.data_ptr(), part._version, part.dtype) for part in parts)
+        if self._kept is None or self._kept[0] != state:
+            self._kept = (state, self.unembedding @ self.maps)
+        return self._kept[1]
 
     @classmethod
     def _from_pretrained(

@@ -126,7 +126,7 @@ def speculative_generate(
     run = _Run(lm, draft, law, "token" if rule == "greedy" else rule, seed, prompts, max_new_tokens)
     run.endings = _Endings(lm, eos_token_id, tuple(stop_strings), callback)
     started = time.perf_counter()
-    with torch.no_grad():
+    with torch.inference_mode():
         run.read_prompts(Path(monitor) if monitor else None)
         while run.running:
             run.cycle()

@@ -1,0 +1,155 @@
+"""Decoding on this machine, head by head: tokens per second beside plain decoding, the cycle's cost, acceptance out of domain.
+
+    python tests/benchmarks/decoding_speed.py speed code HEADS/r1 HEADS/r8-anchored
+    python tests/benchmarks/decoding_speed.py acceptance code HEADS/r1 HEADS/r8 [--shifted FILE]
+
+`speed` interleaves every way of decoding in one process, on the same prompts, and takes medians; `acceptance` gives tokens per
+call pooled over rows, with the half-width of a 95 % interval over the rows (the row is the
+unit: cycles of a row are dependent).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from cpmtp.cp_head import CPHead
+from cpmtp.language_model import sample_sequences
+from cpmtp.pretrained import load_language_model
+from cpmtp.speculative_decoding import speculative_generate
+
+
+def prompts_of(lm, count: int, length: int, shifted: Path | None = None) -> list[torch.Tensor]:
+    """From the model itself, or cut from a text it has not learned."""
+    if shifted is None:
+        return list(sample_sequences(lm, count, length, seed=11))
+    ids = lm.encode(shifted.read_text("utf-8", errors="replace")[:400_000])
+    starts = torch.linspace(0, len(ids) - length - 1, count).long().tolist()
+    return [ids[s : s + length] for s in starts]
+
+
+def hugging_face(lm, prompt: torch.Tensor, count: int, temperature: float) -> float:
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    torch.manual_seed(0)
+    begun = time.perf_counter()
+    out = lm.model.generate(
+        prompt[None],
+        attention_mask=torch.ones(1, len(prompt)),
+        max_new_tokens=count,
+        eos_token_id=None,
+        pad_token_id=0,
+        **sampling,
+    )
+    return (out.shape[1] - len(prompt)) / (time.perf_counter() - begun)
+
+
+def speed(lm, folders: list[Path], *, rounds: int, count: int) -> None:
+    """A table: rows heads and rules, columns tokens per second and the ratios that are asked of them."""
+    heads = {folder.name: CPHead.from_pretrained(folder).attach(lm).eval().requires_grad_(False) for folder in folders}
+    prompts = prompts_of(lm, rounds + 1, 32)
+    for temperature, rules in ((1.0, ("token", "block")), (0.0, ("greedy",))):
+        ways = {("generate", ""): None, ("off", ""): None} | {
+            (name, rule): head for name, head in heads.items() for rule in rules
+        }
+        rates: dict[tuple, list[float]] = {way: [] for way in ways}
+        ratio: dict[tuple, list[float]] = {way: [] for way in ways}
+        calls: dict[tuple, list[float]] = {way: [] for way in ways}
+        for k, prompt in enumerate(prompts):
+            for (name, rule), head in ways.items():
+                if name == "generate":
+                    rate = hugging_face(lm, prompt, count, temperature)
+                else:
+                    out = speculative_generate(
+                        lm, head, prompt, max_new_tokens=count, rule=rule or "token", temperature=temperature, seed=k
+                    )
+                    rate = out.stats.tokens_per_second
+                    stages = out.stats.stage_seconds
+                    if k:
+                        ratio[name, rule].append(sum(stages.values()) / (stages["target"] + stages["draft"]))
+                        calls[name, rule].append(out.stats.tokens_per_call)
+                if k:  # the first round warms up
+                    rates[name, rule].append(rate)
+        base, off = (statistics.median(rates[name, ""]) for name in ("generate", "off"))
+        for way, values in rates.items():
+            rate = statistics.median(values)
+            more = f"{statistics.median(ratio[way]):.3f} {statistics.mean(calls[way]):.3f}" if ratio[way] else ""
+            print(
+                f"T={temperature:g} {way[0]:14} {way[1]:6} {rate:7.1f} {rate / base:6.2f} {rate / off:6.2f} {more}", flush=True
+            )
+
+
+def cycle_cost(lm, folders: list[Path], *, repeats: int = 200) -> None:
+    """Seconds of a cycle over those of one bare forward pass of n tokens and the head alone, at the same cache length."""
+    from transformers import DynamicCache
+
+    for folder in folders:
+        head = CPHead.from_pretrained(folder).attach(lm).eval().requires_grad_(False)
+        prompt = prompts_of(lm, 1, 128)[0]
+        out = speculative_generate(lm, head, prompt, max_new_tokens=300, seed=1)
+        cycles = sum(out.stats.stage_seconds.values()) / (out.stats.calls - 1)
+        with torch.inference_mode():
+            cache = DynamicCache()
+            # The middle of the run: half of what it generated is in the cache.
+            hidden = lm.model.model(
+                sample_sequences(lm, 1, 278, seed=2), past_key_values=cache, use_cache=True
+            ).last_hidden_state
+            tokens, bare, alone = prompt[None, : head.horizon], [], []
+            for _ in range(repeats):
+                begun = time.perf_counter()
+                lm.model(tokens, past_key_values=cache, use_cache=True)
+                bare.append(time.perf_counter() - begun)
+                cache.crop(-tokens.shape[1])
+                begun = time.perf_counter()
+                head.draft_factors(hidden[:, -1].to(head.maps), tokens[:, 0])
+                alone.append(time.perf_counter() - begun)
+        floor = statistics.median(bare) + statistics.median(alone)
+        print(
+            f"{folder.name:14} cycle {1e3 * cycles:.2f} ms, forward {1e3 * statistics.median(bare):.2f} ms, "
+            f"head {1e3 * statistics.median(alone):.2f} ms, ratio {cycles / floor:.2f}",
+            flush=True,
+        )
+
+
+def acceptance(lm, folders: list[Path], *, rows: int, count: int, shifted: Path | None, temperature: float) -> None:
+    prompts = prompts_of(lm, rows, 64, shifted)
+    for folder in folders:
+        head = CPHead.from_pretrained(folder).attach(lm).eval().requires_grad_(False)
+        for rule in ("token", "block"):
+            out = speculative_generate(lm, head, prompts, max_new_tokens=count, rule=rule, temperature=temperature, seed=5)
+            by_row = torch.tensor(out.stats.tokens_per_call_by_row)
+            half = 1.96 * float(by_row.std()) / rows**0.5
+            print(
+                f"{folder.name:14} {rule:6} {out.stats.tokens_per_call:.4f} +- {half:.4f} "
+                f"({half / out.stats.tokens_per_call:.1%})",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("speed", "cycle", "acceptance"))
+    parser.add_argument("model")
+    parser.add_argument("heads", type=Path, nargs="+")
+    parser.add_argument("--shifted", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    options = parser.parse_args()
+    lm = load_language_model(options.model)
+    if options.what == "speed":
+        speed(lm, options.heads, rounds=options.rounds, count=options.count)
+    elif options.what == "cycle":
+        cycle_cost(lm, options.heads)
+    else:
+        acceptance(
+            lm, options.heads, rows=options.rows, count=options.count, shifted=options.shifted, temperature=options.temperature
+        )
+
+
+if __name__ == "__main__":
+    main()
