@@ -304,9 +304,16 @@ def embedded_models() -> dict[str, Path]:
     return {folder.name: folder for folder in sorted(_embedded_root().iterdir()) if (folder / "config.json").is_file()}
 
 
-def _embedded_root() -> Path:
-    installed = Path(__file__).parent / "_data" / "models"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "data" / "models"
+def embedded_heads(model: str) -> dict[str, Path]:
+    """Names and folders of the trained heads that come with an embedded model: ``baseline`` (rank 1), ``recommended``."""
+    folder = _embedded_root("heads") / model
+    found = sorted(folder.iterdir()) if model in embedded_models() and folder.is_dir() else []
+    return {head.name: head for head in found if (head / "config.json").is_file()}
+
+
+def _embedded_root(kind: str = "models") -> Path:
+    installed = Path(__file__).parent / "_data" / kind
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "data" / kind
 
 
 def _locate(name: str) -> tuple[str, bool]:

@@ -39,6 +39,7 @@ ALLOWED = {
     "head_objectives": {"cp_head"},
     "head_evaluation": EXACT | {"cp_head", "head_objectives"},
     "generation_target": {"language_model"},
+    "drift": {"generation_stats"},
     "speculative_decoding": TYPES
     | {"cp_head", "verification", "generation_target", "generation_stats"} - {"joint_distribution", "prefix_tree"},
     "head_training": {"language_model", "cp_head", "head_objectives", "muon", "checkpoints"},
