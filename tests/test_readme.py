@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
-from cpmtp.pretrained import embedded_models
+from cpmtp.cp_head import CPHead
+from cpmtp.head_evaluation import held_out_survival
+from cpmtp.language_model import sample_sequences
+from cpmtp.pretrained import embedded_heads, embedded_models, load_language_model
 
 
 def _blocks(root, language: str) -> list[str]:
@@ -37,3 +41,18 @@ def test_the_embedded_models_are_there_and_small(name):
 def test_files_named_in_the_readme_exist(root):
     for name in re.findall(r"`([\w./-]+\.(?:py|md|cff))`", (root / "README.md").read_text("utf-8")):
         assert (root / name).exists() or (root / "cpmtp" / name).exists(), name
+
+
+@pytest.mark.parametrize("model", ["code", "prose"])
+def test_embedded_heads_are_small_and_the_recommended_one_earns_more(model):
+    lm = load_language_model(model)
+    windows, earned = sample_sequences(lm, 4, 96, seed=5), {}
+    for name, folder in embedded_heads(model).items():
+        assert (folder / "model.safetensors").stat().st_size <= 8e6
+        assert json.loads((folder / "recipe.json").read_text("utf-8"))["stages"]
+        earned[name] = held_out_survival(lm, CPHead.from_pretrained(folder).attach(lm), windows).sum(1).mean()
+    assert earned["recommended"] > earned["baseline"] + 0.3
+
+
+def test_other_models_come_without_heads():
+    assert embedded_heads("../models/code") == {}
