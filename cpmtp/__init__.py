@@ -38,6 +38,8 @@ _HOME = {
     "implied_acceptance": "acceptance",
     "CPDistribution": "cp_distribution",
     "CPHead": "cp_head",
+    "CycleForecast": "cycle_forecast",
+    "forecast_cycles": "cycle_forecast",
     "FitResult": "decomposition.fitting",
     "fit": "decomposition.fitting",
     "Divergences": "divergence",

@@ -233,11 +233,13 @@ class _Run:
         self.known = following
         counts, drawn, ends = accepted.tolist(), path.tolist(), following.tolist()
         rows = sorted(self.running)
+        # What goes beyond a row's last wanted token is not emitted: the row's draft might as well have been shorter.
+        emitted = {row: min(counts[row], self.limit - len(self.new[row]) - 1) for row in rows}
         self._release({row: [*drawn[row][: counts[row]], ends[row]] for row in rows})
         stages = {"draft": drafted - begun, "target": judged - drafted, "verification": verified - judged}
         stages["rest"] = time.perf_counter() - verified
         self.recorder.horizon = max(self.recorder.horizon, length + 1)
-        self.recorder.cycle({row: counts[row] for row in rows}, stages)
+        self.recorder.cycle(emitted, stages)
 
     def _draft_factors(self, longest: int) -> tuple[Tensor, Tensor]:
         """Weights (batch, rank) and factors (batch, length, rank, vocab), float64, of at most `longest` tokens."""

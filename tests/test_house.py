@@ -38,6 +38,7 @@ ALLOWED = {
     "cp_head": {"cp_distribution"},
     "head_objectives": {"cp_head"},
     "head_evaluation": EXACT | {"cp_head", "head_objectives"},
+    "cycle_forecast": {"sampling_law", "cp_head"},
     "generation_target": {"language_model"},
     "drift": {"generation_stats"},
     "speculative_decoding": TYPES

@@ -2,8 +2,8 @@
 
 Run from the checkout: python data/studies/decoding.py OUT HEADS [MODEL], where HEADS holds a folder of heads per model.
 
-The forecast averages block survival over all positions of windows drawn from the base model; decoding meets the ends of its own
-cycles. Intervals are over windows and over prompts, whose cycles are dependent.
+The plain forecast counts all positions of texts drawn from the base model alike; decoding meets the ends of its own cycles, and so
+does the weighted forecast. Forecast and measurement use different texts; intervals are over texts, whose cycles are dependent.
 """
 
 from __future__ import annotations
@@ -15,33 +15,38 @@ import pandas as pd
 import torch
 
 from cpmtp.cp_head import CPHead
-from cpmtp.head_evaluation import held_out_survival
+from cpmtp.cycle_forecast import forecast_cycles
 from cpmtp.language_model import sample_sequences
 from cpmtp.pretrained import load_language_model
 from cpmtp.speculative_decoding import speculative_generate
 
-WINDOWS, WINDOW, PROMPTS, PROMPT, NEW_TOKENS, RULES = 96, 256, 128, 64, 160, ("block", "token")
-
-
-def with_interval(name: str, values: torch.Tensor, mean: float) -> dict[str, float]:
-    """Mean and 95 % interval, in the columns that reports read."""
-    half = 1.96 * float(values.std()) / len(values) ** 0.5
-    return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
+TEXTS, PROMPTS, PROMPT, NEW_TOKENS, RULES = 256, 192, 64, 160, ("block", "token")
 
 
 def rows_of(lm, folder: Path) -> list[dict]:
     """One head: a row per rule."""
     head = CPHead.from_pretrained(folder).attach(lm)
-    survival = held_out_survival(lm, head, sample_sequences(lm, WINDOWS, WINDOW, seed=12)).sum(1)
+    texts = sample_sequences(lm, TEXTS, PROMPT + NEW_TOKENS, seed=12)
+    prompts = list(sample_sequences(lm, PROMPTS, PROMPT, seed=11))
     key = {"model": lm.name, "head": folder.name, "rank": head.rank, "anchored": head.anchored, "horizon": head.horizon}
     rows = []
     for rule in RULES:
-        prompts = list(sample_sequences(lm, PROMPTS, PROMPT, seed=11))
+        forecast = forecast_cycles(lm, head, texts, start=PROMPT, rule=rule)
         stats = speculative_generate(lm, head, prompts, max_new_tokens=NEW_TOKENS, rule=rule, seed=5).stats
-        measured = with_interval("measured", torch.tensor(stats.tokens_per_call_by_row), stats.tokens_per_call)
-        # What is forecast is block verification, the better of the two rules.
-        rows.append(key | {"rule": rule} | with_interval("forecast", survival, float(survival.mean())) | measured)
+        half = 1.96 * float(torch.tensor(stats.tokens_per_call_by_row).std()) / PROMPTS**0.5
+        measured = (stats.tokens_per_call - half, stats.tokens_per_call + half)
+        rows.append(
+            key
+            | {"rule": rule}
+            | _columns("plain_forecast", forecast.unweighted, forecast.unweighted_interval)
+            | _columns("forecast", forecast.tokens_per_call, forecast.interval)
+            | _columns("measured", stats.tokens_per_call, measured)
+        )
     return rows
+
+
+def _columns(name: str, mean: float, interval: tuple[float, float]) -> dict[str, float]:
+    return {name: mean, f"{name}_low": interval[0], f"{name}_high": interval[1]}
 
 
 def main(out: Path, heads: Path, only: str | None = None) -> None:
