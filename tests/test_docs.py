@@ -42,12 +42,25 @@ def test_every_page_is_in_the_table_of_contents(root):
     assert {f"notebooks/{page.stem}" for page in (root / "notebooks").glob("*.ipynb")} <= listed
 
 
-def test_the_tutorial_runs(root):
+def run_examples(page) -> dict:
     space: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", (root / "docs" / "tutorial.md").read_text("utf-8"), flags=re.DOTALL):
-        exec(compile(block, "tutorial.md", "exec"), space)
+    for block in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL):
+        exec(compile(block, page.name, "exec"), space)
+    return space
+
+
+def test_the_tutorial_runs(root):
+    space = run_examples(root / "docs" / "tutorial.md")
     assert space["profile"].tokens_per_call <= 2
     assert space["choices"]["tolerance"].rank[2] == 4
+
+
+def test_the_page_on_heads_runs(root, monkeypatch):
+    monkeypatch.chdir(root)
+    space = run_examples(root / "docs" / "heads.md")
+    assert 2 < space["forecast"].tokens_per_call < space["forecast"].unweighted <= 4
+    assert len(space["out"].token_ids) == 40
+    assert space["text"].shape[1] == space["ids"].shape[1] + 20
 
 
 def test_the_results_are_those_of_the_stored_tables(root, tmp_path):
