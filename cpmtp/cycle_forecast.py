@@ -7,9 +7,9 @@ probability that both rules give in closed form, with ``R_k = Q(x_2:k+1 | x_1) /
 * ``token``: ``G_k = prod_{i<=k} min(1, q_i / p_i)``
 * ``block``: ``G_k = min(1, R_1, …, R_k)``
 
-and a cycle emits exactly j tokens, the last of them its correction, with probability ``G_{j-1} - G_j``. Running these jumps along
-the text gives the probability that a cycle starts at each position: pairs of context and first token, weighted as decoding weighs
-them. The randomness of cycles is integrated out; only that of texts is left.
+and a cycle emits exactly j tokens, the last of them its correction, with probability ``G_{j-1} - G_j``. Running these jumps
+along the text gives the probability that a cycle starts at each position: pairs of context and first token, weighted as
+decoding weighs them. The randomness of cycles is integrated out; only that of texts is left.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def forecast_cycles(
     """
     law = SamplingLaw(temperature, top_k, top_p)
     if not 1 <= start < tokens.shape[1] - 1:
-        raise ValueError(f"start {start} of texts of {tokens.shape[1]} tokens: expected a prompt, a known token and more after it")
+        raise ValueError(
+            f"start {start} of texts of {tokens.shape[1]} tokens: expected a prompt, a known token and more after it"
+        )
     ratios = torch.cat([_text_ratios(lm, head, row, start, law) for row in tokens.split(1)])
     return forecast_from_ratios(ratios, rule=rule, confidence=confidence)
 

@@ -22,65 +22,62 @@ class CachedTarget:
 
     def __init__(self, lm: Any):
         self._lm, self._cache = lm, DynamicCache()
+        # A batch of one has no holes in its cache, and so no mask.
         self._mask: Tensor | None = None
         self._positions = torch.zeros(0)
         self._added = 0
+        self._only_unembeds = False
 
     def begin(self, prompts: Sequence[Int[Tensor, " time"]]) -> tuple[Tensor, Tensor]:
-        """Read the prompts; log-probabilities (batch, vocab) after each and the hidden state (batch, hidden) they come from."""
+        """Read the prompts; scores (batch, vocab) after each and the hidden state (batch, hidden) they come from."""
         lengths = torch.tensor([len(p) for p in prompts])
         longest = int(lengths.max())
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             tokens[row, longest - len(prompt) :] = prompt
         steps = torch.arange(longest)
-        self._mask = (steps >= (longest - lengths)[:, None]).long()
+        self._mask = (steps >= (longest - lengths)[:, None]).long() if len(prompts) > 1 else None
         positions = (steps - (longest - lengths)[:, None]).clamp_min(0)
-        log_probs, hidden = self._forward(tokens, positions, keep=1)
+        scores, hidden = self._forward(tokens, positions)
+        # Some models cap or scale what they unembed; where this one does not, later calls need not ask for hidden states.
+        self._only_unembeds = torch.equal(self._lm.unembed(hidden), scores)
         self._positions, self._added = lengths, 0
-        return log_probs[:, -1], hidden[:, -1]
+        return scores[:, -1], hidden[:, -1]
 
     def extend(self, tokens: Int[Tensor, "batch count"]) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (batch, count, vocab) after each token and hidden states (batch, count, hidden)."""
+        """Scores (batch, count, vocab), the log-probabilities but for a constant, after each token; hidden states."""
         count = tokens.shape[1]
-        assert self._mask is not None  # begin() comes first
-        self._mask = torch.cat([self._mask, torch.ones(len(tokens), count, dtype=torch.long)], 1)
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, torch.ones(len(tokens), count, dtype=torch.long)], 1)
         positions = self._positions[:, None] + torch.arange(count)
         if self._lm.max_context is not None:  # a row that has ended may stand at the last one
             positions = positions.clamp_max(self._lm.max_context - 1)
         self._added = count
-        return self._forward(tokens, positions, keep=count)
+        return self._forward(tokens, positions)
 
     def keep(self, counts: Int[Tensor, " batch"]) -> None:
         """Only the first `counts` tokens of the last extension stay."""
-        most = int(counts.max())
-        drop = self._added - most
-        assert self._mask is not None
-        size = self._mask.shape[1]
-        rejected = torch.arange(self._added) >= counts[:, None]
-        self._mask[:, size - self._added :].masked_fill_(rejected, 0)
+        drop = self._added - int(counts.max())
         if drop:
             self._cache.crop(-drop)
+        if self._mask is not None:
+            size = self._mask.shape[1]
+            rejected = torch.arange(self._added) >= counts[:, None]
+            self._mask[:, size - self._added :].masked_fill_(rejected, 0)
             self._mask = self._mask[:, : size - drop]
         self._positions = self._positions + counts
 
-    def _forward(self, tokens: Tensor, positions: Tensor, *, keep: int) -> tuple[Tensor, Tensor]:
+    def _forward(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         lm, device = self._lm, self._lm.device
-        assert self._mask is not None
         # Without padding the model's own causal path is the fast one.
-        mask = None if bool(self._mask.all()) else self._mask.to(device)
-        out = lm.model(
-            input_ids=tokens.to(device),
-            position_ids=positions.to(device),
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            output_hidden_states=True,
-        )
-        self._cache = out.past_key_values
-        logits = out.logits[:, -keep:]
-        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        return log_probs, out.hidden_states[-1][:, -keep:]
+        mask = None if self._mask is None or bool(self._mask.all()) else self._mask.to(device)
+        inputs: dict[str, Any] = {"input_ids": tokens.to(device), "position_ids": positions.to(device), "attention_mask": mask}
+        inputs |= {"past_key_values": self._cache, "use_cache": True}
+        if self._only_unembeds:
+            hidden = lm.model.base_model(**inputs).last_hidden_state
+            return lm.unembed(hidden), hidden
+        out = lm.model(**inputs, output_hidden_states=True)
+        return out.logits, out.hidden_states[-1]
 
 
 class PlainTarget:

@@ -22,7 +22,7 @@ from cpmtp.cp_head import CPHead
 from cpmtp.generation_stats import GenerationStats, Recorder
 from cpmtp.generation_target import CachedTarget, PlainTarget
 from cpmtp.sampling_law import SamplingLaw
-from cpmtp.verification import verify
+from cpmtp.verification import accepted_lengths, residual_law
 
 RULES = ("token", "block", "greedy")
 # A draft for models without hidden states: the text so far, its last token being x_1, to the law of x_2 … x_n.
@@ -207,8 +207,8 @@ class _Run:
         if not self.running:
             self.recorder.calls = 0
             return
-        log_probs, self.hidden = self.target.begin(self.prompts)
-        p = self._law_of(log_probs)
+        scores, self.hidden = self.target.begin(self.prompts)
+        p = self._law_of(scores)
         self.known = _draw(p, torch.rand(len(p), generator=self.generator, dtype=torch.float64))
         self._release({row: [int(self.known[row])] for row in sorted(self.running)})
 
@@ -217,13 +217,13 @@ class _Run:
         longest = min(max(self.limit - len(self.new[row]) for row in self.running) - 1, self._room())
         weights, factors = self._draft_factors(longest)
         length = factors.shape[1]
-        uniform = torch.rand(len(self.known), length + 2, generator=self.generator, dtype=torch.float64)
+        uniform = torch.rand(len(self.known), length + 3, generator=self.generator, dtype=torch.float64)
         path, q = _sample_path(weights, factors, self.law, uniform)
         drafted = time.perf_counter()
-        log_probs, hidden = self.target.extend(torch.cat([self.known[:, None], path], 1))
-        p = self._law_of(log_probs)
+        scores, hidden = self.target.extend(torch.cat([self.known[:, None], path], 1))
+        p = self._law_of(scores)
         judged = time.perf_counter()
-        accepted, following = _judge(p, q, path, self.rule, uniform[:, length:])
+        accepted, following = _judge(p, q, path, self.rule, uniform[:, length + 1 :])
         verified = time.perf_counter()
         # A row that has ended is carried along where it ended.
         going = torch.tensor([row in self.running for row in range(len(accepted))])
@@ -259,11 +259,11 @@ class _Run:
         weights, factors = weights.double(), factors.double()
         return weights / weights.sum(-1, keepdim=True), factors / factors.sum(-1, keepdim=True)
 
-    def _law_of(self, log_probs: Tensor) -> Tensor:
-        log_probs = log_probs.cpu().double()
-        if bool(torch.isnan(log_probs).any()):
+    def _law_of(self, scores: Tensor) -> Tensor:
+        probs = scores.cpu().double().softmax(-1)
+        if bool(torch.isnan(probs.sum())):
             raise ValueError("the model returned NaN logits: check its weights and the prompt")
-        return self.law.process(log_probs.softmax(-1))
+        return self.law.process(probs)
 
     def _room(self) -> int:
         """Drafted tokens for which the model still has positions, after the known one."""
@@ -283,7 +283,24 @@ class _Run:
 
 
 def _sample_path(weights: Tensor, factors: Tensor, law: SamplingLaw, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (batch, length) drawn one after another from the processed mixture conditionals, and those laws."""
+    """Tokens (batch, length) drawn from the mixture, and the processed next-token laws (batch, length, vocab) along them."""
+    if not factors.shape[1]:
+        return torch.zeros(len(weights), 0, dtype=torch.long), torch.zeros(len(weights), 0, 1, dtype=torch.float64)
+    return _sample_at_once(weights, factors, uniform) if law.is_identity else _sample_in_turn(weights, factors, law, uniform)
+
+
+def _sample_at_once(weights: Tensor, factors: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """A component, then all its tokens; what they are verified against is the mixture's law, as if nobody had seen which."""
+    length, rows = factors.shape[1], torch.arange(len(weights))
+    path = _draw(factors[rows, :, _draw(weights, uniform[:, length])], uniform[:, :length])
+    chosen = factors.gather(-1, path[:, :, None, None].expand(-1, -1, factors.shape[2], 1)).squeeze(-1)
+    posterior = torch.cat([weights[:, None], weights[:, None] * chosen[:, :-1].cumprod(1)], 1)
+    posterior = posterior / posterior.sum(-1, keepdim=True)
+    return path, (posterior.unsqueeze(-2) @ factors).squeeze(-2)
+
+
+def _sample_in_turn(weights: Tensor, factors: Tensor, law: SamplingLaw, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One token after another: a processed law is no mixture of processed components."""
     path, laws = [], []
     for k in range(factors.shape[1]):
         q = law.process((weights.unsqueeze(-2) @ factors[:, k]).squeeze(-2))
@@ -292,8 +309,6 @@ def _sample_path(weights: Tensor, factors: Tensor, law: SamplingLaw, uniform: Te
         weights = weights / weights.sum(-1, keepdim=True)
         path.append(token)
         laws.append(q)
-    if not path:
-        return torch.zeros(len(weights), 0, dtype=torch.long), torch.zeros(len(weights), 0, 1, dtype=torch.float64)
     return torch.stack(path, 1), torch.stack(laws, 1)
 
 
@@ -303,19 +318,21 @@ def _judge(
     """How many drafted tokens each row keeps, and the token after them."""
     if path.shape[1] == 0:
         return torch.zeros(len(p), dtype=torch.long), _draw(p[:, 0], uniform[:, 1])
-    verdict = verify(p, q, path, rule)
-    accepted = _draw(verdict.accepted_length_probs, uniform[:, 0])
-    law = verdict.next_token_probs[torch.arange(len(p)), accepted]
-    return accepted, _draw(law, uniform[:, 1])
+    lengths, scale = accepted_lengths(p, q, path, rule)
+    accepted = _draw(lengths, uniform[:, 0])
+    rows, inside = torch.arange(len(p)), accepted.clamp_max(path.shape[1] - 1)
+    correction = residual_law(p[rows, inside], q[rows, inside], scale[rows, inside])
+    whole = accepted == path.shape[1]
+    return accepted, _draw(torch.where(whole[:, None], p[:, -1], correction), uniform[:, 1])
 
 
-def _draw(probs: Float[Tensor, "batch n"], uniform: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+def _draw(probs: Float[Tensor, "*batch n"], uniform: Float[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
     """By inversion; never an entry of zero probability, however the sums are rounded."""
     totals = probs.cumsum(-1)
+    total = totals[..., -1:]
     # Strictly below the total, so that the first entry whose sum exceeds it has mass.
-    wanted = (uniform * totals[:, -1]).unsqueeze(-1)
-    found = torch.searchsorted(totals, wanted, right=True).squeeze(-1)
-    return torch.minimum(found, (totals < totals[:, -1:]).sum(-1))
+    found = torch.searchsorted(totals, uniform.unsqueeze(-1) * total, right=True).squeeze(-1)
+    return torch.minimum(found, (totals < total).sum(-1))
 
 
 def _check(lm, prompts: list[Tensor], rule: str, law: SamplingLaw, max_new_tokens: int) -> None:

@@ -82,8 +82,27 @@ def verify(
             f"laws of shapes {tuple(p.shape)} and {tuple(q.shape)} for paths of {length} tokens: expected {length + 1} and "
             f"{length} positions over one vocabulary"
         )
-    ratio = _divide(_at(p[..., :length, :], path), _at(q, path), otherwise=0.0)
-    return _token(p, q, ratio) if rule == "token" else _block(p, q, ratio)
+    accepted, scale = accepted_lengths(p, q, path, rule)
+    following = torch.cat([residual_law(p[..., :length, :], q, scale), p[..., length:, :]], -2)
+    return Verification(accepted, following)
+
+
+def accepted_lengths(
+    p: Float[Tensor, "*batch positions vocab"],
+    q: Float[Tensor, "*batch length vocab"],
+    path: Int[Tensor, "*batch length"],
+    rule: str,
+) -> tuple[Float[Tensor, "*batch positions"], Float[Tensor, "*batch length"]]:
+    """`verify` for a decoder, which needs the correction's law at one position only; arguments are not checked.
+
+    Returns
+    -------
+    accepted_length_probs : (*batch, length + 1) tensor
+    scale : (*batch, length) tensor
+        The correction after i accepted tokens follows ``residual_law(p_i, q_i, scale_i)``; after all of them, the target.
+    """
+    ratio = _divide(_at(p[..., : path.shape[-1], :], path), _at(q, path), otherwise=0.0)
+    return _token(ratio) if rule == "token" else _block(p, q, ratio)
 
 
 def residual_law(
@@ -96,16 +115,14 @@ def residual_law(
     return torch.where(total > 0, left / torch.where(total > 0, total, 1.0), p)
 
 
-def _token(p: Tensor, q: Tensor, ratio: Tensor) -> Verification:
+def _token(ratio: Tensor) -> tuple[Tensor, Tensor]:
     passed = torch.cumprod(ratio.clamp_max(1), -1)
     reached = torch.cat([torch.ones_like(passed[..., :1]), passed], -1)
     stopped = torch.cat([reached[..., :-1] - reached[..., 1:], reached[..., -1:]], -1)
-    length = q.shape[-2]
-    following = torch.cat([residual_law(p[..., :length, :], q), p[..., length:, :]], -2)
-    return Verification(stopped.clamp_min(0), following)
+    return stopped.clamp_min(0), torch.ones_like(ratio)
 
 
-def _block(p: Tensor, q: Tensor, ratio: Tensor) -> Verification:
+def _block(p: Tensor, q: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
     length = q.shape[-2]
     running = [torch.ones_like(p[..., 0, 0])]
     for i in range(length):
@@ -118,8 +135,7 @@ def _block(p: Tensor, q: Tensor, ratio: Tensor) -> Verification:
     fails_after = torch.flip(torch.cumprod(torch.flip(1 - h[..., 1:], [-1]), -1), [-1])
     fails_after = torch.cat([fails_after, torch.ones_like(h[..., :1])], -1)
     passes = torch.cat([torch.ones_like(h[..., :1]), h[..., 1:]], -1)
-    following = torch.cat([residual_law(p[..., :length, :], q, w[..., :length]), p[..., length:, :]], -2)
-    return Verification(passes * fails_after, following)
+    return passes * fails_after, w[..., :length]
 
 
 def _at(laws: Tensor, path: Tensor) -> Tensor:

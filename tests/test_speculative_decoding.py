@@ -7,14 +7,16 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from random_drafts import random_draft
 from scipy.stats import chi2, kstest
 
 from cpmtp import speculative_decoding
 from cpmtp.cp_head import CPHead
 from cpmtp.joint_distribution import exact_joint
-from cpmtp.language_model import MarkovLanguageModel, separated_hmm
-from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
+from cpmtp.language_model import MarkovLanguageModel, sample_sequences, separated_hmm
+from cpmtp.pretrained import HuggingFaceLanguageModel, embedded_heads, load_language_model, new_llama
 from cpmtp.speculative_decoding import custom_generate, speculative_generate
 
 VOCAB = 5
@@ -223,6 +225,52 @@ def test_the_window_can_be_filled_to_its_last_position():
     out = speculative_generate(lm, a_head(lm), torch.tensor([1, 2, 3]), max_new_tokens=13, temperature=0)
     plain = plain_greedy(lm, torch.tensor([1, 2, 3]), 13)
     assert out.sequences[0].tolist() == plain[0].tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    horizon=st.integers(1, 5),
+    count=st.integers(0, 9),
+    rows=st.integers(1, 3),
+    masked=st.sets(st.integers(1, 5), max_size=4),
+    eos=st.one_of(st.none(), st.integers(0, 5)),
+    rule=st.sampled_from(["token", "block"]),
+    temperature=st.sampled_from([0.0, 0.7, 1.0]),
+)
+def test_whatever_is_asked_only_possible_tokens_come_out_and_rows_end_where_they_should(
+    seed, horizon, count, rows, masked, eos, rule, temperature
+):
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.rand(6, 6, generator=generator, dtype=torch.float64) ** 4 + 1e-3
+    table[:, sorted(masked)] = 0
+    table = table / table.sum(1, keepdim=True)
+    lm = MarkovLanguageModel(table[0], table)
+    draft = random_draft(6, horizon, 2, seed=seed)
+    prompts = [torch.randint(6, (1 + k,), generator=generator) for k in range(rows)]
+    out = speculative_generate(
+        lm, lambda text: draft, prompts, max_new_tokens=count, rule=rule, temperature=temperature, seed=seed, eos_token_id=eos
+    )
+    for prompt, new in zip(prompts, out.token_ids, strict=True):
+        text = torch.cat([prompt[-1:], new])
+        assert bool((table[text[:-1], text[1:]] > 0).all())
+        ended = eos is not None and eos in new.tolist()
+        assert len(new) == (new.tolist().index(eos) + 1 if ended else count)
+    assert out.stats.tokens == sum(map(len, out.token_ids))
+    if eos is None and count:
+        drafted = sum(k * times for k, times in enumerate(out.stats.accepted_counts))
+        assert out.stats.tokens == rows + drafted + sum(out.stats.accepted_counts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["code", "prose"])
+def test_greedy_output_of_a_real_model_is_plain_greedy_decoding_over_ten_thousand_tokens(model):
+    lm = load_language_model(model)
+    lm.model.double()
+    head = CPHead.from_pretrained(embedded_heads(model)["recommended"]).double().attach(lm)
+    for prompt in sample_sequences(lm, 50, 40, seed=3):
+        out = speculative_generate(lm, head, prompt, max_new_tokens=200, rule="greedy", temperature=0.0)
+        assert torch.equal(out.sequences[0][None], plain_greedy(lm, prompt, 200))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])

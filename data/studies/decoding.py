@@ -2,8 +2,8 @@
 
 Run from the checkout: python data/studies/decoding.py OUT HEADS [MODEL], where HEADS holds a folder of heads per model.
 
-The plain forecast counts all positions of texts drawn from the base model alike; decoding meets the ends of its own cycles, and so
-does the weighted forecast. Forecast and measurement use different texts; intervals are over texts, whose cycles are dependent.
+The plain forecast counts all positions of texts drawn from the base model alike; decoding meets the ends of its own cycles,
+and so does the weighted forecast. Forecast and measurement use different texts; intervals are over texts.
 """
 
 from __future__ import annotations
