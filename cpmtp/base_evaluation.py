@@ -25,7 +25,7 @@ def bits_per_byte(model, tokenizer, documents: list[Document], *, stride: int | 
     nats = 0.0
     for document in documents:
         ids = [tokenizer.eos_token_id, *tokenizer(document.text, add_special_tokens=False).input_ids]
-        sequence = torch.tensor(ids)
+        sequence = torch.tensor(ids, device=model.device)
         scored = 1
         while scored < len(sequence):
             begin = max(0, min(scored + stride, len(sequence)) - window)

@@ -68,6 +68,41 @@ def standard_library_documents(domain: str) -> list[Document]:
     return sources if domain == "code" else _prose(sources)
 
 
+def installed_code_documents(most_bytes: int) -> list[Document]:
+    """Python sources of the standard library and of every installed package, named ``PACKAGE/…``; for `split_packages`.
+
+    Parameters
+    ----------
+    most_bytes : int
+        Where there is more, packages give the same share of their files, chosen by a hash of the names.
+    """
+    documents = [Document(f"python/{d.name}", d.text) for d in standard_library_documents("code")]
+    for root in sorted({Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}):
+        found = (p for p in sorted(root.rglob("*.py")) if not _LEFT_OUT.intersection(p.relative_to(root).parts[1:]))
+        documents += [read_document(path, name=path.relative_to(root).as_posix()) for path in found]
+    documents = [d for d in documents if d.text.strip()]
+    share = most_bytes / max(sum(len(d.text) for d in documents), 1)
+    return [d for d in documents if _unit_hash(f"kept {d.name}") < share]
+
+
+def split_packages(documents: list[Document], fraction: float = 0.05) -> tuple[list[Document], list[Document]]:
+    """Split by package, the first part of a document's name, into (training, held out): none stands on both sides.
+
+    Packages are held out in the order of a hash until they make up `fraction` of the text; too large ones are passed over.
+    """
+    sizes: dict[str, int] = {}
+    for document in documents:
+        package = document.name.partition("/")[0]
+        sizes[package] = sizes.get(package, 0) + len(document.text)
+    wanted = fraction * sum(sizes.values())
+    chosen: set[str] = set()
+    for package in sorted(sizes, key=_unit_hash):
+        if sum(sizes[c] for c in chosen) < wanted and sizes[package] <= 2 * wanted:
+            chosen.add(package)
+    sides = [(d, d.name.partition("/")[0] in chosen) for d in documents]
+    return [d for d, out in sides if not out], [d for d, out in sides if out]
+
+
 def _prose(sources: list[Document]) -> list[Document]:
     from pydoc_data.topics import topics
 

@@ -21,7 +21,7 @@ class CachedTarget:
     """
 
     def __init__(self, lm: Any):
-        self._lm, self._cache = lm, DynamicCache()
+        self._lm, self._cache, self.device = lm, DynamicCache(), lm.device
         # A batch of one has no holes in its cache, and so no mask.
         self._mask: Tensor | None = None
         self._positions = torch.zeros(0)
@@ -84,7 +84,7 @@ class PlainTarget:
     """Any language model: every law by a call of its own; no hidden states."""
 
     def __init__(self, lm: LanguageModel):
-        self._lm, self._added = lm, 0
+        self._lm, self._added, self.device = lm, 0, torch.device("cpu")
         self._texts: list[Tensor] = []
 
     def begin(self, prompts: Sequence[Int[Tensor, " time"]]) -> tuple[Tensor, None]:

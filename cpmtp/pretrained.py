@@ -404,6 +404,23 @@ def train_character_tokenizer(texts: list[str], merges: int = 5) -> PreTrainedTo
     )
 
 
+def train_byte_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level byte-pair encoding; 257 tokens are the bytes and the end of a text, without a merge."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, split_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
 def new_llama(vocab_size: int, *, width: int, layers: int, window: int, seed: int):
     """A randomly initialised Llama with grouped-query attention (heads of 32, three queries per key)."""
     torch.manual_seed(seed)

@@ -209,29 +209,28 @@ class _Run:
             return
         scores, self.hidden = self.target.begin(self.prompts)
         p = self._law_of(scores)
-        self.known = _draw(p, torch.rand(len(p), generator=self.generator, dtype=torch.float64))
+        self.known = _draw(p, self._uniform(len(p)))
         self._release({row: [int(self.known[row])] for row in sorted(self.running)})
 
     def cycle(self) -> None:
-        begun = time.perf_counter()
+        begun = self._now()
         longest = min(max(self.limit - len(self.new[row]) for row in self.running) - 1, self._room())
         weights, factors = self._draft_factors(longest)
         length = factors.shape[1]
-        uniform = torch.rand(len(self.known), length + 3, generator=self.generator, dtype=torch.float64)
+        uniform = self._uniform(len(self.known), length + 3)
         path, q = _sample_path(weights, factors, self.law, uniform)
-        drafted = time.perf_counter()
+        drafted = self._now()
         scores, hidden = self.target.extend(torch.cat([self.known[:, None], path], 1))
         p = self._law_of(scores)
-        judged = time.perf_counter()
+        judged = self._now()
         accepted, following = _judge(p, q, path, self.rule, uniform[:, length + 1 :])
-        verified = time.perf_counter()
-        # A row that has ended is carried along where it ended.
-        going = torch.tensor([row in self.running for row in range(len(accepted))])
-        self.target.keep(torch.where(going, accepted + 1, 0))
+        verified = self._now()
         if hidden is not None:
-            self.hidden = hidden[torch.arange(len(hidden)), accepted.to(hidden.device)]
+            self.hidden = hidden[torch.arange(len(hidden), device=hidden.device), accepted]
         self.known = following
         counts, drawn, ends = accepted.tolist(), path.tolist(), following.tolist()
+        # A row that has ended is carried along where it ended.
+        self.target.keep(torch.tensor([count + 1 if row in self.running else 0 for row, count in enumerate(counts)]))
         rows = sorted(self.running)
         # What goes beyond a row's last wanted token is not emitted: the row's draft might as well have been shorter.
         emitted = {row: min(counts[row], self.limit - len(self.new[row]) - 1) for row in rows}
@@ -244,12 +243,11 @@ class _Run:
     def _draft_factors(self, longest: int) -> tuple[Tensor, Tensor]:
         """Weights (batch, rank) and factors (batch, length, rank, vocab), float64, of at most `longest` tokens."""
         if self.draft is None or longest < 1:
-            return torch.ones(len(self.known), 1, dtype=torch.float64), torch.ones(
-                len(self.known), 0, 1, 1, dtype=torch.float64
-            )
+            one = torch.ones(len(self.known), 1, dtype=torch.float64, device=self.known.device)
+            return one, one.new_ones(len(one), 0, 1, 1)
         if isinstance(self.draft, CPHead) and self.hidden is not None:
-            weights, factors = self.draft.draft_factors(self.hidden.to(self.draft.maps), self.known.to(self.hidden.device))
-            weights, factors = weights.cpu(), factors[:, :longest].cpu()
+            weights, factors = self.draft.draft_factors(self.hidden.to(self.draft.maps), self.known)
+            factors = factors[:, :longest]
         else:
             assert not isinstance(self.draft, CPHead)  # _check refuses a head without hidden states
             texts = [torch.cat([p, torch.tensor(n, dtype=torch.long)]) for p, n in zip(self.prompts, self.new, strict=True)]
@@ -259,8 +257,18 @@ class _Run:
         weights, factors = weights.double(), factors.double()
         return weights / weights.sum(-1, keepdim=True), factors / factors.sum(-1, keepdim=True)
 
+    def _uniform(self, *shape: int) -> Tensor:
+        """From the generator on the CPU, so that a seed means the same on every device."""
+        return torch.rand(*shape, generator=self.generator, dtype=torch.float64).to(self.target.device)
+
+    def _now(self) -> float:
+        """The clock, after what a device has been given is done: a stage's time is its own."""
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize(self.target.device)
+        return time.perf_counter()
+
     def _law_of(self, scores: Tensor) -> Tensor:
-        probs = scores.cpu().double().softmax(-1)
+        probs = scores.double().softmax(-1)
         if bool(torch.isnan(probs.sum())):
             raise ValueError("the model returned NaN logits: check its weights and the prompt")
         return self.law.process(probs)
@@ -285,13 +293,13 @@ class _Run:
 def _sample_path(weights: Tensor, factors: Tensor, law: SamplingLaw, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (batch, length) drawn from the mixture, and the processed next-token laws (batch, length, vocab) along them."""
     if not factors.shape[1]:
-        return torch.zeros(len(weights), 0, dtype=torch.long), torch.zeros(len(weights), 0, 1, dtype=torch.float64)
+        return factors.new_zeros(len(weights), 0, dtype=torch.long), factors.new_zeros(len(weights), 0, 1)
     return _sample_at_once(weights, factors, uniform) if law.is_identity else _sample_in_turn(weights, factors, law, uniform)
 
 
 def _sample_at_once(weights: Tensor, factors: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """A component, then all its tokens; what they are verified against is the mixture's law, as if nobody had seen which."""
-    length, rows = factors.shape[1], torch.arange(len(weights))
+    length, rows = factors.shape[1], torch.arange(len(weights), device=weights.device)
     path = _draw(factors[rows, :, _draw(weights, uniform[:, length])], uniform[:, :length])
     chosen = factors.gather(-1, path[:, :, None, None].expand(-1, -1, factors.shape[2], 1)).squeeze(-1)
     posterior = torch.cat([weights[:, None], weights[:, None] * chosen[:, :-1].cumprod(1)], 1)
@@ -317,10 +325,10 @@ def _judge(
 ) -> tuple[Tensor, Tensor]:
     """How many drafted tokens each row keeps, and the token after them."""
     if path.shape[1] == 0:
-        return torch.zeros(len(p), dtype=torch.long), _draw(p[:, 0], uniform[:, 1])
+        return path.new_zeros(len(p)), _draw(p[:, 0], uniform[:, 1])
     lengths, scale = accepted_lengths(p, q, path, rule)
     accepted = _draw(lengths, uniform[:, 0])
-    rows, inside = torch.arange(len(p)), accepted.clamp_max(path.shape[1] - 1)
+    rows, inside = torch.arange(len(p), device=p.device), accepted.clamp_max(path.shape[1] - 1)
     correction = residual_law(p[rows, inside], q[rows, inside], scale[rows, inside])
     whole = accepted == path.shape[1]
     return accepted, _draw(torch.where(whole[:, None], p[:, -1], correction), uniform[:, 1])

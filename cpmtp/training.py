@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
 from torch.nn import functional
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from cpmtp.base_evaluation import accepted_line_share, bits_per_byte, xz_bits_per_byte
 from cpmtp.checkpoints import load_checkpoint, save_checkpoint, write_text
@@ -38,6 +40,10 @@ class BaseTrainingSettings:
     learning_rate : float
         Peak rate of both optimisers (Muon for the blocks' matrices with its update scaled to AdamW's size, AdamW for
         the rest); linear warm-up, constant, then linear decay to zero over the last `decay` of the steps.
+    seconds : float, optional
+        Train for so long instead of for `steps`.
+    bfloat16, compiled : bool
+        Forward and backward pass in mixed precision, through `torch.compile`: what a GPU wants.
     """
 
     steps: int = 3000
@@ -52,6 +58,9 @@ class BaseTrainingSettings:
     decay: float = 0.4
     held_out: float = 0.05
     seed: int = 0
+    seconds: float | None = None
+    bfloat16: bool = False
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,27 +110,46 @@ def train_base(
     """
     documents = standard_library_documents(domain)
     training, held_out = split_held_out(documents, settings.held_out)
+    tokenizer = train_character_tokenizer([d.text for d in training], settings.merges)
+    return train_base_on(
+        training, held_out, tokenizer, out, settings, name=domain, checkpoint_seconds=checkpoint_seconds, callback=callback
+    )
+
+
+def train_base_on(
+    training: list[Document],
+    held_out: list[Document],
+    tokenizer: PreTrainedTokenizerFast,
+    out: str | Path,
+    settings: BaseTrainingSettings = BaseTrainingSettings(),
+    *,
+    name: str,
+    device: str = "cpu",
+    checkpoint_seconds: float = 120.0,
+    callback: Callable[[int, float], None] | None = None,
+) -> BaseTrainingResult:
+    """The same on documents and with a tokenizer of one's own; `name` goes into the recipe."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_character_tokenizer([d.text for d in training], settings.merges)
     ids = encode_documents(tokenizer, training)
     model = new_llama(len(tokenizer), width=settings.width, layers=settings.layers, window=settings.window, seed=settings.seed)
-    key = _resume_key(domain, settings, training)
+    model = model.to(device)
+    key = _resume_key(name, settings, training)
     run = _Run(model, _optimisers(model, settings), folder / "checkpoint.safetensors", key)
     _train(run, ids, settings, checkpoint_seconds, callback)
     _save(model, tokenizer, folder)
     # Half precision is what is shipped, so that is what is measured.
     model = model.float()
     bits = bits_per_byte(model, tokenizer, held_out)
-    seen = settings.steps * settings.windows_per_step * settings.window
-    recipe = _recipe(domain, settings, documents, held_out) | {
+    seen = run.step * settings.windows_per_step * settings.window
+    recipe = _recipe(name, settings, [*training, *held_out], held_out) | {
         "parameters": model.num_parameters(),
         "tokens_seen": seen,
         "training_seconds": round(run.seconds, 1),
         "held_out_bits_per_byte": round(bits, 4),
         "held_out_xz_bits_per_byte": round(xz_bits_per_byte(held_out), 4),
     }
-    recipe |= _sampled(model, tokenizer, held_out, settings) if domain == "code" else {}
+    recipe |= _sampled(model, tokenizer, held_out, settings) if name == "code" else {}
     write_text(folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
     run.checkpoint.unlink(missing_ok=True)
     return BaseTrainingResult(folder, bits, seen)
@@ -166,12 +194,17 @@ def _optimisers(model, settings: BaseTrainingSettings) -> list[torch.optim.Optim
 def _train(run: _Run, ids: torch.Tensor, settings: BaseTrainingSettings, checkpoint_seconds, callback) -> None:
     run.model.train()
     begun, saved, before = time.monotonic(), time.monotonic(), run.seconds
-    bar = tqdm(total=settings.steps, initial=run.step, unit="step", disable=not sys.stderr.isatty())
+    total = settings.steps if settings.seconds is None else None
+    bar = tqdm(total=total, initial=run.step, unit="step", disable=not sys.stderr.isatty())
+    forward = torch.compile(run.model) if settings.compiled else run.model
     for batch in _batches(ids, settings, run.step):
+        progress = run.step / settings.steps if settings.seconds is None else run.seconds / settings.seconds
+        if progress >= 1:
+            break
         for optimiser in run.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = settings.learning_rate * learning_rate_factor(run.step, settings)
-        loss = _step(run, batch)
+                group["lr"] = settings.learning_rate * learning_rate_factor(run.step, settings, progress)
+        loss = _step(run, forward, batch, settings)
         run.step += 1
         run.seconds = before + time.monotonic() - begun
         if not math.isfinite(loss):
@@ -187,9 +220,12 @@ def _train(run: _Run, ids: torch.Tensor, settings: BaseTrainingSettings, checkpo
     run.save()
 
 
-def _step(run: _Run, batch: torch.Tensor) -> float:
-    logits = run.model(input_ids=batch, use_cache=False).logits
-    loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+def _step(run: _Run, forward, batch: torch.Tensor, settings: BaseTrainingSettings) -> float:
+    device = run.model.device
+    batch = batch.to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
+        logits = forward(input_ids=batch, use_cache=False).logits
+        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimiser in run.optimisers:
@@ -201,17 +237,20 @@ def _step(run: _Run, batch: torch.Tensor) -> float:
 def _batches(ids: torch.Tensor, settings: BaseTrainingSettings, first: int) -> Iterator[torch.Tensor]:
     """Windows at random offsets; batch k depends on the seed and on k alone, so that a resumed run sees the same."""
     offsets = torch.arange(settings.window)
-    for step in range(first, settings.steps):
+    for step in count(first):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         starts = torch.randint(len(ids) - settings.window, (settings.windows_per_step, 1), generator=generator)
         yield ids[starts + offsets].long()
 
 
-def learning_rate_factor(step: int, settings: BaseTrainingSettings) -> float:
-    """Share of the peak learning rate at a step: warm-up, plateau, linear decay."""
+def learning_rate_factor(step: int, settings: BaseTrainingSettings, progress: float | None = None) -> float:
+    """Share of the peak learning rate: warm-up over steps, plateau, linear decay over the last share of the training.
+
+    `progress` is the share that is done; default: of the steps.
+    """
+    progress = step / settings.steps if progress is None else progress
     warm = (step + 1) / settings.warmup
-    left = (settings.steps - step) / max(settings.steps * settings.decay, 1)
-    return max(min(1.0, warm, left), 0.0)
+    return max(min(1.0, warm, (1 - progress) / max(settings.decay, 1 / settings.steps)), 0.0)
 
 
 def _save(model, tokenizer, folder: Path) -> None:

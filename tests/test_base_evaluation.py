@@ -38,7 +38,7 @@ def test_every_token_is_scored_once_whatever_the_stride(lm, stride):
     class Uniform:
         """Every token costs the same, so that the sum counts tokens."""
 
-        config = lm.model.config
+        config, device = lm.model.config, torch.device("cpu")
 
         def eval(self):
             return self

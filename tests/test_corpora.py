@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from cpmtp.corpora import corpus_hash, read_document, read_documents, split_held_out, standard_library_documents
+from cpmtp.corpora import (
+    Document,
+    corpus_hash,
+    installed_code_documents,
+    read_document,
+    read_documents,
+    split_held_out,
+    split_packages,
+    standard_library_documents,
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +75,21 @@ def test_unknown_domains_and_missing_files_are_refused(tmp_path):
         standard_library_documents("poetry")
     with pytest.raises(ValueError, match="no such file"):
         read_documents([tmp_path / "none.txt"])
+
+
+def test_no_package_stands_on_both_sides_and_the_held_out_ones_are_about_the_share_asked_for():
+    documents = [Document(f"package{k % 40}/file{k}.py", "x" * (50 + k % 7)) for k in range(400)]
+    documents.append(Document("large/file.py", "x" * 40_000))
+    training, held_out = split_packages(documents, 0.1)
+    packages = [{d.name.partition("/")[0] for d in side} for side in (training, held_out)]
+    assert not packages[0] & packages[1]
+    share = sum(len(d.text) for d in held_out) / sum(len(d.text) for d in documents)
+    assert 0.1 <= share <= 0.12
+    assert "large" in packages[0]
+
+
+def test_sources_of_installed_packages_are_found_and_their_amount_is_bounded():
+    documents = installed_code_documents(2_000_000)
+    assert 1_000_000 < sum(len(d.text) for d in documents) < 3_000_000
+    assert len({d.name.partition("/")[0] for d in documents}) > 10
+    assert len({d.name for d in documents}) == len(documents)
