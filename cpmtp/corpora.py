@@ -58,14 +58,18 @@ def standard_library_documents(domain: str) -> list[Document]:
     if domain not in DOMAINS:
         raise ValueError(f"unknown domain {domain!r}: expected one of {', '.join(DOMAINS)}")
     root = Path(sysconfig.get_path("stdlib"))
-    sources = [
-        read_document(path, name=path.relative_to(root).as_posix())
-        for path in sorted(root.rglob("*.py"))
-        if not _LEFT_OUT.intersection(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata")
-    ]
+    sources = [read_document(path, name=path.relative_to(root).as_posix()) for path in _library_sources(root)]
     if not sources:
         raise ValueError(f"this interpreter ships no library sources under {root}: use a full CPython")
     return sources if domain == "code" else _prose(sources)
+
+
+def _library_sources(root: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted(root.rglob("*.py"))
+        if not _LEFT_OUT.intersection(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata")
+    ]
 
 
 def installed_code_documents(most_bytes: int) -> list[Document]:
@@ -76,13 +80,14 @@ def installed_code_documents(most_bytes: int) -> list[Document]:
     most_bytes : int
         Where there is more, packages give the same share of their files, chosen by a hash of the names.
     """
-    documents = [Document(f"python/{d.name}", d.text) for d in standard_library_documents("code")]
+    library = Path(sysconfig.get_path("stdlib"))
+    found = {f"python/{path.relative_to(library).as_posix()}": path for path in _library_sources(library)}
     for root in sorted({Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}):
-        found = (p for p in sorted(root.rglob("*.py")) if not _LEFT_OUT.intersection(p.relative_to(root).parts[1:]))
-        documents += [read_document(path, name=path.relative_to(root).as_posix()) for path in found]
-    documents = [d for d in documents if d.text.strip()]
-    share = most_bytes / max(sum(len(d.text) for d in documents), 1)
-    return [d for d in documents if _unit_hash(f"kept {d.name}") < share]
+        sources = (p for p in sorted(root.rglob("*.py")) if not _LEFT_OUT.intersection(p.relative_to(root).parts[1:]))
+        found |= {path.relative_to(root).as_posix(): path for path in sources}
+    share = most_bytes / max(sum(path.stat().st_size for path in found.values()), 1)
+    documents = [read_document(path, name=name) for name, path in found.items() if _unit_hash(f"kept {name}") < share]
+    return [d for d in documents if d.text.strip()]
 
 
 def split_packages(documents: list[Document], fraction: float = 0.05) -> tuple[list[Document], list[Document]]:

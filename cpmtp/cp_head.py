@@ -101,11 +101,12 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         ValueError
             If the head was trained on another model or tokenizer.
         """
-        for what, mine, its in (
-            ("weights", self.base_sha256, lm.fingerprint),
-            ("tokenizer", self.tokenizer_sha256, lm.tokenizer_fingerprint),
+        for what, mine, name in (
+            ("weights", self.base_sha256, "fingerprint"),
+            ("tokenizer", self.tokenizer_sha256, "tokenizer_fingerprint"),
         ):
-            if mine and mine != its:
+            # A head of no particular base is not worth reading all weights of this one.
+            if mine and mine != (its := getattr(lm, name)):
                 raise ValueError(
                     f"this head was trained on {self.base!r} ({what} {mine[:12]}), not on {lm.name!r} ({its[:12]}): "
                     "load that base model, or train a head for this one"

@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from cpmtp.acceptance import acceptance_profiles
 from cpmtp.cp_distribution import CPDistribution
 from cpmtp.cp_head import CPHead
-from cpmtp.decomposition.fitting import fit
 from cpmtp.divergence import divergences
 from cpmtp.head_objectives import head_loss
 from cpmtp.joint_distribution import JointDistribution, exact_joint
@@ -112,6 +111,9 @@ def rank_ceilings(
     joint: JointDistribution, rank: int, anchored: bool, *, rule: str = "token", seed: int = 0
 ) -> dict[str, float]:
     """Tokens per call of a context's fits of one rank, first token from the target: ``em_fit`` and ``acceptance_fit``."""
+    # Only ceilings need fits and what those import; a head can be judged without.
+    from cpmtp.decomposition.fitting import fit
+
     found = {}
     for method in ("em", "acceptance"):
         result = fit(joint, rank=rank, method=method, anchored=anchored, restarts=1, seed=seed, rule=rule)

@@ -89,8 +89,9 @@ class HuggingFaceLanguageModel:
         return self.model.base_model(input_ids=token_ids.to(self.device), use_cache=False).last_hidden_state
 
     def unembed(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
-        """Logits of hidden states."""
-        return self.model.get_output_embeddings()(hidden)
+        """Logits of hidden states, in the forward pass's precision."""
+        out = self.model.get_output_embeddings()
+        return out(hidden.to(out.weight.dtype))
 
     def encode(self, text: str) -> Int[Tensor, " time"]:
         """Token ids of a text, with the special tokens the tokenizer adds by itself."""

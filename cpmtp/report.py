@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +112,11 @@ class Report:
     def of(cls, table: pd.DataFrame, manifest: dict, extras: ReportExtras | None = None) -> Report:
         """From a study's table and manifest; parameters and errors as of `write_report`."""
         answers, sections = _content(table, manifest, extras or ReportExtras())
+        return cls.of_sections(sections, answers)
+
+    @classmethod
+    def of_sections(cls, sections: Sequence[Section], answers: Sequence[Section] = ()) -> Report:
+        """From sections of one's own; `answers` stand on the first screen."""
         figures = [block for section in sections for block in section.blocks if isinstance(block, Figure)]
         drawings = {figure.name: figure_svg(figure.draw, figure.title, name=figure.name) for figure in figures}
         return cls(tuple(answers), tuple(sections), drawings)

@@ -45,6 +45,9 @@ ALLOWED = {
     | {"cp_head", "verification", "generation_target", "generation_stats"} - {"joint_distribution", "prefix_tree"},
     "head_training": {"language_model", "cp_head", "head_objectives", "muon", "checkpoints"},
     "base_evaluation": {"corpora"},
+    "validation": EXACT
+    | {"pretrained", "training", "cp_head", "head_objectives", "head_training", "head_evaluation", "cycle_forecast", "latency"}
+    | {"speculative_decoding", "sampled_acceptance", "checkpoints", "plots", "report", "report_sections"},
     "pilot": {"latency"},
     "report": {"plots", "rank_selection", "latency", "report_sections"},
     "report_sections": {"plots", "rank_selection", "rank_criteria", "latency", "pilot", "study_summary"},
