@@ -3,7 +3,8 @@
 Run from the checkout: python data/studies/decoding.py OUT HEADS [MODEL], where HEADS holds a folder of heads per model.
 
 The plain forecast counts all positions of texts drawn from the base model alike; decoding meets the ends of its own cycles,
-and so does the weighted forecast. Forecast and measurement use different texts; intervals are over texts.
+and so does the weighted forecast. Both start from the same prompts: the forecast from what the base model writes after them by
+plain decoding, the measurement from what it writes with the head. Intervals are over prompts.
 """
 
 from __future__ import annotations
@@ -20,14 +21,12 @@ from cpmtp.language_model import sample_sequences
 from cpmtp.pretrained import load_language_model
 from cpmtp.speculative_decoding import speculative_generate
 
-TEXTS, PROMPTS, PROMPT, NEW_TOKENS, RULES = 256, 192, 64, 160, ("block", "token")
+PROMPTS, PROMPT, NEW_TOKENS, RULES = 192, 64, 160, ("block", "token")
 
 
-def rows_of(lm, folder: Path) -> list[dict]:
+def rows_of(lm, folder: Path, prompts: list[torch.Tensor], texts: torch.Tensor) -> list[dict]:
     """One head: a row per rule."""
     head = CPHead.from_pretrained(folder).attach(lm)
-    texts = sample_sequences(lm, TEXTS, PROMPT + NEW_TOKENS, seed=12)
-    prompts = list(sample_sequences(lm, PROMPTS, PROMPT, seed=11))
     key = {"model": lm.name, "head": folder.name, "rank": head.rank, "anchored": head.anchored, "horizon": head.horizon}
     rows = []
     for rule in RULES:
@@ -55,10 +54,12 @@ def main(out: Path, heads: Path, only: str | None = None) -> None:
     (out / "decoding").mkdir(parents=True, exist_ok=True)
     for name in sorted(folder.name for folder in heads.iterdir()) if only is None else [only]:
         lm = load_language_model(name)
+        prompts = list(sample_sequences(lm, PROMPTS, PROMPT, seed=11))
+        texts = torch.stack(speculative_generate(lm, None, prompts, max_new_tokens=NEW_TOKENS, seed=101).sequences)
         for folder in sorted(path.parent for path in (heads / name).glob("*/config.json")):
             part = out / "decoding" / f"{name}-{folder.name}.parquet"
             if not part.exists():
-                pd.DataFrame(rows_of(lm, folder)).to_parquet(part)
+                pd.DataFrame(rows_of(lm, folder, prompts, texts)).to_parquet(part)
     parts = [pd.read_parquet(part) for part in sorted((out / "decoding").glob("*.parquet"))]
     table = pd.concat(parts).sort_values(["rule", "model", "anchored", "rank"], ignore_index=True)
     table.to_parquet(out / "decoding.parquet")
