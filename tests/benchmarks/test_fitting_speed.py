@@ -20,7 +20,8 @@ from cpmtp.decomposition.starts import random_starts
 from cpmtp.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import sample_sequences, separated_hmm
-from cpmtp.pretrained import load_language_model
+from cpmtp.prefix_tree import truncated_joint
+from cpmtp.pretrained import HuggingFaceLanguageModel, load_language_model, new_llama
 
 CONTEXTS_PER_MODEL = 8
 RANKS = (2, 4, 8, 16, 32)
@@ -186,6 +187,22 @@ def test_four_tokens_fit_in_memory(benchmark):
         print(
             f"\n10^8 entries, rank 16: {result.objective:.2e} nats, {result.iterations} sweeps, {result.seconds:.0f} s, "
             f"peak {peak:.1f} GB"
+        )
+
+    once(benchmark, run)
+
+
+def test_a_tree_of_a_hundred_thousand_sequences_over_a_wide_vocabulary(benchmark):
+    def run():
+        model = new_llama(32_000, width=96, layers=2, window=64, seed=0)
+        # Sharp enough for the entropy of real text.
+        model.lm_head.weight = torch.nn.Parameter(0.36 * torch.randn(32_000, 96, generator=torch.Generator().manual_seed(0)))
+        lm = HuggingFaceLanguageModel(model)
+        tree = truncated_joint(lm, torch.arange(16), 3, mass=1.0, max_nodes=3000, max_children=35)
+        result = fit(tree, 32)
+        print(
+            f"\n{len(tree.levels[-1]):,} sequences of three tokens out of 32,000, rank 32: {result.iterations} sweeps in "
+            f"{result.seconds:.1f} s, {result.status}"
         )
 
     once(benchmark, run)
