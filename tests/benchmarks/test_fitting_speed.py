@@ -198,7 +198,7 @@ def test_a_tree_of_a_hundred_thousand_sequences_over_a_wide_vocabulary(benchmark
         # Sharp enough for the entropy of real text.
         model.lm_head.weight = torch.nn.Parameter(0.36 * torch.randn(32_000, 96, generator=torch.Generator().manual_seed(0)))
         lm = HuggingFaceLanguageModel(model)
-        tree = truncated_joint(lm, torch.arange(16), 3, mass=1.0, max_nodes=3000, max_children=35)
+        tree = truncated_joint(lm, torch.arange(16), 3, mass=1.0, max_nodes=3000, max_children=47)
         result = fit(tree, 32)
         print(
             f"\n{len(tree.levels[-1]):,} sequences of three tokens out of 32,000, rank 32: {result.iterations} sweeps in "
