@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_drafts import random_draft
-from scipy.stats import chi2, kstest
+from scipy.stats import kstest
 
 from cpmtp import speculative_decoding
 from cpmtp.cp_head import CPHead
@@ -18,6 +17,7 @@ from cpmtp.joint_distribution import exact_joint
 from cpmtp.language_model import MarkovLanguageModel, sample_sequences, separated_hmm
 from cpmtp.pretrained import HuggingFaceLanguageModel, embedded_heads, load_language_model, new_llama
 from cpmtp.speculative_decoding import custom_generate, speculative_generate
+from cpmtp.validation.checks import law_p_value
 
 VOCAB = 5
 
@@ -56,20 +56,6 @@ def plain_greedy(lm, prompt: torch.Tensor, count: int) -> torch.Tensor:
     return lm.model.generate(prompt[None], attention_mask=torch.ones(1, len(prompt)), max_new_tokens=count, **options)
 
 
-def g_test(rows: list[tuple[int, ...]], joint: torch.Tensor) -> float:
-    """p-value of the likelihood-ratio test, cells of fewer than five expected counts pooled."""
-    expected = (joint.flatten() * len(rows)).tolist()
-    seen = Counter(rows)
-    counts = [seen[tuple(cell)] for cell in torch.cartesian_prod(*[torch.arange(joint.shape[0])] * joint.ndim).tolist()]
-    if any(c for c, e in zip(counts, expected, strict=True) if e == 0):
-        return 0.0  # what the target never emits
-    large = [(c, e) for c, e in zip(counts, expected, strict=True) if e >= 5]
-    pooled = [(len(rows) - sum(c for c, _ in large), len(rows) - sum(e for _, e in large))]
-    cells = large + [cell for cell in pooled if cell[1] > 1e-9]
-    statistic = 2 * sum(c * torch.log(torch.tensor(c / e, dtype=torch.float64)).item() for c, e in cells if c)
-    return float(chi2.sf(statistic, len(cells) - 1))
-
-
 def p_value(seed: int, *, rule="block", temperature=1.0, rows=1500, horizon=3) -> float:
     lm = a_chain()
     prompt = torch.tensor([1])
@@ -77,7 +63,7 @@ def p_value(seed: int, *, rule="block", temperature=1.0, rows=1500, horizon=3) -
         lm, a_draft(), [prompt] * rows, max_new_tokens=horizon, rule=rule, temperature=temperature, seed=seed
     )
     joint = exact_joint(lm, prompt, horizon, temperature=temperature).probs
-    return g_test([tuple(row.tolist()) for row in out.token_ids], joint)
+    return law_p_value(torch.stack(list(out.token_ids)), joint)
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -147,14 +133,14 @@ def test_a_batch_on_a_real_cache_follows_the_law():
     prompts = [torch.tensor([2, 1])] * 700 + [torch.tensor([0, 3, 2, 1])] * 700
     out = speculative_generate(lm, a_head(lm), prompts, max_new_tokens=3, seed=4)
     for rows, prompt in ((out.token_ids[:700], prompts[0]), (out.token_ids[700:], prompts[-1])):
-        assert g_test([tuple(row.tolist()) for row in rows], exact_joint(lm, prompt, 3).probs) > 1e-3
+        assert law_p_value(torch.stack(list(rows)), exact_joint(lm, prompt, 3).probs) > 1e-3
 
 
 def test_processing_applies_to_target_and_draft_alike():
     lm, prompt = a_model(), torch.tensor([2, 1])
     out = speculative_generate(lm, a_head(lm), [prompt] * 1000, max_new_tokens=3, top_k=3, top_p=0.9, temperature=0.8)
     joint = exact_joint(lm, prompt, 3, top_k=3, top_p=0.9, temperature=0.8).probs
-    assert g_test([tuple(row.tolist()) for row in out.token_ids], joint) > 1e-3
+    assert law_p_value(torch.stack(list(out.token_ids)), joint) > 1e-3
 
 
 def test_a_draft_equal_to_the_target_is_always_accepted():
