@@ -262,7 +262,8 @@ def plot_step_times(steps: pd.DataFrame, ax: Axes) -> Axes:
         left += seconds
     ax.set_yticks(range(len(steps)), steps["label"])
     ax.set_xlabel("milliseconds per call")
-    ax.legend()
+    ax.set_xlim(0, 1.6 * max(left, default=1.0))  # the legend stands beside the bars
+    ax.legend(loc="center right")
     return ax
 
 

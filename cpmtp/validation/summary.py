@@ -97,7 +97,10 @@ def sections(tables: dict[str, pd.DataFrame], cells: pd.DataFrame, found: dict) 
     drafted = cells[cells["forecast"].notna()]
     one = drafted[drafted["batch"] == drafted["batch"].min()]
     warmest = one[one["temperature"] == one["temperature"].max()]
-    steps = warmest[["head", *(f"{name}_seconds" for name in _STAGES)]].rename(columns={"head": "label"})
+    warmest = warmest.assign(rank=warmest["rank"].astype(int))
+    told = warmest[warmest["anchored"].astype(bool)]
+    steps = told[[f"{name}_seconds" for name in _STAGES]]
+    steps.insert(0, "label", [f"n{n:.0f} r{r}" for n, r in zip(told["horizon"], told["rank"], strict=True)])
     machine = f"Device: {found['device']}; " + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     shown = ["head", "temperature", "batch", "tokens_per_second", "speedup", "forecast", "measured"]
     return [
@@ -122,7 +125,7 @@ def sections(tables: dict[str, pd.DataFrame], cells: pd.DataFrame, found: dict) 
         ),
         Section(
             "Where a call's time goes",
-            (Figure("Time per call", "Stages of a call, one bar per head.", partial(plot_step_times, steps)),),
+            (Figure("Time per call", "Stages of a call, one bar per anchored head.", partial(plot_step_times, steps)),),
         ),
         Section("The head's share by model width", (_table(tables["overhead"].drop(columns="part_seconds")),)),
         Section("Heads", (_table(tables["heads"].drop(columns="part_seconds")),)),
@@ -142,7 +145,7 @@ def sections(tables: dict[str, pd.DataFrame], cells: pd.DataFrame, found: dict) 
 def _table(frame: pd.DataFrame) -> Table:
     def cell(value: object) -> str:
         if isinstance(value, float):
-            return "" if value != value else f"{value:.4g}"
+            return "" if value != value else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
         return "" if value is None else str(value)
 
     head = tuple(str(name).replace("_", " ") for name in frame.columns)
