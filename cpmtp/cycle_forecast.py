@@ -149,7 +149,7 @@ def start_probs(kept: Float[Tensor, "texts starts horizon"]) -> Float[Tensor, "t
 def _text_ratios(lm: Any, head: CPHead, row: Tensor, start: int, law: SamplingLaw) -> Tensor:
     """``q / p`` (1, starts, drafted) of one text (1, time); what lies beyond its end is 0."""
     row = row.to(lm.device)
-    hidden = lm.hidden_states(row)[0].float()
+    hidden = lm.hidden_states(row)[0]
     time, drafted = row.shape[1], head.horizon - 1
     # Beyond the end stand copies of the last token: read by nobody, but the shapes stay.
     padded = torch.cat([row[0], row[0, -1:].expand(drafted)])
@@ -161,7 +161,7 @@ def _text_ratios(lm: Any, head: CPHead, row: Tensor, start: int, law: SamplingLa
     parts = []
     for at in known.split(size):
         following = at[:, None] + torch.arange(1, drafted + 1, device=row.device)
-        q = _path_probs(head, hidden[at - 1], row[0, at], padded[following], law)
+        q = _path_probs(head, hidden[at - 1].to(head.maps), row[0, at], padded[following], law)
         parts.append(torch.where(following < time, q / of_text[following - 1], 0.0))
     return torch.cat(parts).cpu()[None]
 
