@@ -66,7 +66,8 @@ computed exactly at {contexts.iloc[0]} contexts each, sampled from the model its
 {", ".join(map(str, sorted(reference["rank"].unique())))} by expectation-maximisation. Tokens per call are those of lossless block
 verification with the first token from the target ({{doc}}`definitions`). Every figure on this page is computed from the stored
 tables by `docs/make_results.py`; versions, settings and hashes are in the manifests beside the tables (seed
-{manifest["settings"]["seed"]}). All tokens-per-call figures are ceilings: no learned head was asked.
+{manifest["settings"]["seed"]}). Tokens per call are ceilings of a rank up to
+the part on learning, where trained heads come in.
 """
 
 
