@@ -264,7 +264,8 @@ def _losses(methods: pd.DataFrame, reference: pd.DataFrame, anchored: pd.DataFra
             f"losses-{model}-{'anchored' if anchored else 'unanchored'}",
             f"{model}, three tokens, {'anchored' if anchored else 'unanchored'} heads",
             partial(plot_losses_over_rank, rows),
-            "What heads of each rank have learned, and what is lost to learning, to the objective and to the rank.",
+            "What heads of each rank have learned, and what is lost to learning, to the objective and to the rank. A second bar of a rank "
+            "is the recommended head, trained longer.",
         )
         for (model, anchored), rows in waterfall.groupby(["model", "anchored"])
     ]
