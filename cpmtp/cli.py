@@ -291,6 +291,7 @@ def generate(
     if expect and draft is None:
         raise ValueError("--expect without a head: plain decoding has nothing to drift")
     keys = {"model": lm.name, "rank": getattr(draft, "rank", 0), "anchored": getattr(draft, "anchored", False), "rule": rule}
+    keys["head"] = Path(head or "").name
     expected = expected_interval(expect, **keys) if expect else None
     out = speculative_generate(
         lm, draft, lm.encode(prompt), max_new_tokens=max_new_tokens, rule=rule, temperature=temperature, top_k=top_k,

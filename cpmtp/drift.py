@@ -20,7 +20,8 @@ def expected_interval(path: str | Path, **keys: object) -> tuple[float, float]:
     ----------
     path : path
     keys
-        Values of `model`, `rank`, `anchored`, `rule`, `temperature`; those that the table has must match.
+        Values of `model`, `rank`, `anchored`, `rule`, `temperature`; those that the table has must match. `head` decides
+        where a table has several such heads.
 
     Raises
     ------
@@ -37,6 +38,9 @@ def expected_interval(path: str | Path, **keys: object) -> tuple[float, float]:
     used = {name: keys[name] for name in _KEYS if name in table and name in keys}
     for name, value in used.items():
         table = table[table[name] == value]
+    if len(table) > 1 and "head" in table and "head" in keys:
+        used["head"] = keys["head"]
+        table = table[table["head"] == keys["head"]]
     if len(table) != 1:
         raise ValueError(f"{path} has {len(table)} rows for {used}: expected one")
     return float(table["forecast_low"].iloc[0]), float(table["forecast_high"].iloc[0])

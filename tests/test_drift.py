@@ -51,3 +51,21 @@ def test_what_is_no_table_of_forecasts_is_refused(tmp_path):
     for name in ("x.parquet", "absent.parquet"):
         with pytest.raises(ValueError, match="no table of forecasts"):
             expected_interval(tmp_path / name)
+
+
+def test_of_several_such_heads_the_named_one_is_meant(tmp_path):
+    rows = [("r8", 1.9, 2.0), ("recommended", 2.5, 2.6)]
+    table = pd.DataFrame([{"head": h, "rank": 8, "forecast_low": low, "forecast_high": high} for h, low, high in rows])
+    table.to_parquet(tmp_path / "table.parquet")
+    assert expected_interval(tmp_path / "table.parquet", rank=8, head="recommended") == (2.5, 2.6)
+    with pytest.raises(ValueError, match="2 rows"):
+        expected_interval(tmp_path / "table.parquet", rank=8)
+    table[:1].to_parquet(tmp_path / "one.parquet")
+    assert expected_interval(tmp_path / "one.parquet", rank=8, head="mine") == (1.9, 2.0)
+
+
+@pytest.mark.parametrize("model", ["code", "prose"])
+def test_the_stored_forecasts_know_the_recommended_heads(root, model):
+    path = root / "data" / "studies" / "head" / "decoding.parquet"
+    low, high = expected_interval(path, model=model, rank=8, anchored=True, rule="block", head="recommended")
+    assert 2.4 < low < high < 3
