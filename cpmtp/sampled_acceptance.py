@@ -66,7 +66,8 @@ def estimate_acceptance(
 
     ``S_k = E_P[prod_{i<=k} min(1, q_i / p_i)]`` for rule ``"token"`` and ``S_k = E_P[min_{0<=j<=k} Q(x_1:j) / P(x_1:j)]`` for
     ``"block"``: both are means, over x drawn from the target, of numbers between 0 and 1. The interval is the normal one of
-    the mean number of tokens per sample.
+    the mean number of tokens per sample, after adding ``z^2 / 2`` samples at each end of its range (Agresti and Coull's
+    interval, for any bounded number): where acceptance rests on texts too rare to be among the samples, it stays honest.
 
     Parameters
     ----------
@@ -95,7 +96,7 @@ def estimate_acceptance(
 
     References
     ----------
-    sun2024block, leviathan2023fast
+    sun2024block, leviathan2023fast, agresti1998approximate
 
     Examples
     --------
@@ -119,16 +120,25 @@ def estimate_acceptance(
     ratios = drafted / target
     running = ratios.clamp(max=1).cumprod(1) if rule == "token" else ratios.cumprod(1).cummin(1).values.clamp(max=1)
     tokens = running.sum(1) + (first_token == "draft")
-    mean, half = float(tokens.mean()), NormalDist().inv_cdf(0.5 + confidence / 2) * float(tokens.std()) / math.sqrt(samples)
     return AcceptanceEstimate(
         survival=running.mean(0),
         survival_error=running.std(0) / math.sqrt(samples),
-        tokens_per_call=mean,
-        tokens_per_call_interval=(mean - half, mean + half),
+        tokens_per_call=float(tokens.mean()),
+        tokens_per_call_interval=_bounded_mean_interval(tokens, 1.0, horizon + (first_token == "draft"), confidence),
         samples=samples,
         rule=rule,
         first_token=first_token,
     )
+
+
+def _bounded_mean_interval(values: Tensor, lowest: float, highest: float, confidence: float) -> tuple[float, float]:
+    """Interval of the mean of numbers known to lie in a range: also where their own spread misses what is rare."""
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    added, count = z * z / 2, len(values) + z * z
+    mean = (float(values.sum()) + added * (lowest + highest)) / count
+    squares = float((values - mean).square().sum()) + added * ((lowest - mean) ** 2 + (highest - mean) ** 2)
+    half = z * math.sqrt(squares) / count
+    return max(mean - half, lowest), min(mean + half, highest)
 
 
 def _sampled_ratios(lm, draft, context, horizon, law, *, samples: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

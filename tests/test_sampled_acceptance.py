@@ -52,6 +52,19 @@ def test_the_interval_covers_the_exact_value_about_as_often_as_it_says():
     assert 0.88 <= _coverage("block", "target", 200) <= 0.99
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_the_interval_holds_where_acceptance_rests_on_texts_too_rare_to_be_drawn(rule):
+    # The draft always says 1; the target says 0 over and over but for one time in 1,000.
+    lm = MarkovLanguageModel(torch.tensor([0.5, 0.5]), torch.tensor([[0.999, 0.001], [0.001, 0.999]]))
+    context, draft = torch.tensor([0]), CPDistribution(torch.ones(1), [torch.tensor([[1e-6], [1 - 1e-6]])] * 3)
+    exact = brute_force_survival(exact_joint(lm, context, 3).probs, draft.to_tensor(), rule, "target").sum()
+    hits = 0
+    for seed in range(200):
+        low, high = estimate_acceptance(lm, draft, context, samples=300, seed=seed, rule=rule).tokens_per_call_interval
+        hits += low <= float(exact) <= high
+    assert hits >= 0.9 * 200
+
+
 def test_a_draft_that_is_the_target_is_always_accepted():
     lm = RecurrentModel(5)
     for draft in (lm, exact_joint(lm, CONTEXT, 3)):

@@ -249,6 +249,23 @@ def test_whatever_is_asked_only_possible_tokens_come_out_and_rows_end_where_they
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("model", ["code", "prose"])
+def test_a_real_model_with_its_head_emits_the_law_of_the_model_alone(model, rule, temperature, batch):
+    lm = load_language_model(model)
+    head = CPHead.from_pretrained(embedded_heads(model)["recommended"]).attach(lm)
+    prompt = sample_sequences(lm, 1, 24, seed=5)[0]
+    options = {"max_new_tokens": 3 + head.horizon, "rule": rule, "temperature": temperature}
+    tokens = []
+    for seed in range(1200 // batch):
+        out = speculative_generate(lm, head, [prompt] * batch, seed=seed, **options)
+        tokens += [new[:3] for new in out.token_ids]
+    assert law_p_value(torch.stack(tokens), exact_joint(lm, prompt, 3, temperature=temperature).probs) > 1e-3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["code", "prose"])
 def test_greedy_output_of_a_real_model_is_plain_greedy_decoding_over_ten_thousand_tokens(model):
     lm = load_language_model(model)

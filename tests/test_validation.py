@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -29,9 +30,14 @@ def finished(tmp_path_factory):
     """The command line's tiny preset, on a machine without TensorLy."""
     folder = tmp_path_factory.mktemp("validation")
     done = subprocess.run([sys.executable, "-c", WITHOUT_TENSORLY, str(folder)], capture_output=True, text=True)
-    assert done.returncode in (0, None), done.stderr
+    assert done.returncode == 0, done.stderr
     assert "report" in done.stdout, done.stdout + done.stderr
     return folder
+
+
+def _error(table, name):
+    """Standard error, from the 95 % interval."""
+    return (table[f"{name}_high"] - table[f"{name}_low"]) / (2 * 1.96)
 
 
 def test_few_files_come_out_and_none_is_large(finished):
@@ -48,7 +54,8 @@ def test_every_head_is_decoded_with_beside_plain_decoding(finished):
     assert len(cells) == (heads + 2) * len(preset.batches) * len(preset.temperatures)
     drafted = cells[cells["rank"].notna()]
     assert (drafted["measured"] >= 1).all() and (drafted["measured"] <= drafted["horizon"]).all()
-    assert ((drafted["forecast"] - drafted["measured"]).abs() < 0.35).all()  # six prompts of 24 tokens
+    apart = (drafted["forecast"] - drafted["measured"]).abs()
+    assert (apart <= 4 * np.hypot(_error(drafted, "forecast"), _error(drafted, "measured"))).all()
     assert (cells["tokens_per_second"] > 0).all()
 
 
@@ -58,17 +65,16 @@ def test_the_output_follows_the_exact_joint_and_estimates_contain_it(finished):
     assert len(law) == 2 * 2 * len(PRESETS["tiny"].ranks) * PRESETS["tiny"].law_seeds
     assert (law["p_value"] > 1e-4).all()
     estimates = checks[checks["table"] == "estimates"]
-    inside = (estimates["estimate_low"] - 0.05 <= estimates["exact"]) & (
-        estimates["exact"] <= estimates["estimate_high"] + 0.05
-    )
-    assert inside.all()
+    middle = (estimates["estimate_low"] + estimates["estimate_high"]) / 2
+    assert ((estimates["exact"] - middle).abs() <= 4 * _error(estimates, "estimate")).all()
 
 
 def test_the_summary_names_the_machine_the_choice_and_the_errors(finished):
     found = json.loads((finished / "results" / "summary.json").read_text("utf-8"))
     assert found["device"] and found["versions"]["torch"] == torch.__version__
     assert len(found["choices"]) == 4
-    assert found["forecast_error_largest"] < 0.5
+    errors = pd.read_parquet(finished / "results" / "decoding.parquet")["forecast_error"]
+    assert found["forecast_error_largest"] == pytest.approx(errors.abs().max())
 
 
 def test_what_is_done_is_not_done_again(finished):

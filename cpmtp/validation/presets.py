@@ -116,7 +116,7 @@ _GPU = Preset(
             "code-bpe",
             vocab_size=4096,
             training=BaseTrainingSettings(
-                windows_per_step=64, width=768, layers=8, learning_rate=2e-3, seconds=330.0, bfloat16=True, compiled=True
+                windows_per_step=64, width=768, layers=8, learning_rate=2e-3, seconds=300.0, bfloat16=True, compiled=True
             ),
             corpus_bytes=150_000_000,
             held_out_bytes=1_000_000,
@@ -125,7 +125,7 @@ _GPU = Preset(
             "code-bytes",
             vocab_size=257,
             training=BaseTrainingSettings(
-                windows_per_step=64, width=768, layers=8, learning_rate=2e-3, seconds=100.0, bfloat16=True, compiled=True
+                windows_per_step=64, width=768, layers=8, learning_rate=2e-3, seconds=80.0, bfloat16=True, compiled=True
             ),
             corpus_bytes=60_000_000,
             held_out_bytes=500_000,
@@ -136,7 +136,7 @@ _GPU = Preset(
     head_width=256,
     head_blocks=2,
     head_steps=0,
-    head_seconds=200.0,
+    head_seconds=120.0,
     windows=4096,
     window=256,
     rows=16,
