@@ -262,7 +262,8 @@ def test_a_real_model_with_its_head_emits_the_law_of_the_model_alone(model, rule
     for seed in range(1200 // batch):
         out = speculative_generate(lm, head, [prompt] * batch, seed=seed, **options)
         tokens += [new[:3] for new in out.token_ids]
-    assert law_p_value(torch.stack(tokens), exact_joint(lm, prompt, 3, temperature=temperature).probs) > 1e-3
+    # One in a thousand for all sixteen cells together.
+    assert law_p_value(torch.stack(tokens), exact_joint(lm, prompt, 3, temperature=temperature).probs) > 1e-3 / 16
 
 
 @pytest.mark.slow
