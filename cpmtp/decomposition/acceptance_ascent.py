@@ -9,7 +9,7 @@ from torch import Tensor
 from cpmtp.acceptance import acceptance_profiles
 from cpmtp.cp_distribution import CPDistribution
 from cpmtp.decomposition.expectation import Mixtures
-from cpmtp.decomposition.gradient import from_logits, to_logits
+from cpmtp.decomposition.gradient import from_logits, logit_curvature, to_logits
 from cpmtp.decomposition.quasi_newton import minimise
 from cpmtp.decomposition.solution import Runs
 from cpmtp.joint_distribution import JointDistribution
@@ -57,7 +57,10 @@ def acceptance_runs(
         values, gradients = zip(*parts, strict=True)
         return torch.cat(values), torch.cat(gradients)
 
-    minima = minimise(evaluate, to_logits(start), max_passes=max_iterations, tolerance=tolerance)
+    def curvature(logits: Tensor) -> Tensor:
+        return logit_curvature(logits, start)
+
+    minima = minimise(evaluate, to_logits(start), curvature=curvature, max_passes=max_iterations, tolerance=tolerance)
     # A draft that gives the first token earns the target's own token after the block as well.
     bonus = float(first_token == "draft")
     traces = [[value - bonus for value in trace] for trace in minima.traces]

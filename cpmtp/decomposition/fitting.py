@@ -27,13 +27,12 @@ _DEFAULT_EFFORT = {
     "hals": (50, 1e-6),
     "mu": (100, 1e-6),
     "em": (200, 1e-4),
-    "gradient": (60, 1e-4),
+    "gradient": (200, 1e-4),
     "acceptance": (80, 1e-4),
 }
-# Joints up to this many entries are cheap: more passes are allowed. A gradient pass costs several of em's there, where the
-# optimiser's own bookkeeping is the larger part.
+# Joints up to this many entries are cheap: more passes are allowed.
 _SMALL_JOINT = 50_000
-_MORE_PASSES = {"em": 10, "gradient": 2, "acceptance": 3}
+_MORE_PASSES = {"em": 10, "acceptance": 3}
 
 
 def fit(

@@ -1,4 +1,4 @@
-"""L-BFGS for many independent problems at once: each has its own history, step and end."""
+"""L-BFGS for many independent problems at once: each has its own history, scale, step and end."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def minimise(
     evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     start: Float[Tensor, "runs size"],
     *,
+    curvature: Callable[[Tensor], Tensor],
     max_passes: int,
     tolerance: float,
 ) -> Minima:
@@ -42,6 +43,9 @@ def minimise(
     evaluate : callable
         ``(runs, points) -> (values, gradients)`` for the given run numbers, each run on its own.
     start : (runs, size) tensor
+    curvature : callable
+        ``points -> (runs, size)``: a positive guess at the diagonal of each Hessian, up to a factor. The history begins from
+        its inverse at every step.
     max_passes : int
         Most evaluations of each run.
     tolerance : float
@@ -67,7 +71,7 @@ def minimise(
             return Minima(points, values, tuple(converged), traces)
         keep = torch.tensor(going, device=start.device)
         alive, x, f, g, history = alive[keep], x[keep], f[keep], g[keep], history.kept(keep)
-        direction = history.direction(g)
+        direction = history.direction(g, curvature(x))
         new_x, new_f, new_g, spent = _backtrack(evaluate, alive, (x, f, g), direction)
         history = history.extended(new_x - x, new_g - g)
         x, f, g = new_x, new_f, new_g
@@ -93,21 +97,22 @@ class _History:
         pairs = ([*self.steps, step], [*self.changes, change], [*self.reciprocals, reciprocal])
         return _History(*(field[-_MEMORY:] for field in pairs))
 
-    def direction(self, gradient: Tensor) -> Tensor:
+    def direction(self, gradient: Tensor, curvature: Tensor) -> Tensor:
         """The two-loop recursion; downhill for every run, and nowhere longer than the longest step."""
-        q, scale = gradient, 1 / gradient.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        q, scale = gradient, gradient.new_ones(len(gradient), 1)
         factors = []
         for step, change, reciprocal in zip(*map(reversed, (self.steps, self.changes, self.reciprocals)), strict=True):
             factors.append((reciprocal * (step * q).sum(1))[:, None])
             q = q - factors[-1] * change
         for change, reciprocal in zip(self.changes, self.reciprocals, strict=True):
             newest = (reciprocal > 0)[:, None]
-            scale = torch.where(newest, 1 / (reciprocal * change.square().sum(1)).clamp_min(1e-300)[:, None], scale)
-        q = q * scale
+            length = (change.square() / curvature).sum(1)
+            scale = torch.where(newest, 1 / (reciprocal * length).clamp_min(1e-300)[:, None], scale)
+        q = scale * q / curvature
         for step, change, reciprocal, factor in zip(self.steps, self.changes, self.reciprocals, reversed(factors), strict=True):
             q = q + step * (factor - (reciprocal * (change * q).sum(1))[:, None])
         uphill = (q * gradient).sum(1, keepdim=True) <= 0
-        q = torch.where(uphill, gradient / gradient.norm(dim=1, keepdim=True).clamp_min(1e-12), q)
+        q = torch.where(uphill, gradient / curvature, q)
         return -q * (_LONGEST_STEP / q.abs().amax(1, keepdim=True).clamp_min(_LONGEST_STEP))
 
 

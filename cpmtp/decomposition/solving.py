@@ -119,11 +119,11 @@ def _selected(joint: JointDistribution, rank: int, plan: Plan) -> tuple[Targets,
 
 
 def _core_starts(core: Core, rank: int, plan: Plan) -> Mixtures:
-    """The same on a joint's core; where `em` goes on from there, to convergence."""
+    """The same on a joint's core, and on to convergence there: by gradients for `gradient`, otherwise by `em`."""
     targets, start = _selected(core.joint, rank, plan)
-    if plan.method != "gradient":
-        start = em_runs(targets, start, max_iterations=plan.max_iterations, tolerance=plan.tolerance).mixtures
-    return core.lifted(start)
+    if plan.method == "gradient":
+        return core.lifted(_gradient(targets, start, plan).mixtures)
+    return core.lifted(em_runs(targets, start, max_iterations=plan.max_iterations, tolerance=plan.tolerance).mixtures)
 
 
 def _trials(rank: int) -> int:
@@ -143,10 +143,14 @@ def _interleaved(start: Mixtures, extra: Mixtures, restarts: int) -> Mixtures:
 def _kl_runs(joint: JointDistribution, targets: Targets, start: Mixtures, plan: Plan) -> Runs:
     passes, tolerance = plan.max_iterations, plan.tolerance
     if plan.method == "gradient":
-        balance = plan.load_balancing
-        return gradient_runs(targets, start, max_iterations=passes, tolerance=tolerance, load_balancing=balance)
+        return _gradient(targets, start, plan)
     if plan.method == "em":
         return em_runs(targets, start, max_iterations=passes, tolerance=tolerance)
     nearest = em_runs(targets, start, max_iterations=2 * passes, tolerance=tolerance)
     goal = (plan.rule, plan.first_token)
     return acceptance_runs(joint, targets.owner, nearest.mixtures, goal, max_iterations=passes, tolerance=tolerance)
+
+
+def _gradient(targets: Targets, start: Mixtures, plan: Plan) -> Runs:
+    settings = {"max_iterations": plan.max_iterations, "tolerance": plan.tolerance, "load_balancing": plan.load_balancing}
+    return gradient_runs(targets, start, **settings)
