@@ -13,7 +13,7 @@ _BURN_IN = 10
 # Logarithms of probabilities below this no longer matter to any sum of float64 probabilities.
 _LOWEST = 1e-280
 _FIRST_STEP_LIMIT = 4.0
-_TRIAL_SWEEPS = 6
+_TRIAL_SWEEPS = 12
 
 
 def em_runs(
@@ -67,7 +67,7 @@ def em_runs(
 
 
 def promising(targets: Targets | CountingTargets, starts: Mixtures, trials: int) -> tuple[Tensor, Mixtures]:
-    """Of every `trials` consecutive runs the one with the least divergence after six sweeps: its number, and where it is.
+    """Of every `trials` consecutive runs the one with the least divergence after twelve sweeps: its number, and where it is.
 
     Divergences after a few sweeps foretell those at the end well enough: the chosen run ends about where the best of all
     would have ended.

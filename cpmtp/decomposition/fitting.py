@@ -63,7 +63,7 @@ def fit(
         and never worse than it), the others the squared error.
     restarts : int
         The best answer is returned. For all but the squared-error methods each restart is the best of four random starts
-        after six sweeps of ``em``; large joints are fitted on their noticeable tokens first.
+        after twelve sweeps of ``em``; large joints are fitted on their noticeable tokens first.
     seed : int
         Restart k begins at the same point whatever the number of restarts and the batch.
     anchored : bool

@@ -144,7 +144,7 @@ def test_gradient_against_em_in_divergence(benchmark, joints, rank):
         time_ratio = sum(g.seconds for _, g in pairs) / sum(e.seconds for e, _ in pairs)
         ratio = gradient / em
         print(
-            f"\nrank {rank}, {len(joints)} contexts: gradient's divergence over em's: of the sums {gradient.sum() / em.sum():.3f}, "
+            f"\nrank {rank}: gradient's divergence over em's, {len(joints)} contexts: sums {gradient.sum() / em.sum():.3f}, "
             f"mean {ratio.mean():.3f}, median {ratio.median():.3f}, from {ratio.min():.3f} to {ratio.max():.3f}; "
             f"its time x {time_ratio:.1f}"
         )
