@@ -90,13 +90,15 @@ def poisson_cp(joint: JointDistribution, rank: int, iterations: int) -> tuple[fl
 
 def test_em_reaches_what_a_poisson_factorisation_ends_with_in_a_fraction_of_its_time(benchmark, joints):
     def compare():
-        for place in (0, 9):
+        for place in (0, 4, 9, 13):
             kl, seconds = poisson_cp(joints[place], 32, 20)
             line = f"\nrank 32 context {place}: pyttb ends at {kl:.4f} nats after {seconds:.1f} s"
-            for restarts in (1, 4):
-                em = fit(joints[place], 32, "em", restarts=restarts)
-                line += f" | em x {restarts}: {em.objective:.4f} in 1/{seconds / em.seconds:.0f} of its time"
-            print(line)
+            for passes in (1, 2, 4, 8, 16, 32, 64, 128):
+                runs = [fit(joints[place], 32, "em", max_iterations=passes, tolerance=0.0) for _ in range(3)]
+                if runs[0].objective <= kl:
+                    break
+            fastest_run = min(run.seconds for run in runs)
+            print(f"{line} | em with {passes} passes: {runs[0].objective:.4f} in 1/{seconds / fastest_run:.0f} of its time")
 
     once(benchmark, compare)
 
