@@ -189,8 +189,8 @@ def test_four_tokens_fit_in_memory(benchmark):
         result = fit(joint, 16)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(
-            f"\n10^8 entries, rank 16: {result.objective:.2e} nats, {result.iterations} sweeps, {result.seconds:.0f} s, {result.status}, "
-            f"peak {peak:.1f} GB"
+            f"\n10^8 entries, rank 16: {result.objective:.2e} nats, {result.iterations} sweeps, {result.seconds:.0f} s, "
+            f"{result.status}, peak {peak:.1f} GB"
         )
 
     once(benchmark, run)
