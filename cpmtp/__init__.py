@@ -11,46 +11,46 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from cpmtp.acceptance import AcceptanceProfile, implied_acceptance
-    from cpmtp.cp_distribution import CPDistribution
-    from cpmtp.cp_head import CPHead
+    from cpmtp.acceptance.implied import AcceptanceProfile, implied_acceptance
+    from cpmtp.acceptance.sampled import AcceptanceEstimate, estimate_acceptance
+    from cpmtp.acceptance.truncated import AcceptanceInterval
+    from cpmtp.decoding.speculative import speculative_generate
     from cpmtp.decomposition.fitting import FitResult, fit
-    from cpmtp.divergence import Divergences, divergences
-    from cpmtp.head_evaluation import head_draft, held_out_survival, waterfall
-    from cpmtp.head_training import HeadTrainingSettings, train_head
+    from cpmtp.drafts.cp_distribution import CPDistribution
+    from cpmtp.drafts.divergence import Divergences, divergences
+    from cpmtp.heads.cp_head import CPHead
+    from cpmtp.heads.evaluation import head_draft, held_out_survival, waterfall
     from cpmtp.joint_distribution import JointDistribution, exact_joint
     from cpmtp.language_model import HiddenMarkovLanguageModel, LanguageModel, MarkovLanguageModel, separated_hmm
     from cpmtp.prefix_tree import PrefixTree, truncated_joint
     from cpmtp.pretrained import HuggingFaceLanguageModel, embedded_models, load_language_model
-    from cpmtp.rank_selection import RankChoice, select_rank
-    from cpmtp.report import write_report
-    from cpmtp.sampled_acceptance import AcceptanceEstimate, estimate_acceptance
+    from cpmtp.ranking.comparison import compare_studies
+    from cpmtp.ranking.selection import RankChoice, select_rank
+    from cpmtp.report.document import write_report
     from cpmtp.sampling_law import SamplingLaw
-    from cpmtp.speculative_decoding import speculative_generate
-    from cpmtp.study import run_study
-    from cpmtp.study_comparison import compare_studies
-    from cpmtp.study_plan import StudySettings
-    from cpmtp.training import BaseTrainingSettings, train_base
-    from cpmtp.truncated_acceptance import AcceptanceInterval
+    from cpmtp.study.plan import StudySettings
+    from cpmtp.study.running import run_study
+    from cpmtp.training.base_models import BaseTrainingSettings, train_base
+    from cpmtp.training.heads import HeadTrainingSettings, train_head
 
 _HOME = {
-    "AcceptanceProfile": "acceptance",
-    "implied_acceptance": "acceptance",
-    "CPDistribution": "cp_distribution",
-    "CPHead": "cp_head",
-    "CycleForecast": "cycle_forecast",
-    "forecast_cycles": "cycle_forecast",
+    "AcceptanceProfile": "acceptance.implied",
+    "implied_acceptance": "acceptance.implied",
+    "CPDistribution": "drafts.cp_distribution",
+    "CPHead": "heads.cp_head",
+    "CycleForecast": "forecasting.cycles",
+    "forecast_cycles": "forecasting.cycles",
     "FitResult": "decomposition.fitting",
     "fit": "decomposition.fitting",
-    "Divergences": "divergence",
-    "divergences": "divergence",
+    "Divergences": "drafts.divergence",
+    "divergences": "drafts.divergence",
     "JointDistribution": "joint_distribution",
     "exact_joint": "joint_distribution",
-    "head_draft": "head_evaluation",
-    "held_out_survival": "head_evaluation",
-    "waterfall": "head_evaluation",
-    "HeadTrainingSettings": "head_training",
-    "train_head": "head_training",
+    "head_draft": "heads.evaluation",
+    "held_out_survival": "heads.evaluation",
+    "waterfall": "heads.evaluation",
+    "HeadTrainingSettings": "training.heads",
+    "train_head": "training.heads",
     "HiddenMarkovLanguageModel": "language_model",
     "LanguageModel": "language_model",
     "MarkovLanguageModel": "language_model",
@@ -60,19 +60,19 @@ _HOME = {
     "HuggingFaceLanguageModel": "pretrained",
     "embedded_models": "pretrained",
     "load_language_model": "pretrained",
-    "RankChoice": "rank_selection",
-    "select_rank": "rank_selection",
-    "write_report": "report",
-    "AcceptanceEstimate": "sampled_acceptance",
-    "estimate_acceptance": "sampled_acceptance",
-    "AcceptanceInterval": "truncated_acceptance",
+    "RankChoice": "ranking.selection",
+    "select_rank": "ranking.selection",
+    "write_report": "report.document",
+    "AcceptanceEstimate": "acceptance.sampled",
+    "estimate_acceptance": "acceptance.sampled",
+    "AcceptanceInterval": "acceptance.truncated",
     "SamplingLaw": "sampling_law",
-    "speculative_generate": "speculative_decoding",
-    "StudySettings": "study_plan",
-    "run_study": "study",
-    "compare_studies": "study_comparison",
-    "BaseTrainingSettings": "training",
-    "train_base": "training",
+    "speculative_generate": "decoding.speculative",
+    "StudySettings": "study.plan",
+    "run_study": "study.running",
+    "compare_studies": "ranking.comparison",
+    "BaseTrainingSettings": "training.base_models",
+    "train_base": "training.base_models",
 }
 
 __all__ = sorted(["__version__", *_HOME])

@@ -110,8 +110,8 @@ def study(
 
     Example: cpmtp study --model ./my-model --corpus docs/ --horizons 2,3 --ranks 1,2,4,8 --out runs/mine
     """
-    from cpmtp.study import run_study
-    from cpmtp.study_plan import StudySettings
+    from cpmtp.study.plan import StudySettings
+    from cpmtp.study.running import run_study
 
     settings = StudySettings(
         models=tuple(model),
@@ -151,8 +151,8 @@ def compare(
 
     Example: cpmtp compare runs/before runs/after
     """
-    from cpmtp.study import read_study
-    from cpmtp.study_comparison import compare_studies
+    from cpmtp.ranking.comparison import compare_studies
+    from cpmtp.study.running import read_study
 
     tables = [read_study(folder)[0] for folder in (first, second)]
     comparison = compare_studies(*tables, rule=rule, first_token=first_token, seed=seed)
@@ -183,8 +183,8 @@ def report(
 
     Example: cpmtp report runs/study --price 2.5 --out rank-report.html
     """
-    from cpmtp.report import Report, read_extras
-    from cpmtp.study import read_study
+    from cpmtp.report.document import Report, read_extras
+    from cpmtp.study.running import read_study
 
     if not price > 0:
         raise ValueError(f"--price {price}: expected a price above 0")
@@ -209,7 +209,7 @@ def train_base_command(
     """
     import torch
 
-    from cpmtp.training import BaseTrainingSettings, train_base
+    from cpmtp.training.base_models import BaseTrainingSettings, train_base
 
     if steps < 1:
         raise ValueError(f"--steps {steps}: expected at least 1")
@@ -241,9 +241,9 @@ def train_head_command(
     Example: cpmtp train-head --model code --rank 8 --steps 2000 --out runs/head-code
     """
     from cpmtp.corpora import read_documents
-    from cpmtp.cp_head import CPHead
-    from cpmtp.head_training import HeadTrainingSettings, train_head, windows_of_text
+    from cpmtp.heads.cp_head import CPHead
     from cpmtp.pretrained import load_language_model
+    from cpmtp.training.heads import HeadTrainingSettings, train_head, windows_of_text
 
     settings = HeadTrainingSettings(
         horizon=horizon, rank=rank, anchored=anchored, objective=objective, steps=steps, seconds=seconds, seed=seed
@@ -282,9 +282,9 @@ def generate(
 
     Example: cpmtp generate recommended --model code --max-new-tokens 200 --monitor runs/generate.jsonl
     """
-    from cpmtp.drift import drift_warning, expected_interval
+    from cpmtp.decoding.drift import drift_warning, expected_interval
+    from cpmtp.decoding.speculative import speculative_generate
     from cpmtp.pretrained import load_language_model
-    from cpmtp.speculative_decoding import speculative_generate
 
     lm = load_language_model(model, device=device)
     draft = None if head is None else _load_head(head, model, device)
@@ -309,7 +309,7 @@ def generate(
 
 
 def _load_head(name: str, model: str, device: str):
-    from cpmtp.cp_head import CPHead
+    from cpmtp.heads.cp_head import CPHead
     from cpmtp.pretrained import embedded_heads
 
     folder = embedded_heads(model).get(name, Path(name))
@@ -421,7 +421,7 @@ def _executor(address: str | None, workers: int | None):
 
 
 def _show_plan(settings, workers: int | None) -> None:
-    from cpmtp.study_plan import estimate_study
+    from cpmtp.study.plan import estimate_study
 
     estimate = estimate_study(settings, workers)
     print(f"cells           {estimate.cells:,}")
@@ -431,8 +431,8 @@ def _show_plan(settings, workers: int | None) -> None:
 
 
 def _finish(table, out: Path, quiet: bool) -> None:
-    from cpmtp.report import write_report
-    from cpmtp.study import read_study
+    from cpmtp.report.document import write_report
+    from cpmtp.study.running import read_study
 
     failed = int((table["status"] == "failed").sum())
     _, manifest = read_study(out)
@@ -449,8 +449,8 @@ def _finish(table, out: Path, quiet: bool) -> None:
 
 def _summarise(table, manifest: dict) -> None:
     """One screen: what was studied, and per horizon what each rank gives."""
-    from cpmtp.rank_selection import select_rank
-    from cpmtp.report import table_parts
+    from cpmtp.ranking.selection import select_rank
+    from cpmtp.report.document import table_parts
 
     for name, corpus in manifest["corpora"].items():
         replaced = corpus["replaced_bytes"]

@@ -9,7 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from cpmtp.latency import memory_bound_latency
-from cpmtp.plots import (
+from cpmtp.ranking.selection import OUTCOME, compare_criteria, context_values, needed_ranks, select_rank
+from cpmtp.ranking.summary import method_summary, objective_gap
+from cpmtp.report.plots import (
     figure_svg,
     plot_against_entropy,
     plot_contexts,
@@ -19,9 +21,7 @@ from cpmtp.plots import (
     plot_speedup,
     plot_waterfall,
 )
-from cpmtp.rank_selection import OUTCOME, compare_criteria, context_values, needed_ranks, select_rank
-from cpmtp.study import read_study
-from cpmtp.study_summary import method_summary, objective_gap
+from cpmtp.study.running import read_study
 
 STUDIES = Path(__file__).parents[1] / "data" / "studies"
 LATENCY = memory_bound_latency(plain_step=0.02, layers=32)

@@ -21,9 +21,9 @@ import pandas as pd
 
 import cpmtp
 from cpmtp.latency import memory_bound_latency
-from cpmtp.plots import house_style, plot_speedup, plot_tokens_per_call
-from cpmtp.rank_selection import compare_criteria, needed_ranks, paired_gains
-from cpmtp.study import read_study
+from cpmtp.ranking.selection import compare_criteria, needed_ranks, paired_gains
+from cpmtp.report.plots import house_style, plot_speedup, plot_tokens_per_call
+from cpmtp.study.running import read_study
 
 STUDIES = Path(cpmtp.__file__).parents[1] / "data" / "studies"
 

@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 import cpmtp
-from cpmtp.plots import house_style, plot_forecast
+from cpmtp.report.plots import house_style, plot_forecast
 
 STUDIES = Path(cpmtp.__file__).parents[1] / "data" / "studies"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cpmtp.cp_distribution import CPDistribution
+from cpmtp.drafts.cp_distribution import CPDistribution
 
 
 def random_draft(vocab: int, horizon: int, rank: int, seed: int, batch: tuple[int, ...] = ()) -> CPDistribution:

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from cpmtp.verification import verify
+from cpmtp.acceptance.verification import verify
 
 
 def conditionals(joint: torch.Tensor, sequence) -> list[torch.Tensor]:

@@ -121,16 +121,16 @@ def test_an_empty_corpus_and_a_folder_without_a_model_are_refused(monkeypatch, c
 
 
 def test_failed_cells_are_counted_and_the_status_is_one(monkeypatch, capsys, tmp_path):
-    import cpmtp.study_unit
+    import cpmtp.study.rows
 
-    real = cpmtp.study_unit.fit
+    real = cpmtp.study.rows.fit
 
     def fails_at_two(joint, rank, method, **options):
         if rank == 2:
             raise RuntimeError("no luck")
         return real(joint, rank, method, **options)
 
-    monkeypatch.setattr("cpmtp.study_unit.fit", fails_at_two)
+    monkeypatch.setattr("cpmtp.study.rows.fit", fails_at_two)
     status, out, err = run(monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2,4", "--out", tmp_path / "s")
     assert status == 1
     assert "4 of 12 cells failed" in err and "report" in out

@@ -7,16 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpmtp.acceptance import implied_acceptance
-from cpmtp.cp_head import CPHead
-from cpmtp.cycle_forecast import forecast_cycles
+from cpmtp.acceptance.implied import implied_acceptance
+from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.decomposition.fitting import fit
-from cpmtp.head_objectives import OBJECTIVES, head_loss
-from cpmtp.head_training import HeadTrainingSettings, train_head
+from cpmtp.forecasting.cycles import forecast_cycles
+from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.losses import OBJECTIVES, head_loss
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
-from cpmtp.speculative_decoding import speculative_generate
-from cpmtp.training import BaseTrainingSettings, _optimisers, _Run, _step
+from cpmtp.training.base_models import BaseTrainingSettings, _optimisers, _Run, _step
+from cpmtp.training.heads import HeadTrainingSettings, train_head
 from cpmtp.validation.checks import law_p_value
 
 VOCAB = 9

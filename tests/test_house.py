@@ -14,45 +14,21 @@ import pytest
 
 import cpmtp
 
-TYPES = {"language_model", "joint_distribution", "prefix_tree", "cp_distribution", "sampling_law"}
-EXACT = TYPES | {"corpora", "divergence", "verification", "acceptance", "decomposition"}
-ALLOWED = {
-    "pretrained": {"language_model", "tree_attention"},
-    "joint_distribution": {"language_model", "sampling_law"},
-    "prefix_tree": {"language_model", "sampling_law", "joint_distribution"},
-    "divergence": {"joint_distribution", "prefix_tree", "cp_distribution"},
-    "draft_law": TYPES - {"prefix_tree"},
-    "truncated_acceptance": TYPES | {"draft_law"},
-    "sampled_acceptance": TYPES | {"draft_law"},
-    "acceptance_rules": TYPES - {"language_model", "prefix_tree"},
-    "acceptance": TYPES | {"verification", "truncated_acceptance", "acceptance_rules"},
-    "decomposition": TYPES - {"language_model", "sampling_law"} | {"divergence", "acceptance"},
-    "study_plan": EXACT | {"pretrained"},
-    "study_table": {"study_plan"},
-    "study_unit": EXACT | {"study_plan", "study_table"},
-    "study_folder": {"study_plan", "study_table"},
-    "study_workers": {"study_plan", "study_unit"},
-    "study": {"study_plan", "study_table", "study_unit", "study_folder", "study_workers"},
-    "rank_selection": {"latency", "cluster_bootstrap", "rank_criteria"},
-    "training": EXACT | {"pretrained", "muon", "base_evaluation", "checkpoints"} - {"decomposition"},
-    "cp_head": {"cp_distribution"},
-    "head_objectives": {"cp_head"},
-    "head_evaluation": EXACT | {"cp_head", "head_objectives"},
-    "cycle_forecast": {"sampling_law", "cp_head"},
-    "generation_target": {"language_model"},
-    "drift": {"generation_stats"},
-    "speculative_decoding": TYPES
-    | {"cp_head", "verification", "generation_target", "generation_stats"} - {"joint_distribution", "prefix_tree"},
-    "head_training": {"language_model", "cp_head", "head_objectives", "muon", "checkpoints"},
-    "base_evaluation": {"corpora"},
-    "validation": EXACT
-    | {"pretrained", "training", "cp_head", "head_objectives", "head_training", "head_evaluation", "cycle_forecast", "latency"}
-    | {"speculative_decoding", "sampled_acceptance", "checkpoints", "plots", "report", "report_sections"},
-    "pilot": {"latency"},
-    "report": {"plots", "rank_selection", "latency", "report_sections"},
-    "report_sections": {"plots", "rank_selection", "rank_criteria", "latency", "pilot", "study_summary"},
-}
-TOUCHED_BY = {"tensorly": {"decomposition/als.py", "cp_distribution.py"}, "matplotlib": {"plots.py"}}
+BASIS = ["whole_files", "resampling", "sampling_law", "language_model", "tree_attention", "pretrained", "corpora"]
+BASIS += ["joint_distribution", "prefix_tree", "latency"]
+FLOORS = [[name] for name in [*BASIS, "drafts", "acceptance", "decomposition"]]
+FLOORS += [["study", "heads"], ["training", "decoding"], ["forecasting"], ["ranking"], ["report"], ["validation"]]
+FLOORS += [["commands"], ["cli"]]
+NARROWER = {"ranking": {"latency", "resampling"}, "report": {"ranking", "latency"}}
+
+
+def allowed(name: str) -> set[str]:
+    """Rooms that the room ``name`` may import: those on the floors below, or the few it is held to."""
+    floor = next(k for k, rooms in enumerate(FLOORS) if name in rooms)
+    return NARROWER.get(name, {room for rooms in FLOORS[:floor] for room in rooms})
+
+
+TOUCHED_BY = {"tensorly": {"decomposition/als.py", "drafts/cp_distribution.py"}, "matplotlib": {"report/plots.py"}}
 
 
 def _files(root):
@@ -60,36 +36,65 @@ def _files(root):
 
 
 def _imports(tree: ast.AST):
-    """Modules imported anywhere but under TYPE_CHECKING."""
+    """Modules and names of modules imported anywhere but under TYPE_CHECKING."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         yield from _imports(node)
 
 
-def test_imports_climb_one_way(root):
-    offences = []
+def _module(root, path) -> str:
+    """``cpmtp.drafts.divergence`` of its file; a package is its folder."""
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _edges(root) -> dict[str, set[str]]:
+    """Every module with the modules of the package that it imports."""
+    modules = {_module(root, path): path for path in _files(root)}
+    edges = {}
+    for name, path in modules.items():
+        used = set(_imports(ast.parse(path.read_text())))
+        used = {other if other in modules else other.rpartition(".")[0] for other in used}
+        edges[name] = (used & modules.keys()) - {name, "cpmtp"}
+    return edges
+
+
+def _offences(edges: dict[str, set[str]]) -> list[str]:
+    """Imports between rooms that the table forbids."""
+    rooms = {name: name.split(".")[1] for name in edges if name != "cpmtp"}
+    return [
+        f"{name} imports {used}"
+        for name in sorted(rooms)
+        for used in sorted(edges[name])
+        if rooms[used] != rooms[name] and rooms[used] not in allowed(rooms[name])
+    ]
+
+
+def test_imports_between_rooms_climb_one_way(root):
+    assert not _offences(_edges(root))
+
+
+def _circles(edges: dict[str, set[str]]) -> list[str]:
+    """Modules that import themselves through others."""
+    reached = {name: set(used) for name, used in edges.items()}
+    for _ in edges:
+        reached = {name: used.union(*(reached[other] for other in used)) for name, used in reached.items()}
+    return sorted(name for name, used in reached.items() if name in used)
+
+
+def test_no_files_import_each_other_in_a_circle(root):
+    assert not _circles(_edges(root))
+
+
+def test_the_face_loads_what_it_names_and_nothing_else_imports_it(root):
     for path in _files(root):
-        name = path.relative_to(root / "cpmtp").parts[0].removesuffix(".py")
-        if name in ("__init__", "cli"):
-            continue
-        used = {m.split(".")[1] for m in _imports(ast.parse(path.read_text())) if m.startswith("cpmtp.")} - {name}
-        beyond = used - ALLOWED.get(name, set()) - _alongside(name)
-        offences += [f"{name} imports {other}" for other in sorted(beyond)]
-    assert not offences
-
-
-def _alongside(name: str) -> set[str]:
-    """Parts split off a module of the table stand where that module stands."""
-    return SPLIT_OFF.get(name, set())
-
-
-SPLIT_OFF: dict[str, set[str]] = {}
+        if path.name != "__init__.py" and path.parent != root / "cpmtp" / "commands":
+            assert not re.search(r"^(import cpmtp$|from cpmtp import)", path.read_text(), re.MULTILINE) or path.stem == "cli"
 
 
 @pytest.mark.parametrize("library", sorted(TOUCHED_BY))

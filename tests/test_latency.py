@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from cpmtp.acceptance import AcceptanceProfile
+from cpmtp.acceptance.implied import AcceptanceProfile
 from cpmtp.latency import Forecast, LatencyModel, cost_per_million_tokens, predicted_speedup, tokens_until_paid
 
 PROFILE = AcceptanceProfile(torch.tensor([1.0, 0.8, 0.5], dtype=torch.float64), "block", "target")

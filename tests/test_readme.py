@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from cpmtp.cp_head import CPHead
-from cpmtp.head_evaluation import held_out_survival
+from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.evaluation import held_out_survival
 from cpmtp.language_model import sample_sequences
 from cpmtp.pretrained import embedded_heads, embedded_models, load_language_model
 

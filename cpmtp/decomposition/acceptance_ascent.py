@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from cpmtp.acceptance import acceptance_profiles
-from cpmtp.cp_distribution import CPDistribution
+from cpmtp.acceptance.implied import acceptance_profiles
 from cpmtp.decomposition.expectation import Mixtures
 from cpmtp.decomposition.gradient import from_logits, logit_curvature, to_logits
 from cpmtp.decomposition.quasi_newton import minimise
 from cpmtp.decomposition.solution import Runs
+from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import JointDistribution
 
 # Entries of the joints differentiated at once: the tape holds some twenty tensors of this size.

@@ -13,10 +13,10 @@ import torch
 from tensorly.decomposition import non_negative_parafac, non_negative_parafac_hals, parafac
 from torch import Tensor
 
-from cpmtp.cp_distribution import normalised_cp
 from cpmtp.decomposition.expectation import Mixtures
 from cpmtp.decomposition.solution import Runs
 from cpmtp.decomposition.starts import restart_generator
+from cpmtp.drafts.cp_distribution import normalised_cp
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cpmtp.cp_distribution import CPDistribution
+from cpmtp.drafts.cp_distribution import CPDistribution
 
 OK = "ok"
 NOT_CONVERGED = "not_converged"

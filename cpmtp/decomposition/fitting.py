@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cpmtp.cp_distribution import CPDistribution
 from cpmtp.decomposition.expectation import Mixtures
 from cpmtp.decomposition.fit_result import FAILED, NOT_CONVERGED, OK, FitResult
 from cpmtp.decomposition.solution import Runs
 from cpmtp.decomposition.solving import METHODS, Plan, Solved, solve, solve_counting
 from cpmtp.decomposition.sparse_em import TreeTargets, cell_marginals, first_token_cells, tree_cells
 from cpmtp.decomposition.starts import marginal_products, repeated_marginals
+from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import DEFAULT_MAX_BYTES, JointDistribution
 from cpmtp.prefix_tree import PrefixTree
 

@@ -7,9 +7,9 @@ from jaxtyping import Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from cpmtp.cp_distribution import CPDistribution
 from cpmtp.decomposition.expectation import Mixtures
 from cpmtp.decomposition.solution import Runs
+from cpmtp.drafts.cp_distribution import CPDistribution
 
 
 def factor_match_score(first: CPDistribution, second: CPDistribution) -> float:

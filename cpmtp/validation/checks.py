@@ -8,13 +8,13 @@ from collections import Counter
 import torch
 from scipy.stats import chi2
 
-from cpmtp.acceptance import acceptance_profiles
-from cpmtp.cp_head import CPHead
-from cpmtp.head_evaluation import head_draft
+from cpmtp.acceptance.implied import acceptance_profiles
+from cpmtp.acceptance.sampled import estimate_acceptance
+from cpmtp.decoding.speculative import speculative_generate
+from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.evaluation import head_draft
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
-from cpmtp.sampled_acceptance import estimate_acceptance
-from cpmtp.speculative_decoding import speculative_generate
 from cpmtp.validation.presets import BasePlan
 from cpmtp.validation.stages import Workplace
 

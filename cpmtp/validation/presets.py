@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cpmtp.training import BaseTrainingSettings
+from cpmtp.training.base_models import BaseTrainingSettings
 
 
 @dataclass(frozen=True)

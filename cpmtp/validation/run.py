@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from cpmtp.checkpoints import write_text
+from cpmtp.training.checkpoints import write_text
 from cpmtp.validation import checks, stages
 from cpmtp.validation.presets import Preset
 from cpmtp.validation.stages import Workplace

@@ -17,14 +17,14 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from cpmtp.corpora import Document, installed_code_documents, split_held_out, split_packages, standard_library_documents
-from cpmtp.cp_head import CPHead
-from cpmtp.cycle_forecast import forecast_cycles
-from cpmtp.head_objectives import head_loss
-from cpmtp.head_training import HeadTrainingSettings, train_heads
+from cpmtp.decoding.speculative import speculative_generate
+from cpmtp.forecasting.cycles import forecast_cycles
+from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.losses import head_loss
 from cpmtp.latency import LatencyModel
 from cpmtp.pretrained import HuggingFaceLanguageModel, load_language_model, train_byte_tokenizer
-from cpmtp.speculative_decoding import speculative_generate
-from cpmtp.training import train_base_on
+from cpmtp.training.base_models import train_base_on
+from cpmtp.training.heads import HeadTrainingSettings, train_heads
 from cpmtp.validation.presets import BasePlan, Preset
 
 _TOKENIZER_BYTES = 20_000_000

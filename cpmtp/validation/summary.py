@@ -14,11 +14,11 @@ import torch
 import transformers
 from scipy.stats import kstest
 
-from cpmtp.checkpoints import write_text
 from cpmtp.latency import LatencyModel
-from cpmtp.plots import plot_forecast, plot_step_times
-from cpmtp.report import Report
-from cpmtp.report_sections import Figure, Section, Table, Text
+from cpmtp.report.document import Report
+from cpmtp.report.plots import plot_forecast, plot_step_times
+from cpmtp.report.sections import Figure, Section, Table, Text
+from cpmtp.training.checkpoints import write_text
 from cpmtp.validation.stages import Workplace, fit_latency
 
 _STAGES = ("target", "draft", "verification", "rest")

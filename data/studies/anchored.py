@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 import cpmtp
-from cpmtp.study_plan import StudySettings, open_language_model, plan_study
+from cpmtp.study.plan import StudySettings, open_language_model, plan_study
 
 SETTINGS = StudySettings(horizons=(2, 3), ranks=(1, 2, 4, 8, 16, 32, 64), methods=("em",), contexts=64)
 CONTEXTS, RANKS, HORIZON = 32, (1, 2, 4, 8, 16, 32), 3

@@ -15,11 +15,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from cpmtp.cp_head import CPHead
-from cpmtp.cycle_forecast import forecast_cycles
+from cpmtp.decoding.speculative import speculative_generate
+from cpmtp.forecasting.cycles import forecast_cycles
+from cpmtp.heads.cp_head import CPHead
 from cpmtp.language_model import sample_sequences
 from cpmtp.pretrained import load_language_model
-from cpmtp.speculative_decoding import speculative_generate
 
 PROMPTS, PROMPT, NEW_TOKENS, RULES = 192, 64, 160, ("block", "token")
 

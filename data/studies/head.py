@@ -18,10 +18,10 @@ import torch
 from tqdm.auto import tqdm
 
 import cpmtp
-from cpmtp.cluster_bootstrap import Clusters, intervals
-from cpmtp.cp_head import CPHead
-from cpmtp.head_evaluation import learned_scores, rank_ceilings
-from cpmtp.study_plan import StudySettings, StudyUnit, open_language_model, plan_study
+from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.evaluation import learned_scores, rank_ceilings
+from cpmtp.resampling import Clusters, intervals
+from cpmtp.study.plan import StudySettings, StudyUnit, open_language_model, plan_study
 
 SETTINGS = StudySettings(horizons=(2, 3), ranks=(1, 2, 4, 8, 16, 32, 64), methods=("em",), contexts=64)
 CONTEXTS, WITH_ACCEPTANCE, RANKS, HORIZON, RULE = 32, 16, (1, 2, 4, 8, 16), 3, "token"

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from cpmtp.cp_head import CPHead
+from cpmtp.decoding.speculative import speculative_generate
+from cpmtp.heads.cp_head import CPHead
 from cpmtp.language_model import sample_sequences
 from cpmtp.pretrained import load_language_model
-from cpmtp.speculative_decoding import speculative_generate
 
 
 def prompts_of(lm, count: int, length: int, shifted: Path | None = None) -> list[torch.Tensor]:

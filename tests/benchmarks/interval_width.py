@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from cpmtp import fit, implied_acceptance, load_language_model, truncated_joint
-from cpmtp.plots import figure_svg
+from cpmtp.report.plots import figure_svg
 
 MASSES = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 CONTEXTS, LENGTH, HORIZON = 10, 64, 4

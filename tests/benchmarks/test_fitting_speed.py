@@ -12,12 +12,12 @@ import time
 import pytest
 import torch
 
-from cpmtp.acceptance import implied_acceptance
-from cpmtp.cp_distribution import CPDistribution, normalised_cp
+from cpmtp.acceptance.implied import implied_acceptance
 from cpmtp.decomposition.expectation import Targets, expected_counts, outer_products
 from cpmtp.decomposition.fitting import fit
 from cpmtp.decomposition.starts import random_starts
-from cpmtp.divergence import divergences
+from cpmtp.drafts.cp_distribution import CPDistribution, normalised_cp
+from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import sample_sequences, separated_hmm
 from cpmtp.prefix_tree import truncated_joint

@@ -13,8 +13,8 @@ import pytest
 LOSS = r"""
 import re, sys, time
 import torch
-from cpmtp.cp_head import CPHead
-from cpmtp.head_objectives import head_loss
+from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.losses import head_loss
 
 positions, objective = int(sys.argv[1]), sys.argv[2]
 torch.manual_seed(0)

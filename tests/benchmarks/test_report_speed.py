@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from test_rank_selection import study_table
-from test_report import MANIFEST
+from samples import MANIFEST, study_table
 
-from cpmtp.report import Report
+from cpmtp.report.document import Report
 
 ROWS = 20_000
 LIMIT_SECONDS = 15.0

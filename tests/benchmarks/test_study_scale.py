@@ -10,18 +10,18 @@ import time
 
 import pytest
 
-from cpmtp.study import read_study, run_study
-from cpmtp.study_plan import StudySettings
+from cpmtp.study.plan import StudySettings
+from cpmtp.study.running import read_study, run_study
 
 ROWS = """
 import json, random, resource, sys, time
-import cpmtp.study_workers
+import cpmtp.study.workers
 from cpmtp.cli import _summarise
-from cpmtp.report import write_report
-from cpmtp.study import read_study, run_study
-from cpmtp.study_plan import StudySettings, study_cells
-from cpmtp.study_table import FIRST_TOKENS, RULES
-from cpmtp.study_unit import _row
+from cpmtp.report.document import write_report
+from cpmtp.study.running import read_study, run_study
+from cpmtp.study.plan import StudySettings, study_cells
+from cpmtp.study.table import FIRST_TOKENS, RULES
+from cpmtp.study.rows import _row
 
 settings = StudySettings(models=("tiny_models:bigram",), contexts=2800, context_length=64)
 imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -48,7 +48,7 @@ def rows_of(settings, unit):
         rows.append(row)
     return rows
 
-cpmtp.study_workers.study_unit_rows = synthetic
+cpmtp.study.workers.study_unit_rows = synthetic
 begun = time.perf_counter()
 run_study(settings, sys.argv[1], workers=1)
 written = time.perf_counter()

@@ -8,7 +8,7 @@ from cpmtp.decomposition.core import Core
 from cpmtp.decomposition.fitting import fit
 from cpmtp.decomposition.solving import KL_METHODS
 from cpmtp.decomposition.starts import random_starts
-from cpmtp.divergence import divergences
+from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import separated_hmm
 

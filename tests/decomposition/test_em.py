@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from cpmtp.cp_distribution import CPDistribution
 from cpmtp.decomposition.em import em_runs
 from cpmtp.decomposition.expectation import Mixtures, Targets
 from cpmtp.decomposition.fitting import fit
 from cpmtp.decomposition.starts import random_starts
-from cpmtp.divergence import divergences
+from cpmtp.drafts.cp_distribution import CPDistribution
+from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import separated_hmm
 from cpmtp.pretrained import load_language_model

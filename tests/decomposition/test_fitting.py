@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from cpmtp.acceptance import implied_acceptance
+from cpmtp.acceptance.implied import implied_acceptance
 from cpmtp.decomposition.fitting import fit
 from cpmtp.decomposition.solving import METHODS
-from cpmtp.divergence import divergences
+from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution
 
 

@@ -7,7 +7,7 @@ import torch
 
 from cpmtp.decomposition.fitting import fit
 from cpmtp.decomposition.floors import rank_floors
-from cpmtp.divergence import divergences
+from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import separated_hmm
 

@@ -5,11 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from cpmtp.cp_distribution import CPDistribution
 from cpmtp.decomposition.fitting import fit
 from cpmtp.decomposition.matching import factor_match_score
 from cpmtp.decomposition.path import fit_path
-from cpmtp.divergence import divergences
+from cpmtp.drafts.cp_distribution import CPDistribution
+from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import separated_hmm
 

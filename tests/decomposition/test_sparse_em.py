@@ -8,7 +8,7 @@ from tiny_models import RecurrentModel
 
 from cpmtp.decomposition.fitting import fit
 from cpmtp.decomposition.sparse_em import tree_cells
-from cpmtp.divergence import divergences
+from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.language_model import separated_hmm
 from cpmtp.prefix_tree import truncated_joint

@@ -1,0 +1,1 @@
+"""Acceptance that a draft implies: rules, and sums over dense, truncated and sampled joints."""

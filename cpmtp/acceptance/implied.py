@@ -1,0 +1,232 @@
+"""The one definition of implied acceptance: what a draft earns against the exact joint.
+
+Survival ``S_k`` is the probability that the first k tokens of a block are emitted unchanged. Everything is a
+sum over sequences of at most two prefix laws, the target's and the draft's: only tensors of the joint's own size are held.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cpmtp.acceptance.dense import posterior_after_first, survivals
+from cpmtp.acceptance.truncated import AcceptanceInterval, certified_acceptance
+from cpmtp.drafts.cp_distribution import CPDistribution
+from cpmtp.joint_distribution import JointDistribution, exact_joint
+from cpmtp.language_model import LanguageModel
+from cpmtp.prefix_tree import PrefixTree
+from cpmtp.sampling_law import SamplingLaw
+
+FIRST_TOKENS = ("target", "draft")
+Draft = CPDistribution | JointDistribution | LanguageModel
+
+
+@dataclass(frozen=True)
+class AcceptanceProfile:
+    """What a draft earns under one rule.
+
+    Attributes
+    ----------
+    survival : (*batch, horizon) tensor
+        ``S_1 … S_n``, float64, non-increasing.
+    rule, first_token : str
+        How it was verified and where the first token came from.
+    """
+
+    survival: Float[Tensor, "*batch horizon"]
+    rule: str
+    first_token: str
+
+    @property
+    def tokens_per_call(self) -> float | Float[Tensor, "*batch"]:
+        """Expected tokens per forward pass of the target: ``sum S_k``, one more where the draft gives the first token."""
+        total = self.survival.sum(-1) + (self.first_token == "draft")
+        return total if total.ndim else total.item()
+
+    @property
+    def conditional(self) -> Float[Tensor, "*batch horizon"]:
+        """``S_k / S_{k-1}``: acceptance of position k given that the ones before it survived; 0 where none did."""
+        before = torch.cat([torch.ones_like(self.survival[..., :1]), self.survival[..., :-1]], -1)
+        return torch.where(before > 0, self.survival / before.clamp_min(torch.finfo(before.dtype).tiny), 0.0)
+
+    @property
+    def iid_tokens_per_call(self) -> float | Float[Tensor, "*batch"]:
+        """The textbook approximation, which takes every position to be accepted with the first drafted one's probability."""
+        drafted = self.survival.shape[-1] - (self.first_token == "target")
+        alpha = self.survival[..., min(self.survival.shape[-1] - drafted, self.survival.shape[-1] - 1)]
+        total = sum((alpha**k for k in range(1, drafted + 1)), torch.ones_like(alpha))
+        return total if total.ndim else total.item()
+
+    def to_vllm_synthetic(self) -> str:
+        """JSON for vLLM's synthetic rejection sampling: one unconditional rate per drafted token (no batch axes)."""
+        if self.survival.ndim != 1:
+            raise ValueError(f"rates of a batch of {tuple(self.survival.shape[:-1])}: average the survival or select one first")
+        rates = self.survival[1:] if self.first_token == "target" else self.survival
+        return json.dumps({"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates.tolist()})
+
+
+def implied_acceptance(
+    joint: JointDistribution | PrefixTree,
+    draft: Draft,
+    *,
+    rule: str = "block",
+    first_token: str = "target",
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    context: Int[Tensor, " time"] | None = None,
+    epsilon: float = 0.3,
+    delta: float = 0.09,
+) -> AcceptanceProfile | AcceptanceInterval:
+    """Survival and tokens per call that a draft earns against the exact joint.
+
+    With ``P`` the joint, ``Q`` the draft's joint (``P(x1) Q(x_2:k | x1)`` where the target gives the first token), and
+    ``p``, ``q`` their conditionals:
+
+    * ``token``: ``S_k = sum_x prod_{i<=k} min(p_i, q_i)``
+    * ``block``: ``m_0 = 1, m_k = min(Q(x_1:k), m_{k-1} p_k), S_k = sum_x m_k``
+    * ``coupling``: ``S_k = sum_x min(P(x_1:k), Q(x_1:k))``, the bound of every scheme
+    * ``greedy``: ``Q(y_1:k)`` on the path y of the target's argmaxes; with ``temperature=0`` the draft takes argmaxes, too
+    * ``typical`` (not lossless): ``Q[all p_i > min(epsilon, delta exp(-H_i))]``, H the entropy of the target's conditional
+
+    Under ``first_token="target"`` the rules judge positions 2 … n, given the first, and ``S_1 = 1``.
+
+    Parameters
+    ----------
+    joint : JointDistribution or PrefixTree
+        The target's law; temperature, top-k and top-p are part of it (see `exact_joint` and `truncated_joint`).
+    draft : CPDistribution, JointDistribution or LanguageModel
+        Over the joint's horizon; or anchored: with a further batch axis over the first token and horizon n-1.
+    rule : {"token", "block", "coupling", "greedy", "typical"}
+    first_token : {"target", "draft"}
+    temperature, top_k, top_p
+        The law that the draft's conditionals are put through before sampling; default: none.
+    context : (time,) long tensor, optional
+        What a draft that is a language model continues.
+    epsilon, delta : float
+        Of the typical rule.
+
+    Returns
+    -------
+    AcceptanceProfile or AcceptanceInterval
+        With the joint's batch axes; for a truncated joint, bounds that contain the exact values (see `certified_acceptance`).
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown, shapes do not match, an anchored draft is to give the first token, ``greedy`` comes with a
+        temperature above 0, or a language model comes without its context.
+
+    References
+    ----------
+    leviathan2023fast, chen2023accelerating, sun2024block, cai2024medusa
+
+    Examples
+    --------
+    >>> third = torch.tensor([1.0, 2.0], dtype=torch.float64) / 3
+    >>> target = JointDistribution(torch.outer(third, third))
+    >>> draft = CPDistribution(torch.ones(1, dtype=torch.float64), [third.flip(0)[:, None]] * 2)
+    >>> [round(9 * sum(implied_acceptance(target, draft, rule=rule, first_token="draft").survival.tolist()))
+    ...  for rule in ("token", "block", "coupling")]
+    [10, 11, 12]
+    """
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "context": context}
+    if isinstance(joint, PrefixTree):
+        return certified_acceptance(joint, draft, rule=rule, first_token=first_token, epsilon=epsilon, delta=delta, **options)
+    return acceptance_profiles(joint, draft, (rule,), first_token=first_token, epsilon=epsilon, delta=delta, **options)[rule]
+
+
+def acceptance_profiles(
+    joint: JointDistribution,
+    draft: Draft,
+    rules: Iterable[str],
+    *,
+    first_token: str = "target",
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    context: Int[Tensor, " time"] | None = None,
+    epsilon: float = 0.3,
+    delta: float = 0.09,
+) -> dict[str, AcceptanceProfile]:
+    """The profiles of several rules with their common part computed once; parameters as for `implied_acceptance`."""
+    rules = tuple(rules)
+    _check_names(rules, first_token, temperature)
+    # Greedy matching judges argmaxes, which no temperature above zero moves; zero makes the draft take argmaxes, too.
+    law = SamplingLaw(1.0 if temperature is None else temperature, top_k, top_p)
+    if isinstance(draft, LanguageModel):
+        draft = _draft_of_model(joint, draft, context)
+    _check_shapes(joint, draft, first_token)
+    found = survivals(joint, draft, rules, first_token, law, epsilon=epsilon, delta=delta)
+    return {rule: AcceptanceProfile(survival, rule, first_token) for rule, survival in found.items()}
+
+
+def revealed_component_survival(
+    joint: JointDistribution, draft: CPDistribution, *, rule: str = "block", first_token: str = "target"
+) -> Float[Tensor, " horizon"]:
+    """Survival when a path is verified against the component it was sampled from instead of the mixture.
+
+    A counter-example, not a recommendation: it is lossless, since each component is a draft of its own, but earns less than the
+    mixture does under ``block``, and less the higher the rank.
+    """
+    total = torch.zeros(joint.horizon, dtype=torch.float64)
+    certain = torch.ones(1, dtype=draft.weights.dtype)
+    if first_token == "draft":
+        for a in range(draft.rank):
+            component = CPDistribution(certain, [f[:, a : a + 1] for f in draft.factors])
+            total += draft.weights[a] * acceptance_profiles(joint, component, (rule,), first_token=first_token)[rule].survival
+        return total
+    given, first = joint.given_first_token(), joint.prefix_probs(1)
+    posterior = posterior_after_first(draft)
+    for a in range(draft.rank):
+        factors = [f[:, a : a + 1].expand(joint.vocab_size, -1, -1) for f in draft.factors[1:]]
+        component = CPDistribution(certain.expand(joint.vocab_size, 1), factors)
+        profile = acceptance_profiles(given, component, (rule,), first_token="draft")[rule]
+        total[1:] += torch.einsum("v,v,vk->k", first, posterior[:, a], profile.survival)
+    total[0] = 1.0
+    return total
+
+
+def _draft_of_model(joint: JointDistribution, lm: LanguageModel, context: Tensor | None) -> JointDistribution:
+    if context is None:
+        raise ValueError("a draft that is a language model needs context=, the token ids it continues")
+    if lm.vocab_size != joint.vocab_size:
+        raise ValueError(
+            f"a draft over {lm.vocab_size} tokens for a target over {joint.vocab_size}: they must share a vocabulary"
+        )
+    return exact_joint(lm, context, joint.horizon)
+
+
+def _check_names(rules: tuple[str, ...], first_token: str, temperature: float | None) -> None:
+    known = ("token", "block", "coupling", "greedy", "typical")
+    for rule in rules:
+        if rule not in known:
+            raise ValueError(f"unknown rule {rule!r}: expected one of {', '.join(known)}")
+    if first_token not in FIRST_TOKENS:
+        raise ValueError(f"unknown first_token {first_token!r}: expected one of {', '.join(FIRST_TOKENS)}")
+    if "greedy" in rules and temperature is not None and temperature > 0:
+        raise ValueError(
+            f"rule 'greedy' at temperature {temperature}: it is lossless at temperature 0 only; use token or block"
+        )
+
+
+def _check_shapes(joint: JointDistribution, draft, first_token: str) -> None:
+    n, batch = joint.horizon, tuple(joint.batch_shape)
+    if draft.vocab_size != joint.vocab_size:
+        raise ValueError(
+            f"a draft over {draft.vocab_size} tokens for a joint over {joint.vocab_size}: they must share a vocabulary"
+        )
+    anchored = draft.horizon == n - 1 and tuple(draft.batch_shape) == (*batch, joint.vocab_size)
+    if anchored and first_token == "draft":
+        raise ValueError("an anchored draft is told the first token and cannot give it: use first_token='target'")
+    if not anchored and (draft.horizon != n or tuple(draft.batch_shape) != batch):
+        raise ValueError(
+            f"a draft of horizon {draft.horizon} and batch {tuple(draft.batch_shape)} for a joint of horizon {n} and batch "
+            f"{batch}: expected the same, or anchored: horizon {n - 1} and batch {(*batch, joint.vocab_size)}"
+        )

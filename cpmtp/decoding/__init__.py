@@ -1,0 +1,1 @@
+"""Lossless self-speculative decoding and what it reports."""

@@ -1,0 +1,1 @@
+"""What may be proposed to a target, and how far it is from the exact joint."""

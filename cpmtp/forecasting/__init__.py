@@ -1,0 +1,1 @@
+"""What decoding will earn, before it is run."""

@@ -1,0 +1,187 @@
+"""Tokens per call as decoding will meet them: at the ends of its own cycles, forecast without decoding.
+
+Lossless decoding leaves the text's law as it is, so a text drawn from the target *is* what decoding would have written; what is
+random beside it is only where its cycles end. Given the text, the first k drafted tokens after a known one are kept with a
+probability that both rules give in closed form, with ``R_k = Q(x_2:k+1 | x_1) / P(x_2:k+1 | x_1)`` along the text:
+
+* ``token``: ``G_k = prod_{i<=k} min(1, q_i / p_i)``
+* ``block``: ``G_k = min(1, R_1, …, R_k)``
+
+and a cycle emits exactly j tokens, the last of them its correction, with probability ``G_{j-1} - G_j``. Running these jumps
+along the text gives the probability that a cycle starts at each position: pairs of context and first token, weighted as
+decoding weighs them. The randomness of cycles is integrated out; only that of texts is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cpmtp.heads.cp_head import CPHead
+from cpmtp.sampling_law import SamplingLaw
+
+_ENTRIES_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True)
+class CycleForecast:
+    """A forecast of decoding's pooled tokens per call.
+
+    Attributes
+    ----------
+    tokens_per_call : float
+        Weighted by the cycle's own law: what decoding texts like these comes to.
+    interval : (float, float)
+        Confidence interval over texts (ratio estimator).
+    unweighted : float
+        Every position counted alike: what a study over contexts forecasts.
+    unweighted_interval : (float, float)
+    texts : int
+    rule : str
+    """
+
+    tokens_per_call: float
+    interval: tuple[float, float]
+    unweighted: float
+    unweighted_interval: tuple[float, float]
+    texts: int
+    rule: str
+
+
+def forecast_cycles(
+    lm: Any,
+    head: CPHead,
+    tokens: Int[Tensor, "texts time"],
+    *,
+    start: int = 1,
+    rule: str = "block",
+    confidence: float = 0.95,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> CycleForecast:
+    """Forecast the tokens per call of `speculative_generate` on texts drawn from the target.
+
+    Parameters
+    ----------
+    lm : HuggingFaceLanguageModel
+        The head's base model.
+    tokens : (texts, time) long tensor
+        From `start` on drawn from the target's law under the same temperature, top-k and top-p.
+    start : int
+        The length of the prompts: the token at `start` is the first known one, and ``time - start`` are generated.
+    rule : {"block", "token"}
+    confidence : float
+        Nominal coverage of the intervals.
+
+    Raises
+    ------
+    ValueError
+        If the rule is unknown, there are fewer than two texts, or nothing comes after the first known token.
+    """
+    law = SamplingLaw(temperature, top_k, top_p)
+    if not 1 <= start < tokens.shape[1] - 1:
+        raise ValueError(
+            f"start {start} of texts of {tokens.shape[1]} tokens: expected a prompt, a known token and more after it"
+        )
+    ratios = torch.cat([_text_ratios(lm, head, row, start, law) for row in tokens.split(1)])
+    return forecast_from_ratios(ratios, rule=rule, confidence=confidence)
+
+
+def forecast_from_ratios(
+    ratios: Float[Tensor, "texts starts drafted"], *, rule: str = "block", confidence: float = 0.95
+) -> CycleForecast:
+    """The same from ``q / p`` along texts, for drafts of any kind.
+
+    Parameters
+    ----------
+    ratios : (texts, starts, drafted) tensor
+        ``ratios[m, t, i]``: the draft's over the target's probability of the text's token t + 1 + i given all before it, the
+        draft made when token t was the last known one. The text's last token is the one after the last start; what would lie
+        beyond it is not read.
+
+    Examples
+    --------
+    >>> half = torch.full((2, 5, 1), 0.5)  # one drafted token, kept with probability one half: one token and a half per call
+    >>> round(forecast_from_ratios(half).unweighted, 3)
+    1.5
+    """
+    if len(ratios) < 2:
+        raise ValueError(f"{len(ratios)} texts: expected at least 2, for an interval")
+    kept = kept_along_text(ratios, rule)
+    whole = kept[:, : max(kept.shape[1] - ratios.shape[2], 1)].sum(-1)
+    starts = start_probs(kept)
+    weighted = _ratio(torch.full_like(starts[:, 0], starts.shape[1]), starts.sum(1), confidence)
+    plain = _ratio(whole.sum(1), torch.full_like(starts[:, 0], whole.shape[1]), confidence)
+    return CycleForecast(weighted[0], weighted[1], plain[0], plain[1], len(ratios), rule)
+
+
+def kept_along_text(ratios: Float[Tensor, "texts starts drafted"], rule: str) -> Float[Tensor, "texts starts horizon"]:
+    """``G_0 … G_drafted`` of every start, zero beyond the text's end; ``G_0 = 1`` is the known token itself."""
+    if rule == "token":
+        kept = ratios.clamp(max=1).cumprod(-1)
+    elif rule == "block":
+        kept = ratios.cumprod(-1).cummin(-1).values.clamp(max=1)
+    else:
+        raise ValueError(f"unknown rule {rule!r}: a forecast of cycles knows token and block")
+    kept = torch.cat([torch.ones_like(kept[..., :1]), kept], -1).double()
+    left = torch.arange(kept.shape[1], 0, -1)
+    return kept * (torch.arange(kept.shape[2]) < left[:, None])
+
+
+def start_probs(kept: Float[Tensor, "texts starts horizon"]) -> Float[Tensor, "texts starts"]:
+    """The probability that a cycle starts at each position, one starting at the first: a renewal process with these jumps."""
+    jumps = torch.cat([kept[..., :-1] - kept[..., 1:], kept[..., -1:]], -1)
+    texts, starts, horizon = kept.shape
+    found = torch.zeros(texts, starts + horizon, dtype=kept.dtype)
+    found[:, 0] = 1
+    for t in range(starts):
+        found[:, t + 1 : t + 1 + horizon] += found[:, t, None] * jumps[:, t]
+    return found[:, :starts]
+
+
+@torch.no_grad()
+def _text_ratios(lm: Any, head: CPHead, row: Tensor, start: int, law: SamplingLaw) -> Tensor:
+    """``q / p`` (1, starts, drafted) of one text (1, time); what lies beyond its end is 0."""
+    row = row.to(lm.device)
+    hidden = lm.hidden_states(row)[0]
+    time, drafted = row.shape[1], head.horizon - 1
+    # Beyond the end stand copies of the last token: read by nobody, but the shapes stay.
+    padded = torch.cat([row[0], row[0, -1:].expand(drafted)])
+    target = law.process(lm.unembed(hidden).double().softmax(-1))
+    of_text = target[:-1].gather(-1, row[0, 1:, None]).squeeze(-1)
+    of_text = torch.cat([of_text, of_text.new_ones(drafted)])
+    known = torch.arange(start, time - 1, device=row.device)
+    size = max(_ENTRIES_AT_ONCE // (drafted * head.rank * head.vocab_size), 1)
+    parts = []
+    for at in known.split(size):
+        following = at[:, None] + torch.arange(1, drafted + 1, device=row.device)
+        q = _path_probs(head, hidden[at - 1].to(head.maps), row[0, at], padded[following], law)
+        parts.append(torch.where(following < time, q / of_text[following - 1], 0.0))
+    return torch.cat(parts).cpu()[None]
+
+
+def _path_probs(head: CPHead, hidden: Tensor, first: Tensor, path: Tensor, law: SamplingLaw) -> Tensor:
+    """The draft's processed conditionals (count, drafted) of the path's tokens, float64."""
+    weights, factors = (part.double() for part in head.draft_factors(hidden, first))
+    found = []
+    for k in range(path.shape[1]):
+        token = path[:, k, None]
+        laws = (weights[:, None] @ factors[:, k]).squeeze(1)
+        found.append(law.process(laws / laws.sum(-1, keepdim=True)).gather(-1, token))
+        weights = weights * factors[:, k].gather(-1, token[..., None].expand(-1, factors.shape[2], 1)).squeeze(-1)
+        weights = weights / weights.sum(-1, keepdim=True)
+    return torch.cat(found, -1)
+
+
+def _ratio(above: Tensor, below: Tensor, confidence: float) -> tuple[float, tuple[float, float]]:
+    """Sum over sum, with the normal interval of the ratio estimator."""
+    ratio = float(above.sum() / below.sum())
+    error = float((above - ratio * below).std() / below.mean() / len(below) ** 0.5)
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * error
+    return ratio, (ratio - half, ratio + half)

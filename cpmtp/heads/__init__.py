@@ -1,0 +1,1 @@
+"""Learned heads: the module, its losses, its evaluation."""

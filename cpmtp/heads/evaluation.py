@@ -1,0 +1,144 @@
+"""Learned heads against the exact joint: what they earn, and where tokens per call are lost."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cpmtp.acceptance.implied import acceptance_profiles
+from cpmtp.drafts.cp_distribution import CPDistribution
+from cpmtp.drafts.divergence import divergences
+from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.losses import head_loss
+from cpmtp.joint_distribution import JointDistribution, exact_joint
+
+
+@torch.no_grad()
+def head_draft(lm: Any, head: CPHead, context: Int[Tensor, " time"], *, horizon: int | None = None) -> CPDistribution:
+    """What the head drafts after one context, in the form `implied_acceptance` takes; float64.
+
+    Parameters
+    ----------
+    lm : HuggingFaceLanguageModel
+        The head's base model.
+    context : (time,) long tensor
+        At least one token.
+    horizon : int, optional
+        Only the first so many tokens; default: the head's own.
+
+    Returns
+    -------
+    CPDistribution
+        Over x_1 … x_n; from an anchored head with a batch axis over x_1 and one token less.
+    """
+    horizon = head.horizon if horizon is None else horizon
+    if not 2 <= horizon <= head.horizon:
+        raise ValueError(f"horizon {horizon}: this head knows 2 to {head.horizon}")
+    hidden = lm.hidden_states(context[None])[0, -1].float()
+    if head.anchored:
+        draft = head(hidden.expand(head.vocab_size, -1), torch.arange(head.vocab_size, device=hidden.device))
+    else:
+        draft = head(hidden)
+    return _double(draft.marginal(horizon - head.anchored))
+
+
+@torch.no_grad()
+def held_out_survival(lm: Any, head: CPHead, tokens: Int[Tensor, "rows length"]) -> Float[Tensor, "rows horizon"]:
+    """Survival under block verification, first token from the target, averaged over each row's positions.
+
+    Unbiased for contexts like the rows'. Rows are independent of each other; positions within one are not.
+    """
+    rows = []
+    for row in tokens.split(1):
+        row = row.to(lm.device)
+        rows.append(head_loss(head, lm.hidden_states(row).float(), row, lm.unembed).survival.cpu().double())
+    return torch.stack(rows)
+
+
+def waterfall(
+    lm: Any,
+    heads: Sequence[CPHead],
+    contexts: Mapping[str, Int[Tensor, " time"]],
+    *,
+    horizon: int = 3,
+    rule: str = "token",
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Where tokens per call are lost: from the horizon to the best rank-r drafts of each context, to what the head learned.
+
+    One row per context and head. ``exact_limit`` is what a draft equal to the target earns (the horizon, when the target
+    gives the first token); ``acceptance_fit`` and ``em_fit`` are the fits of the head's rank to the context's joint, anchored
+    where the head is; ``learned`` is the head. ``rank_gap = exact_limit - acceptance_fit``,
+    ``objective_gap = acceptance_fit - em_fit`` and ``learning_gap = em_fit - learned`` add up to what is missing.
+
+    Parameters
+    ----------
+    contexts : mapping of str to (time,) long tensors
+        Held out from the heads' training; the names go into the table.
+    horizon : int
+        Tokens of the dense joint; at most the heads'.
+    rule : {"token", "block"}
+    """
+    rows: list[dict] = []
+    bar = tqdm(total=len(contexts) * len(heads), unit="head", disable=not sys.stderr.isatty())
+    for name, context in contexts.items():
+        joint = exact_joint(lm, context, horizon=horizon)
+        ceilings: dict[tuple[int, bool], dict[str, float]] = {}
+        for head in heads:
+            shape = (head.rank, head.anchored)
+            if shape not in ceilings:
+                ceilings[shape] = rank_ceilings(joint, *shape, rule=rule, seed=seed)
+            learned = learned_scores(lm, head, context, joint, rule=rule)
+            key = {"model": lm.name, "context": name, "horizon": horizon, "rank": head.rank, "anchored": head.anchored}
+            rows.append(key | {"rule": rule, "exact_limit": float(horizon)} | ceilings[shape] | learned)
+            bar.update()
+    bar.close()
+    table = pd.DataFrame(rows)
+    table["rank_gap"] = table["exact_limit"] - table["acceptance_fit"]
+    table["objective_gap"] = table["acceptance_fit"] - table["em_fit"]
+    table["learning_gap"] = table["em_fit"] - table["learned"]
+    return table
+
+
+def rank_ceilings(
+    joint: JointDistribution, rank: int, anchored: bool, *, rule: str = "token", seed: int = 0
+) -> dict[str, float]:
+    """Tokens per call of a context's fits of one rank, first token from the target: ``em_fit`` and ``acceptance_fit``."""
+    # Only ceilings need fits and what those import; a head can be judged without.
+    from cpmtp.decomposition.fitting import fit
+
+    found = {}
+    for method in ("em", "acceptance"):
+        result = fit(joint, rank=rank, method=method, anchored=anchored, restarts=1, seed=seed, rule=rule)
+        profile = acceptance_profiles(joint, result.distribution, (rule,))[rule]
+        found[f"{method}_fit"] = float(profile.survival.sum())
+    return found
+
+
+def learned_scores(
+    lm: Any, head: CPHead, context: Int[Tensor, " time"], joint: JointDistribution, *, rule: str = "token"
+) -> dict[str, float]:
+    """What the draft after `context` earns: ``learned`` tokens per call, ``survival_1`` …; unanchored also divergences."""
+    draft = head_draft(lm, head, context, horizon=joint.horizon)
+    profile = acceptance_profiles(joint, draft, (rule,))[rule]
+    found = {"learned": float(profile.survival.sum())}
+    found |= {f"survival_{k + 1}": s for k, s in enumerate(profile.survival.tolist())}
+    if not head.anchored:
+        distance = divergences(joint, draft)
+        found |= {"kl_nats": float(distance.kl_nats), "total_variation": float(distance.total_variation)}
+    return found
+
+
+def _double(draft: CPDistribution) -> CPDistribution:
+    def normalised(values: Tensor, dim: int) -> Tensor:
+        values = values.double().cpu()
+        return values / values.sum(dim, keepdim=True)
+
+    return CPDistribution(normalised(draft.weights, -1), [normalised(f, -2) for f in draft.factors])

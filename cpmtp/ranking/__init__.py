@@ -1,0 +1,1 @@
+"""Which rank: criteria, selection, comparison of studies."""

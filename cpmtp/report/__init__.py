@@ -1,0 +1,1 @@
+"""The report: document, sections, pilot plan, figures."""

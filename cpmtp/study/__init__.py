@@ -1,0 +1,1 @@
+"""A study: contexts, cells, workers, storage."""

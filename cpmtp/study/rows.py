@@ -1,0 +1,188 @@
+"""All rows of one context: its joint once, then every fit. What a worker does."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+from threadpoolctl import threadpool_limits
+
+from cpmtp.acceptance.implied import AcceptanceProfile, acceptance_profiles, implied_acceptance
+from cpmtp.decomposition.fitting import FitResult, fit
+from cpmtp.drafts.divergence import divergences
+from cpmtp.joint_distribution import JointDistribution, exact_joint
+from cpmtp.language_model import LanguageModel
+from cpmtp.prefix_tree import PrefixTree, truncated_joint
+from cpmtp.study.plan import StudyCell, StudySettings, StudyUnit, open_language_model, study_cells
+from cpmtp.study.table import FIRST_TOKENS, RULES, SCHEMA_VERSION
+
+
+def study_unit_rows(settings: StudySettings, unit: StudyUnit) -> list[dict]:
+    """All rows of one context. Never raises for what one cell does."""
+    with one_thread():
+        cells = study_cells(settings, unit.trees)
+        try:
+            lm = open_language_model(unit.model)
+            facts = {"context_nats": _context_nats(lm, unit)}
+        except Exception as error:
+            return failed_rows(settings, unit, f"{type(error).__name__}: {error}")
+        rows = []
+        dense = [n for n in settings.horizons if n not in unit.trees]
+        longest = _joint(settings, unit, lm, max(dense)) if dense else (RuntimeError("not computed"), 0.0)
+        for horizon in settings.horizons:
+            joint, seconds = _joint(settings, unit, lm, horizon) if horizon in unit.trees else longest
+            here = [cell for cell in cells if cell.horizon == horizon]
+            if isinstance(joint, Exception):
+                rows += [_failed(settings, unit, c, f"{type(joint).__name__}: {joint}") | facts for c in here]
+                continue
+            if isinstance(joint, JointDistribution):
+                joint = joint.marginal(horizon)
+            known = facts | {"joint_seconds": seconds} | _joint_facts(joint)
+            rows += [_fit_row(settings, unit, joint, c, known) for c in here]
+        return rows
+
+
+def failed_rows(settings: StudySettings, unit: StudyUnit, message: str) -> list[dict]:
+    """The rows of a context of which nothing came."""
+    return [_failed(settings, unit, cell, message) for cell in study_cells(settings, unit.trees)]
+
+
+_lock = threading.Lock()
+_inside, _threads_before = 0, 1
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch and BLAS, until the last of those who asked for it is done.
+
+    Workers of several threads each fight for the cores; and sums of one thread have one order, hence the same bits.
+    """
+    global _inside, _threads_before
+    with _lock:
+        if not _inside:
+            _threads_before = torch.get_num_threads()
+            torch.set_num_threads(1)
+        _inside += 1
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                torch.set_num_threads(_threads_before)
+
+
+def _joint(settings, unit: StudyUnit, lm: LanguageModel, horizon: int):
+    """The joint or tree, or what kept it from being made; and seconds."""
+    begun = time.perf_counter()
+    ids = torch.tensor(unit.token_ids, dtype=torch.long)
+    joint: JointDistribution | PrefixTree | Exception
+    try:
+        if horizon in unit.trees:
+            limits = {"mass": settings.tree_mass, "max_nodes": settings.tree_nodes}
+            joint = truncated_joint(lm, ids, horizon, temperature=unit.temperature, **limits)
+        else:
+            joint = exact_joint(lm, ids, horizon, temperature=unit.temperature, max_bytes=settings.max_bytes)
+    except Exception as error:
+        joint = error
+    return joint, time.perf_counter() - begun
+
+
+def _context_nats(lm: LanguageModel, unit: StudyUnit) -> float:
+    """``-log p`` of the context's tokens after the first."""
+    ids = torch.tensor(unit.token_ids, dtype=torch.long)
+    own = getattr(lm, "sequence_log_probs", None)
+    if own is not None and len(ids) > 1:
+        return -own(ids).double().sum().item()
+    laws = [lm.next_token_log_probs(ids[None, :t])[0, ids[t]] for t in range(1, len(ids))]
+    return -sum(float(law) for law in laws)
+
+
+def _fit_row(settings, unit: StudyUnit, joint: JointDistribution | PrefixTree, cell: StudyCell, facts: dict) -> dict:
+    try:
+        seed = unit.seed(settings.seed) % 2**31
+        result = fit(joint, cell.rank, cell.method, restarts=settings.restarts, seed=seed, anchored=cell.anchored)
+        quality = _tree_quality(joint, result, cell) if isinstance(joint, PrefixTree) else _quality(joint, result, cell)
+    except Exception as error:
+        return _failed(settings, unit, cell, f"{type(error).__name__}: {error}") | facts
+    return _row(settings, unit, cell) | facts | _fit_facts(result) | quality
+
+
+def _failed(settings, unit: StudyUnit, cell: StudyCell, message: str) -> dict:
+    return _row(settings, unit, cell) | {"status": "failed", "message": message}
+
+
+def _row(settings, unit: StudyUnit, cell: StudyCell) -> dict:
+    row: dict[str, object] = {"schema_version": SCHEMA_VERSION, "model": unit.model, "domain": unit.domain}
+    row |= {"document": unit.document, "context": unit.context, "context_text": unit.text}
+    row |= {"context_tokens": len(unit.token_ids), "context_bytes": unit.text_bytes, "temperature": unit.temperature}
+    row |= asdict(cell) | {"restarts": settings.restarts, "status": "ok", "message": ""}
+    return row | {"joint": "tree" if cell.horizon in unit.trees else "dense"}
+
+
+def _joint_facts(joint: JointDistribution | PrefixTree) -> dict:
+    if isinstance(joint, PrefixTree):
+        return {"kept_mass": joint.mass[-1].item(), "first_token_entropy_nats": joint.levels[0].parent_entropies[0].item()}
+    entropies = [-torch.special.xlogy(m, m).sum().item() for m in joint.marginals()]
+    entropy = joint.entropy().item()
+    return {
+        "kept_mass": 1.0,
+        "joint_entropy_nats": entropy,
+        "first_token_entropy_nats": entropies[0],
+        "total_correlation_nats": max(sum(entropies) - entropy, 0.0),
+    }
+
+
+def _fit_facts(result: FitResult) -> dict:
+    return {
+        "status": result.status,
+        "message": result.message,
+        "converged": float(result.converged),
+        "iterations": float(result.iterations),
+        "parameters": float(result.distribution.parameter_count),
+        "objective": float(result.objective),
+        "raw_relative_error": float(result.raw_relative_error),
+        "negative_mass": float(result.negative_mass),
+        "mass_deficit": float(result.mass_deficit),
+        "fit_seconds": result.seconds,
+    }
+
+
+def _first_tokens(cell: StudyCell) -> tuple[str, ...]:
+    return ("target",) if cell.anchored else FIRST_TOKENS
+
+
+def _quality(joint: JointDistribution, result: FitResult, cell: StudyCell) -> dict:
+    quality: dict = asdict(divergences(joint, result.distribution))
+    for first in _first_tokens(cell):
+        for rule, profile in acceptance_profiles(joint, result.distribution, RULES, first_token=first).items():
+            earned = profile.tokens_per_call
+            quality |= _acceptance(rule, first, earned, earned, profile.survival)
+    return quality
+
+
+def _tree_quality(tree: PrefixTree, result: FitResult, cell: StudyCell) -> dict:
+    quality: dict = {}
+    for first in _first_tokens(cell):
+        for rule in RULES:
+            bounds = implied_acceptance(tree, result.distribution, rule=rule, first_token=first)
+            assert not isinstance(bounds, AcceptanceProfile)
+            earned = bounds.tokens_per_call_lower, bounds.tokens_per_call_upper
+            quality |= _acceptance(rule, first, *earned, bounds.survival_lower)
+    return quality
+
+
+def _acceptance(rule: str, first: str, low, high, survival: torch.Tensor) -> dict:
+    found = {f"tokens_per_call_{rule}_{first}": low, f"tokens_per_call_upper_{rule}_{first}": high}
+    return found | {f"survival_{rule}_{first}_{k}": s for k, s in enumerate(survival.tolist(), start=1)}
+
+
+def domain_bits_per_byte(nats: float, text_bytes: int) -> float:
+    """Bits per byte; NaN where there is no text."""
+    return nats / math.log(2) / text_bytes if text_bytes else math.nan

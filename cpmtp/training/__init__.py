@@ -1,0 +1,1 @@
+"""Training of base models and heads."""

@@ -1,0 +1,147 @@
+"""The losses of a head: equal to their naive versions, and to what the exact joint says of the same draft."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cpmtp.acceptance.implied import implied_acceptance
+from cpmtp.heads import losses as head_objectives
+from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.evaluation import head_draft
+from cpmtp.heads.losses import head_loss
+from cpmtp.joint_distribution import exact_joint
+from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
+
+SHAPES = [{}, {"anchored": True, "blocks": 1}, {"anchored": True}]
+
+
+@pytest.fixture(scope="module")
+def lm() -> HuggingFaceLanguageModel:
+    model = new_llama(5, width=96, layers=1, window=64, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    # Its own unembedding, large enough to be far from uniform.
+    model.lm_head.weight = torch.nn.Parameter(0.15 * torch.randn(5, 96, generator=generator))
+    return HuggingFaceLanguageModel(model)
+
+
+def a_head(lm, *, horizon=3, rank=2, **shape) -> CPHead:
+    torch.manual_seed(1)
+    head = CPHead(hidden_size=96, vocab_size=5, horizon=horizon, rank=rank, **shape).attach(lm)
+    for parameter in head.parameters():
+        parameter.data += 0.03 * torch.randn(parameter.shape)
+    return head
+
+
+def a_window(lm, rows=2, length=12):
+    tokens = lm.sample_tokens(rows, length, seed=3)
+    return lm.hidden_states(tokens), tokens
+
+
+def drafts(lm, head, tokens):
+    """At every position that has a whole horizon after it: the head's law of all tokens given the context."""
+    for row in tokens:
+        for t in range(1, len(row) - head.horizon + 1):
+            yield row[:t], row[t : t + head.horizon], head_draft(lm, head, row[:t])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_likelihood_is_the_mean_negative_log_probability_of_what_came(lm, shape):
+    head = a_head(lm, **shape)
+    hidden, tokens = a_window(lm)
+    found = []
+    for _, path, draft in drafts(lm, head, tokens):
+        found.append(-(draft[path[0].item()].log_prob(path[1:]) if head.anchored else draft.log_prob(path)))
+    loss = head_loss(head, hidden, tokens, lm.unembed, objective="likelihood").loss
+    assert loss.item() == pytest.approx(torch.stack(found).mean().item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_distillation_is_the_divergence_from_the_targets_own_conditionals(lm, shape):
+    head = a_head(lm, **shape)
+    hidden, tokens = a_window(lm)
+    found = []
+    for context, path, draft in drafts(lm, head, tokens):
+        for k in range(1, head.horizon):
+            p = lm.next_token_log_probs(torch.cat([context, path[:k]])[None])[0].double().exp()
+            anchored = head.anchored and draft[path[0].item()].next_token_probs(path[1:k])
+            q = anchored if head.anchored else draft.next_token_probs(path[:k])
+            found.append((p * (p.log() - q.log())).sum())
+    expected = torch.stack(found).sum() / len(found) * (head.horizon - 1)
+    loss = head_loss(head, hidden, tokens, lm.unembed, objective="distillation").loss
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_survival_is_unbiased_for_the_exact_block_survival(lm, shape):
+    head, context = a_head(lm, **shape), torch.tensor([1, 2, 3, 4, 0, 1])
+    joint = exact_joint(lm, context, horizon=3)
+    exact = implied_acceptance(joint, head_draft(lm, head, context), rule="block").survival
+    # Every continuation of the context, weighted by its probability, seen at the context's last position alone.
+    total = torch.zeros(3, dtype=torch.float64)
+    paths = torch.cartesian_prod(*[torch.arange(5)] * 3)
+    for path in paths:
+        tokens = torch.cat([context, path])[None]
+        last, hidden = tokens[:, -4:], lm.hidden_states(tokens)[:, -4:]
+        survival = head_loss(head, hidden, last, lm.unembed).survival
+        total += joint.probs[tuple(path)] * survival.double()
+    assert torch.allclose(total, exact, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", head_objectives.OBJECTIVES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chunks_give_the_gradients_of_the_whole(lm, shape, objective, monkeypatch):
+    hidden, tokens = a_window(lm)
+    gradients = []
+    for size in (1 << 22, 128):
+        monkeypatch.setattr(head_objectives, "_LOGITS_AT_ONCE", size)
+        head = a_head(lm, **shape)
+        head_loss(head, hidden, tokens, lm.unembed, objective=objective, balance=0.0).loss.backward()
+        gradients.append([p.grad for p in head.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
+    assert any(g.abs().max() > 1e-3 for g in gradients[0])
+
+
+@pytest.mark.parametrize("objective", head_objectives.OBJECTIVES)
+def test_gradients_agree_with_finite_differences(lm, objective):
+    head = a_head(lm, anchored=True).double()
+    head.attach_weights(lm.unembedding.double(), lm.embedding.double())
+    hidden, tokens = a_window(lm, rows=1, length=6)
+    hidden = hidden.double()
+
+    def loss(maps):
+        with torch.no_grad():
+            head.maps.copy_(maps)
+        return head_loss(head, hidden, tokens, lambda h: lm.unembed(h.float()).double(), objective=objective).loss
+
+    loss(head.maps.detach().clone()).backward()
+    step = torch.zeros_like(head.maps).flatten()
+    generator = torch.Generator().manual_seed(0)
+    start = head.maps.detach().clone()
+    for index in torch.randint(len(step), (6,), generator=generator):
+        step.zero_()[index] = 1e-4
+        with torch.no_grad():
+            slope = (loss(start + step.view_as(start)) - loss(start - step.view_as(start))) / 2e-4
+        assert head.maps.grad.flatten()[index].item() == pytest.approx(slope.item(), abs=1e-6)
+
+
+def test_balance_is_zero_for_equal_weights_and_positive_otherwise(lm):
+    hidden, tokens = a_window(lm)
+    torch.manual_seed(0)
+    head = CPHead(hidden_size=96, vocab_size=5, horizon=3, rank=2).attach(lm)
+
+    def cost():
+        losses = [head_loss(head, hidden, tokens, lm.unembed, balance=b).loss.item() for b in (0.0, 1.0)]
+        return losses[1] - losses[0]
+
+    assert cost() == pytest.approx(0, abs=1e-5)
+    head.mixture.bias.data[0] = 5.0
+    assert cost() > 0.5
+
+
+def test_an_unknown_objective_and_a_short_window_are_refused(lm):
+    hidden, tokens = a_window(lm, length=4)
+    with pytest.raises(ValueError, match="unknown objective"):
+        head_loss(a_head(lm), hidden, tokens, lm.unembed, objective="luck")
+    with pytest.raises(ValueError, match="windows of 3 tokens"):
+        head_loss(a_head(lm), hidden[:, :3], tokens[:, :3], lm.unembed)

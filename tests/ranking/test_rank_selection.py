@@ -1,0 +1,175 @@
+"""The choice of a rank and its uncertainty."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from samples import study_table
+from scipy import stats
+
+from cpmtp.latency import LatencyModel
+from cpmtp.ranking.criteria import hull_choice
+from cpmtp.ranking.selection import compare_criteria, needed_ranks, paired_gains, select_rank
+from cpmtp.resampling import detectable
+
+
+def test_the_smallest_rank_within_one_percent_is_chosen():
+    choice = select_rank(study_table(lambda r: {1: 0.5, 2: 0.2, 4: 0.01, 8: 0.0}[r]))
+    assert choice.rank == {3: 4}
+    assert choice.at_grid_edge == {3: False}
+    assert choice.frequency[3][4] > 0.95
+
+
+def test_a_choice_at_the_edge_of_the_grid_says_at_least():
+    choice = select_rank(study_table(lambda r: 1.0 / r))
+    assert choice.rank == {3: 8}
+    assert choice.at_grid_edge == {3: True}
+    assert "at least 8" in choice.sentence(3)
+
+
+def test_ranks_are_compared_paired_so_that_noise_common_to_a_context_does_not_matter():
+    quiet = select_rank(study_table(lambda r: 0.4 / r, noise=0.01))
+    loud = select_rank(study_table(lambda r: 0.4 / r, noise=0.5))
+    common_only = loud.table["shortfall_standard_error"].max()
+    assert common_only < 0.1 * (loud.table["tokens_per_call_high"] - loud.table["tokens_per_call_low"]).max()
+    assert quiet.rank == {3: 8}
+
+
+def test_the_tolerance_is_one_standard_error_where_that_is_more_than_one_percent():
+    table = study_table(lambda r: 0.0, contexts=4, documents=4, noise=2.0)
+    choice = select_rank(table)
+    row = choice.table[choice.table["rank"] == choice.rank[3]].iloc[0]
+    assert row.shortfall <= max(row.shortfall_standard_error, 0.01 * choice.table["tokens_per_call"].max()) + 1e-12
+    smaller = choice.table[choice.table["rank"] < choice.rank[3]]
+    assert not smaller["tolerated"].any()
+
+
+def test_contexts_of_one_document_count_as_one_for_the_interval():
+    def width(documents):
+        table = study_table(lambda r: 0.0, contexts=64, documents=64, noise=0.0)
+        by_document = table["context"] % documents
+        table["document"] = by_document.astype(str)
+        table["tokens_per_call_block_target"] += np.random.default_rng(1).standard_normal(64)[by_document]
+        row = select_rank(table).table.iloc[0]
+        return row.tokens_per_call_high - row.tokens_per_call_low
+
+    assert width(8) > 1.5 * width(64)
+
+
+def test_the_same_seed_gives_the_same_answer():
+    table = study_table(lambda r: 0.4 / r)
+    assert select_rank(table, seed=3).frequency == select_rank(table, seed=3).frequency
+
+
+def test_failed_fits_do_not_count_and_the_best_method_does():
+    table = study_table(lambda r: {1: 0.5, 2: 0.2, 4: 0.01, 8: 0.0}[r])
+    table.loc[(table["rank"] == 4) & (table["method"] == "em"), "status"] = "failed"
+    assert select_rank(table).rank == {3: 8}
+
+
+def test_frequencies_of_a_horizon_sum_to_one():
+    choice = select_rank(study_table(lambda r: 0.03 / r, noise=1.0, documents=8))
+    assert sum(choice.frequency[3].values()) == pytest.approx(1)
+    assert choice.few_documents
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda t: select_rank(t, "aic"), "unknown criterion 'aic'"),
+        (lambda t: select_rank(t.drop(columns="rank")), "no column rank"),
+        (lambda t: select_rank(t.assign(status="failed")), "every fit failed"),
+        (lambda t: select_rank(t.assign(tokens_per_call_block_target=np.nan)), "usable"),
+    ],
+)
+def test_a_table_that_allows_no_choice_is_refused(call, said):
+    with pytest.raises(ValueError) as error:
+        call(study_table(lambda r: 1 / r))
+    assert said in str(error.value)
+
+
+LATENCY = LatencyModel(plain_step=0.01, base=0.01, per_component=0.0003)
+
+
+def test_only_throughput_chooses_a_horizon_and_needs_to_know_what_calls_cost():
+    table = pd.concat([study_table(lambda r: 0.4 / r, horizon=n) for n in (2, 3)])
+    found = compare_criteria(table, latency=LATENCY)
+    assert list(found) == ["tolerance", "marginal_gain", "convex_hull", "throughput"]
+    assert [choice.horizon for choice in found.values()] == [None, None, None, 3]
+    assert found["throughput"].horizon_frequency[3] == 1
+    assert found["throughput"].table["fastest_frequency"].sum() == pytest.approx(1)
+    assert list(compare_criteria(table)) == ["tolerance", "marginal_gain", "convex_hull"]
+    with pytest.raises(ValueError, match="needs to know what a call costs"):
+        select_rank(table, "throughput")
+
+
+def test_side_by_side_and_one_by_one_are_the_same():
+    table = study_table(lambda r: 0.4 / r)
+    for name, choice in compare_criteria(table, latency=LATENCY).items():
+        alone = select_rank(table, name, latency=LATENCY)
+        assert (alone.rank, alone.frequency, alone.horizon) == (choice.rank, choice.frequency, choice.horizon)
+        pd.testing.assert_frame_equal(alone.table, choice.table)
+
+
+def test_a_dearer_component_lowers_the_fastest_rank():
+    table = study_table(lambda r: 0.4 / r)
+    chosen = [
+        select_rank(table, "throughput", latency=LatencyModel(0.01, 0.01, per_component=c)).rank[3] for c in (1e-6, 1e-4, 3e-3)
+    ]
+    assert chosen == sorted(chosen, reverse=True) and len(set(chosen)) == 3
+
+
+def test_throughput_compares_horizons_on_the_same_contexts():
+    both = pd.concat([study_table(lambda r: 0.4 / r, horizon=n) for n in (2, 3)])
+    lost = both[~((both["horizon"] == 3) & (both["context"] < 10))]
+    assert select_rank(lost, "throughput", latency=LATENCY).contexts == 54
+    assert select_rank(lost).contexts == 64
+
+
+def test_a_planted_elbow_is_found_and_a_straight_line_has_none():
+    means = np.array([[1.0, 2.0, 2.1, 2.2], [1.0, 1.1, 1.3, 1.7]])
+    assert hull_choice(means, np.array([1.0, 2.0, 4.0, 8.0])).tolist() == [1, 3]
+
+
+def test_the_interval_is_that_of_scipy_on_contexts_when_every_context_is_a_document():
+    table = study_table(lambda r: 0.4 / r, contexts=40, documents=40)
+    values = table[(table["rank"] == 2) & (table["method"] == "em")].sort_values("document")["tokens_per_call_block_target"]
+    drawn = stats.bootstrap((values.to_numpy(),), np.mean, n_resamples=9999, rng=np.random.default_rng(0))
+    expected = drawn.confidence_interval
+    row = select_rank(table).table.set_index("rank").loc[2]
+    assert row.tokens_per_call_low == pytest.approx(expected.low, abs=0.003)
+    assert row.tokens_per_call_high == pytest.approx(expected.high, abs=0.003)
+
+
+def test_paired_gains_say_how_many_contexts_improved():
+    gains = paired_gains(study_table(lambda r: {1: 0.5, 2: 0.2, 4: 0.2, 8: 0.2}[r], noise=0.01)).set_index("rank")
+    assert gains.loc[1, "share_improved"] == 1 and gains.loc[1, "gain"] == pytest.approx(0.3, abs=0.01)
+    assert gains.loc[2, "gain_low"] < 0 < gains.loc[2, "gain_high"]
+    assert gains.loc[2, "detectable_gain"] > 2 * gains.loc[2, "standard_error"]
+
+
+def test_the_smallest_gain_seen_is_found_in_four_fifths_of_tables_that_have_it():
+    generator, found, error = np.random.default_rng(0), 0, 0.1 / np.sqrt(40)
+    gain = detectable(error, 40)
+    for _ in range(2000):
+        sample = gain + 0.1 * generator.standard_normal(40)
+        found += abs(stats.ttest_1samp(sample, 0).statistic) > stats.t.ppf(0.975, 39)
+    assert found / 2000 == pytest.approx(0.8, abs=0.03)
+
+
+def test_a_context_needs_the_smallest_rank_close_to_its_own_best():
+    needed = needed_ranks(study_table(lambda r: {1: 0.5, 2: 0.2, 4: 0.0, 8: 0.0}[r], noise=1e-6))
+    assert set(needed["needed_rank"]) == {4} and len(needed) == 64
+
+
+def test_a_single_document_is_resampled_by_its_contexts_and_told():
+    choice = select_rank(study_table(lambda r: 0.4 / r, contexts=3, documents=1))
+    row = choice.table.iloc[0]
+    assert row.tokens_per_call_low < row.tokens_per_call < row.tokens_per_call_high
+    assert choice.documents == 1 and "intervals speak of it alone" in choice.caution
+
+
+def test_a_single_context_has_no_interval():
+    row = select_rank(study_table(lambda r: 0.4 / r, contexts=1, documents=1)).table.iloc[0]
+    assert np.isnan(row.tokens_per_call_low)

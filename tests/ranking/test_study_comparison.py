@@ -1,0 +1,106 @@
+"""Two studies side by side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cpmtp.ranking.comparison import compare_studies
+from cpmtp.study.plan import StudySettings
+from cpmtp.study.running import run_study
+
+
+def table(values, *, model="m", domain="d", text="t") -> pd.DataFrame:
+    """One row per context and rank; `values` has a row per context."""
+    rows = [
+        {
+            "model": model,
+            "domain": domain,
+            "document": f"document {c // 2}",
+            "context": c,
+            "context_text": f"{text} {c}" if text else "",
+            "temperature": 1.0,
+            "anchored": False,
+            "horizon": 2,
+            "rank": rank,
+            "status": "ok",
+            "tokens_per_call_block_target": value,
+        }
+        for c, of_ranks in enumerate(values)
+        for rank, value in zip((1, 2), of_ranks, strict=True)
+    ]
+    return pd.DataFrame(rows)
+
+
+VALUES = np.random.default_rng(0).uniform(1, 2, (40, 2))
+
+
+def test_shared_contexts_are_paired_and_the_interval_is_of_their_differences():
+    found = compare_studies(table(VALUES), table(VALUES + 0.1, model="other"))
+    assert found["paired"].all() and (found["shared_contexts"] == 40).all()
+    np.testing.assert_allclose(found["difference"], 0.1)
+    np.testing.assert_allclose(found["difference_low"], 0.1)
+    assert found["compared"].iloc[0] == "m against other, d"
+
+
+def test_contexts_that_differ_are_compared_by_their_means_with_a_wider_interval():
+    found = compare_studies(table(VALUES), table(VALUES + 0.1, text="another"))
+    assert not found["paired"].any()
+    assert (found["difference_high"] - found["difference_low"] > 0.1).all()
+    np.testing.assert_allclose(found["difference"], 0.1)
+
+
+def test_contexts_without_a_text_are_not_taken_for_the_same():
+    assert not compare_studies(table(VALUES, text=""), table(VALUES, text=""))["paired"].any()
+
+
+def test_only_shared_contexts_count_where_there_are_any():
+    found = compare_studies(table(VALUES), table(VALUES[:10] + 0.1))
+    assert (found["shared_contexts"] == 10).all()
+    np.testing.assert_allclose(found["first"], VALUES[:10].mean(0))
+
+
+def test_the_interval_of_a_true_difference_holds_it_as_often_as_it_says():
+    generator = np.random.default_rng(1)
+    held = 0
+    for seed in range(100):
+        first = generator.normal(2, 0.3, (40, 2))
+        second = first + generator.normal(0.05, 0.1, (40, 2))
+        row = compare_studies(table(first), table(second), seed=seed).iloc[0]
+        held += row["difference_low"] <= 0.05 <= row["difference_high"]
+    # Twenty clusters: a percentile interval holds a little less than the 95 % it is named after.
+    assert 84 <= held <= 99
+
+
+def test_studies_with_nothing_in_common_are_refused():
+    two = pd.concat([table(VALUES), table(VALUES, model="n")])
+    with pytest.raises(ValueError, match="in common"):
+        compare_studies(two, table(VALUES, model="other"))
+    with pytest.raises(ValueError, match="no column tokens_per_call_best_target"):
+        compare_studies(two, two, rule="best")
+
+
+def test_two_real_studies_are_compared_from_the_command_line(tmp_path, monkeypatch, capsys):
+    from cpmtp.cli import main
+
+    (tmp_path / "a.txt").write_text("abcdefgh" * 40)
+    settings = StudySettings(
+        models=("tiny_models:characters",),
+        domains={"letters": tmp_path / "a.txt"},
+        horizons=(2,),
+        ranks=(1, 2),
+        methods=("em",),
+    )
+    small = replace(settings, contexts=3, context_length=4)
+    run_study(small, tmp_path / "one", workers=1)
+    run_study(replace(small, methods=("em", "hals")), tmp_path / "two", workers=1)
+    arguments = ["cpmtp", "compare", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "c.csv")]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    shown = capsys.readouterr().out
+    assert not stopped.value.code and "3 shared contexts, paired" in shown and "95 % interval" in shown
+    assert len(pd.read_csv(tmp_path / "c.csv")) == 2

@@ -1,0 +1,230 @@
+"""The study: tidy, resumable, the same whatever happened on the way."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from cpmtp.report.document import write_report
+from cpmtp.study.plan import StudySettings, estimate_study, plan_study
+from cpmtp.study.running import read_study, run_study
+from cpmtp.study.table import KEY_COLUMNS, TIMING_COLUMNS, table_columns
+
+TINY = StudySettings(
+    models=("tiny_models:bigram",), horizons=(2, 3), ranks=(1, 2, 4), methods=("als", "em"), contexts=3, context_length=4
+)
+
+
+def without_times(table: pd.DataFrame) -> pd.DataFrame:
+    return table.drop(columns=list(TIMING_COLUMNS))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return run_study(TINY, tmp_path_factory.mktemp("study"), workers=1)
+
+
+def test_there_is_one_row_per_cell(table):
+    assert len(table) == 3 * 2 * 3 * 2 == estimate_study(TINY).cells
+    assert not table.duplicated(list(KEY_COLUMNS)).any()
+    assert list(table.columns) == table_columns(TINY)
+    assert (table["status"] != "failed").all()
+
+
+def test_numbers_in_the_table_keep_their_laws(table):
+    em = table[table["method"] == "em"]
+    assert (table["tokens_per_call_token_target"] <= table["tokens_per_call_block_target"] + 1e-9).all()
+    assert (table["tokens_per_call_block_target"] <= table["tokens_per_call_coupling_target"] + 1e-9).all()
+    assert (table["tokens_per_call_coupling_target"] <= table["horizon"] + 1e-9).all()
+    assert (table["survival_block_target_1"] - 1).abs().max() < 1e-12
+    rank_one = em[em["rank"] == 1]
+    assert (rank_one["kl_nats"] - rank_one["total_correlation_nats"]).abs().max() < 1e-6
+    assert (em["kl_nats"] >= -1e-12).all()
+
+
+def test_a_shorter_horizons_rows_do_not_depend_on_the_longer(table, tmp_path):
+    short = run_study(replace(TINY, horizons=(2,)), tmp_path, workers=1)
+    columns = [c for c in short if c not in (*TIMING_COLUMNS, "iterations")]
+    expected = table[table["horizon"] == 2][columns].reset_index(drop=True)
+    pd.testing.assert_frame_equal(short[columns], expected, rtol=1e-9)
+
+
+def test_the_table_does_not_depend_on_where_units_ran(table, tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        threaded = run_study(TINY, tmp_path / "threads", pool)
+    pd.testing.assert_frame_equal(without_times(threaded), without_times(table))
+
+
+def test_local_processes_give_the_same_table(table, tmp_path, monkeypatch, root):
+    monkeypatch.setenv("PYTHONPATH", str(root / "tests"))
+    spawned = run_study(TINY, tmp_path, workers=2)
+    pd.testing.assert_frame_equal(without_times(spawned), without_times(table))
+
+
+def test_what_is_finished_is_not_computed_again(tmp_path, monkeypatch):
+    first = run_study(TINY, tmp_path, workers=1)
+    monkeypatch.setattr("cpmtp.study.workers.study_unit_rows", lambda *_: pytest.fail("computed again"))
+    pd.testing.assert_frame_equal(run_study(TINY, tmp_path, workers=1), first)
+
+
+def test_a_folder_holds_one_study_and_says_what_differs(tmp_path):
+    run_study(replace(TINY, ranks=(1,), methods=("em",)), tmp_path, workers=1)
+    with pytest.raises(ValueError, match=r"ranks \(\[1\] there, \[2\] now\)"):
+        run_study(replace(TINY, ranks=(2,), methods=("em",)), tmp_path, workers=1)
+
+
+def test_the_manifest_names_versions_settings_and_models(tmp_path):
+    run_study(replace(TINY, ranks=(1,), methods=("em",)), tmp_path, workers=1)
+    _, manifest = read_study(tmp_path)
+    assert manifest["settings"]["ranks"] == [1]
+    assert manifest["versions"]["torch"]
+    assert manifest["models"]["tiny_models:bigram"]["vocab_size"] == 6
+
+
+def test_contexts_are_cut_from_a_corpus_document_by_document(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name * 50)
+    settings = replace(TINY, models=("tiny_models:characters",), corpus=(str(tmp_path),), contexts=5)
+    units, identity = plan_study(settings)
+    assert len({u.document for u in units}) == 3
+    assert all(len(set(u.token_ids)) == 1 and len(u.token_ids) == 4 for u in units)
+    assert identity["corpora"]["corpus"]["sha256"]
+
+
+def test_temperatures_and_anchored_drafts_are_axes_of_the_table(table, tmp_path):
+    settings = replace(TINY, methods=("em",), temperatures=(1.0, 0.5), anchored=(False, True))
+    found = run_study(settings, tmp_path, workers=1)
+    assert len(found) == 3 * 2 * (3 + 2 * 3) == estimate_study(settings).cells
+    assert not found.duplicated(list(KEY_COLUMNS)).any()
+    assert set(found[found["anchored"]]["horizon"]) == {3}
+    keys = ["context", "horizon", "rank"]
+    # What was there without the axes is there with them: the same contexts, seeds and numbers.
+    alone = table[table["method"] == "em"].set_index(keys)["tokens_per_call_block_target"]
+    plain = found[~found["anchored"] & (found["temperature"] == 1)].set_index(keys)["tokens_per_call_block_target"]
+    pd.testing.assert_series_equal(plain, alone.loc[plain.index])
+    told = found[found["anchored"] & (found["temperature"] == 1)].set_index(keys)["tokens_per_call_block_target"]
+    assert (told > plain.loc[told.index]).mean() > 0.5
+    assert found[found["anchored"]]["tokens_per_call_block_draft"].isna().all()
+    cooler = found.groupby("temperature")["joint_entropy_nats"].mean()
+    assert cooler[0.5] < cooler[1.0]
+
+
+def test_a_joint_that_is_too_large_becomes_a_tree_with_bounds(tmp_path):
+    settings = replace(TINY, methods=("em", "als"), max_bytes=8 * 8 * 6**2, tree_nodes=15)
+    found = run_study(settings, tmp_path, workers=1)
+    assert found.groupby("horizon")["joint"].unique().map(list).to_dict() == {2: ["dense"], 3: ["tree"]}
+    tree = found[found["joint"] == "tree"]
+    assert set(tree["method"]) == {"em"} and (tree["status"] == "ok").all() and (tree["kept_mass"] < 1).all()
+    assert (tree["tokens_per_call_block_target"] < tree["tokens_per_call_upper_block_target"]).all()
+    assert read_study(tmp_path)[1]["models"]["tiny_models:bigram"]["truncated_horizons"] == [3]
+    assert len(found) == estimate_study(settings).cells
+    write_report(*read_study(tmp_path), tmp_path / "report.html")
+
+
+def test_domains_stand_side_by_side_with_their_bits_per_byte(tmp_path):
+    import tiny_models
+
+    for name, letters in (("one", "abcdef"), ("two", "aaab")):
+        (tmp_path / f"{name}.txt").write_text(letters * 30)
+    domains = {"one": tmp_path / "one.txt", "two": tmp_path / "two.txt"}
+    settings = replace(TINY, models=("tiny_models:characters",), domains=domains, methods=("em",), ranks=(1,), contexts=2)
+    found = run_study(settings, tmp_path / "out", workers=1)
+    assert found.groupby("domain")["context"].nunique().to_dict() == {"one": 2, "two": 2}
+    lm = tiny_models.characters()
+    for domain in domains:
+        units = [u for u in plan_study(settings)[0] if u.domain == domain]
+        nats = 0.0
+        for unit in units:
+            laws = lm.next_token_log_probs(torch.tensor(unit.token_ids[:-1])[:, None])
+            nats -= laws.gather(1, torch.tensor(unit.token_ids[1:])[:, None]).sum().item()
+        expected = nats / math.log(2) / (2 * 3)
+        assert found[found["domain"] == domain]["domain_bits_per_byte"].unique() == pytest.approx(expected)
+
+
+def test_a_fit_that_breaks_is_a_row_with_a_message(tmp_path, monkeypatch):
+    def fails_at_two(joint, rank, method, **_):
+        if rank == 2:
+            raise RuntimeError("no luck")
+        return real(joint, rank, method)
+
+    import cpmtp.study.rows
+
+    real = cpmtp.study.rows.fit
+    monkeypatch.setattr("cpmtp.study.rows.fit", fails_at_two)
+    table = run_study(replace(TINY, methods=("em",), contexts=1), tmp_path, workers=1)
+    failed = table[table["rank"] == 2]
+    assert (failed["status"] == "failed").all() and failed["message"].str.contains("no luck").all()
+    assert (table[table["rank"] != 2]["status"] != "failed").all()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"ranks": (0,)}, "rank 0: expected an integer of at least 1"),
+        ({"ranks": (-3,)}, "rank -3"),
+        ({"ranks": ()}, "ranks is empty"),
+        ({"ranks": (2, 2)}, "holds one twice"),
+        ({"horizons": (0,)}, "horizon 0: expected"),
+        ({"horizons": (1,)}, "at least 2"),
+        ({"methods": ("magic",)}, "unknown method 'magic'"),
+        ({"contexts": 0}, "contexts 0"),
+        ({"context_length": 0}, "context_length 0"),
+        ({"restarts": 0}, "restarts 0"),
+        ({"temperatures": (-1.0,)}, "temperature -1.0"),
+        ({"models": ()}, "models is empty"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(change, said):
+    with pytest.raises(ValueError) as error:
+        replace(TINY, **change)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"models": ("tiny_models:broken",)}, "NaN"),
+        ({"models": ("tiny_models:not_a_model",)}, "expected vocab_size and next_token_log_probs"),
+        ({"models": ("tiny_models:nothing_there",)}, "nothing_there"),
+        ({"models": ("no_such_module:factory",)}, "no_such_module"),
+        ({"models": ("no/such-model",)}, "unknown model 'no/such-model'"),
+        ({"horizons": (30,)}, "truncated_joint"),
+        ({"corpus": ("nowhere/*.txt",)}, "no such file"),
+        ({"corpus": (__file__,)}, "encode_document"),
+    ],
+)
+def test_what_cannot_be_studied_is_refused_before_any_work(change, said, tmp_path):
+    with pytest.raises(ValueError) as error:
+        run_study(replace(TINY, **change), tmp_path / "out", workers=1)
+    assert said in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_killed_half_way_finishes_with_the_same_table(tmp_path, root):
+    command = [sys.executable, "-m", "cpmtp.cli", "study", "--model", "tiny_models:hidden_markov", "--contexts", "8"]
+    command += ["--context-length", "4", "--ranks", "1,2,4,8", "--methods", "als,em", "--workers", "1"]
+    environment = os.environ | {"PYTHONPATH": str(root / "tests"), "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen([*command, "--out", tmp_path / "killed"], cwd=root, env=environment)
+    parts = tmp_path / "killed" / "parts"
+    deadline = time.monotonic() + 240
+    while len(list(parts.glob("[0-9]*.parquet"))) < 3:
+        assert running.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert len(list(parts.glob("[0-9]*.parquet"))) < 8
+    for folder in ("killed", "whole"):
+        done = subprocess.run([*command, "--out", tmp_path / folder], cwd=root, env=environment, capture_output=True)
+        assert done.returncode in (0, 1)  # 1: least squares above the true rank is singular, and said to be
+    killed, whole = (read_study(tmp_path / folder)[0] for folder in ("killed", "whole"))
+    pd.testing.assert_frame_equal(without_times(killed), without_times(whole))

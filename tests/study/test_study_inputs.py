@@ -1,0 +1,238 @@
+"""Bad input is refused in one line before any work, through Python and the command line; good input runs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cpmtp.cli import main
+from cpmtp.study.plan import StudySettings, study_cells
+from cpmtp.study.running import read_study, run_study
+from cpmtp.study.table import column_descriptions
+
+SMALL = {
+    "models": ("tiny_models:bigram",),
+    "horizons": (2,),
+    "ranks": (1, 2),
+    "methods": ("em",),
+    "contexts": 1,
+    "context_length": 3,
+}
+
+BAD_SETTINGS = [
+    ({"models": ()}, "models is empty"),
+    ({"models": ("",)}, "name is empty"),
+    ({"models": None}, "models None"),
+    ({"models": ("a", "a")}, "holds one twice"),
+    ({"horizons": ()}, "horizons is empty"),
+    ({"horizons": (0,)}, "horizon 0"),
+    ({"horizons": (-2,)}, "horizon -2"),
+    ({"horizons": (1,)}, "at least 2"),
+    ({"horizons": (2.5,)}, "horizon 2.5"),
+    ({"horizons": ("2",)}, "horizon 2"),
+    ({"horizons": (True,)}, "horizon True"),
+    ({"horizons": (2, 2)}, "holds one twice"),
+    ({"horizons": (17,)}, "truncated_joint"),
+    ({"horizons": None}, "horizons None"),
+    ({"ranks": ()}, "ranks is empty"),
+    ({"ranks": (0,)}, "rank 0"),
+    ({"ranks": (-1,)}, "rank -1"),
+    ({"ranks": (1.5,)}, "rank 1.5"),
+    ({"ranks": ("x",)}, "rank x"),
+    ({"ranks": (3, 3)}, "holds one twice"),
+    ({"ranks": ([1],)}, "ranks"),
+    ({"methods": ()}, "methods is empty"),
+    ({"methods": ("magic",)}, "unknown method 'magic'"),
+    ({"methods": ("em", "em")}, "holds one twice"),
+    ({"methods": (1,)}, "unknown method 1"),
+    ({"contexts": 0}, "contexts 0"),
+    ({"contexts": -4}, "contexts -4"),
+    ({"contexts": 1.5}, "contexts 1.5"),
+    ({"contexts": "many"}, "contexts many"),
+    ({"context_length": 0}, "context_length 0"),
+    ({"context_length": None}, "context_length None"),
+    ({"restarts": 0}, "restarts 0"),
+    ({"restarts": 2.0}, "restarts 2.0"),
+    ({"max_bytes": 0}, "max_bytes 0"),
+    ({"max_bytes": -5}, "max_bytes -5"),
+    ({"seed": "x"}, "seed 'x'"),
+    ({"seed": 1.5}, "seed 1.5"),
+    ({"temperatures": ()}, "temperatures is empty"),
+    ({"temperatures": (-1.0,)}, "temperature -1.0"),
+    ({"temperatures": (math.nan,)}, "temperature nan"),
+    ({"temperatures": (math.inf,)}, "temperature inf"),
+    ({"temperatures": ("hot",)}, "temperature 'hot'"),
+    ({"temperatures": (1.0, 1.0)}, "holds one twice"),
+    ({"anchored": ()}, "anchored is empty"),
+    ({"anchored": ("yes",)}, "anchored"),
+    ({"anchored": (True,), "horizons": (2,)}, "horizon of at least 3"),
+    ({"tree_mass": 1.0}, "tree_mass 1.0"),
+    ({"tree_mass": 0}, "tree_mass 0"),
+    ({"tree_nodes": 0}, "tree_nodes 0"),
+    ({"domains": {"": "x.txt"}}, "name is empty"),
+    ({"domains": {"law": ""}}, "path is empty"),
+    ({"domains": {"own samples": "x"}}, "is taken"),
+    ({"domains": (("law",),)}, "expected a name and a path"),
+    ({"domains": (("law", "x"), ("law", "x"))}, "hold one twice"),
+    ({"domains": 3}, "expected a name and a path"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), BAD_SETTINGS)
+def test_bad_settings_are_a_value_error_of_one_line(change, said):
+    with pytest.raises(ValueError) as error:
+        StudySettings(**SMALL | change)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+BAD_STUDIES = [
+    ({"models": ("tiny_models:broken",)}, "NaN"),
+    ({"models": ("tiny_models:not_a_model",)}, "expected vocab_size and next_token_log_probs"),
+    ({"models": ("tiny_models:nothing_there",)}, "nothing_there"),
+    ({"models": ("tiny_models:needs_an_argument",)}, "factory without arguments"),
+    ({"models": ("tiny_models:raises",)}, "no such file of weights"),
+    ({"models": ("no_such_module:factory",)}, "no_such_module"),
+    ({"models": ("no/such-model",)}, "unknown model 'no/such-model'"),
+    ({"models": ("tiny_models:wide",), "horizons": (4,), "methods": ("als",)}, "only em fits"),
+    ({"max_bytes": 8, "methods": ("gradient",)}, "only em fits"),
+    ({"corpus": ("nowhere/*.txt",)}, "no such file"),
+    ({"domains": {"law": "nowhere"}}, "no such file"),
+    ({"corpus": (__file__,)}, "encode_document"),
+    ({"models": ("tiny_models:characters",), "corpus": ("/dev/null",)}, "no such file"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), BAD_STUDIES)
+def test_what_cannot_be_studied_is_a_value_error_and_nothing_is_written(change, said, tmp_path):
+    with pytest.raises(ValueError) as error:
+        run_study(StudySettings(**SMALL | change), tmp_path / "out", workers=1)
+    assert said in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda out: run_study(StudySettings(**SMALL), out, workers=0), "workers 0"),
+        (lambda out: run_study(StudySettings(**SMALL), out, workers=-1), "workers -1"),
+        (lambda out: read_study(out), "no finished study"),
+    ],
+)
+def test_bad_calls_are_value_errors(call, said, tmp_path):
+    with pytest.raises(ValueError) as error:
+        call(tmp_path / "out")
+    assert said in str(error.value) and not (tmp_path / "out").exists()
+
+
+BASE = ("--model", "tiny_models:bigram", "--contexts", "1", "--context-length", "3", "--methods", "em", "--workers", "1")
+BAD_COMMANDS = [
+    (("study", *BASE, "--ranks", "0"), "rank 0"),
+    (("study", *BASE, "--ranks", "1,two"), "--ranks '1,two'"),
+    (("study", *BASE, "--ranks", ""), "ranks is empty"),
+    (("study", *BASE, "--ranks", "1,1"), "holds one twice"),
+    (("study", *BASE, "--horizons", "1"), "at least 2"),
+    (("study", *BASE, "--horizons", "x"), "--horizons 'x'"),
+    (("study", *BASE, "--horizons", "40"), "truncated_joint"),
+    (("study", *BASE, "--methods", "magic"), "unknown method"),
+    (("study", *BASE, "--methods", ","), "methods is empty"),
+    (("study", *BASE, "--contexts", "0"), "contexts 0"),
+    (("study", *BASE, "--contexts", "1.5"), "--contexts"),
+    (("study", *BASE, "--context-length", "-1"), "context_length -1"),
+    (("study", *BASE, "--restarts", "0"), "restarts 0"),
+    (("study", *BASE, "--seed", "x"), "--seed"),
+    (("study", *BASE, "--workers", "0"), "workers 0"),
+    (("study", *BASE, "--temperatures", "hot"), "--temperatures 'hot'"),
+    (("study", *BASE, "--temperatures", "1,-1"), "temperature -1"),
+    (("study", *BASE, "--temperatures", "nan"), "temperature nan"),
+    (("study", *BASE, "--anchored", "maybe"), "--anchored 'maybe'"),
+    (("study", *BASE, "--anchored", "yes", "--horizons", "2"), "horizon of at least 3"),
+    (("study", *BASE, "--domain", "law"), "NAME=PATH"),
+    (("study", *BASE, "--domain", "=x.txt"), "name is empty"),
+    (("study", *BASE, "--domain", "law="), "path is empty"),
+    (("study", *BASE, "--domain", "law=nowhere.txt"), "no such file"),
+    (("study", *BASE, "--corpus", "nowhere.txt"), "no such file"),
+    (("study", *BASE, "--max-gigabytes", "0"), "--max-gigabytes 0"),
+    (("study", *BASE, "--max-gigabytes", "nan"), "--max-gigabytes nan"),
+    (("study", *BASE, "--dask", "tcp://127.0.0.1:1"), "--workers counts"),
+    (("study", *BASE, "--unknown"), "--unknown"),
+    (("study", "--model", "tiny_models:bigram", "--dask", "nonsense"), "no scheduler"),
+    (("study", "--model", ""), "name is empty"),
+    (("study", "--model", "no_such_module:f"), "no_such_module"),
+    (("compare", "nowhere", "nowhere"), "no finished study"),
+    (("compare", "nowhere"), "Missing argument"),
+    (("report", "nowhere"), "no finished study"),
+    (("nonsense",), "nonsense"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), BAD_COMMANDS)
+def test_a_bad_command_is_one_line_and_status_two(monkeypatch, capsys, tmp_path, arguments, said):
+    out = ("--out", str(tmp_path / "out")) if arguments[0] == "study" else ()
+    monkeypatch.setattr("sys.argv", ["cpmtp", *arguments, *out])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    shown, err = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert shown == "" and len(err.strip().splitlines()) == 1 and said in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_a_file_or_holds_something_else_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(ValueError, match="is a file"):
+        run_study(StudySettings(**SMALL), file, workers=1)
+    assert file.read_text() == "mine"
+    for text in ("{", "[]", '{"settings": {}}'):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match="choose another --out"):
+            run_study(StudySettings(**SMALL), tmp_path, workers=1)
+        assert (tmp_path / "manifest.json").read_text() == text
+
+
+some = st.sampled_from
+VALID = {
+    "horizons": some([(2,), (3,), (2, 3)]),
+    "ranks": some([(1,), (2, 1), (9,)]),
+    "methods": some([("em",), ("als", "em"), ("gradient",), ("hals", "mu"), ("acceptance",)]),
+    "anchored": some([(False,), (True,), (False, True)]),
+    "temperatures": some([(1.0,), (0.0,), (0.5, 1)]),
+    "contexts": some([1, 2]),
+    "context_length": some([1, 3]),
+    "restarts": some([1, 2]),
+    # The smaller one still holds a joint of three of the six tokens eight times over.
+    "max_bytes": some([4_000_000_000, 20_000]),
+    "seed": st.integers(-(2**40), 2**40),
+}
+quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@quick
+@given(st.fixed_dictionaries({}, optional=VALID))
+def test_valid_settings_run(tmp_path_factory, change):
+    if change.get("anchored") == (True,):
+        change["horizons"] = (3,)
+    chosen = StudySettings(**SMALL | change)
+    table = run_study(chosen, tmp_path_factory.mktemp("valid"), workers=1)
+    assert len(table) == len(study_cells(chosen)) * chosen.contexts * len(chosen.temperatures)
+    assert (table.loc[table["status"] == "failed", "message"] != "").all()
+    usable = table[table["status"] != "failed"]
+    assert usable["tokens_per_call_block_target"].between(1 - 1e-9, usable["horizon"] + 1e-9).all()
+
+
+@quick
+@given(st.fixed_dictionaries({}, optional=VALID), some([*BAD_SETTINGS, *BAD_STUDIES]))
+def test_whatever_else_is_said_one_bad_value_is_refused_before_any_work(tmp_path_factory, change, bad):
+    out = tmp_path_factory.mktemp("bad") / "out"
+    with pytest.raises(ValueError):
+        run_study(StudySettings(**SMALL | change | {"methods": ("als",)} | bad[0]), out, workers=1)
+    assert not out.exists()
+
+
+def test_every_column_is_described(tmp_path):
+    table = run_study(StudySettings(**SMALL), tmp_path, workers=1)
+    described = column_descriptions(2)
+    assert list(table.columns) == list(described)
+    assert all(described.values())

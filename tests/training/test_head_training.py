@@ -1,0 +1,204 @@
+"""Training of heads: resumable to the bit, side by side, and clear when something is wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cpmtp.acceptance.implied import implied_acceptance
+from cpmtp.decomposition.fitting import fit
+from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.evaluation import head_draft, held_out_survival, waterfall
+from cpmtp.heads.losses import HeadLoss
+from cpmtp.joint_distribution import exact_joint
+from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
+from cpmtp.training import heads as head_training
+from cpmtp.training.heads import HeadTrainingSettings, train_head, train_heads, windows_of_text
+
+TINY = HeadTrainingSettings(horizon=3, rank=2, steps=6, rows=2, length=16, sequences=8)
+VOCAB = 6
+
+
+def a_model(seed: int = 0) -> HuggingFaceLanguageModel:
+    model = new_llama(VOCAB, width=96, layers=1, window=64, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    model.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn(VOCAB, 96, generator=generator))
+    return HuggingFaceLanguageModel(model, name=f"tiny{seed}")
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return a_model()
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_training_earns_more_tokens_per_call(lm, anchored):
+    tokens = lm.sample_tokens(64, 24, seed=5)
+    untrained = train_head(lm, TINY, steps=1, anchored=anchored)
+    trained = train_head(lm, TINY, steps=150, anchored=anchored, sequences=64)
+    before, after = (held_out_survival(lm, head, tokens).sum(1).mean() for head in (untrained, trained))
+    assert after > before + 0.3
+
+
+def test_a_training_stopped_and_resumed_ends_with_the_same_weights(lm, tmp_path):
+    def stop(step, out):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    train_head(lm, TINY, out=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train_head(lm, TINY, out=tmp_path / "stopped", checkpoint_seconds=0.0, callback=stop)
+    train_head(lm, TINY, out=tmp_path / "stopped")
+    assert weights(tmp_path / "whole") == weights(tmp_path / "stopped")
+    rows = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("whole", "stopped")]
+    assert [r.split(",")[0::2] for r in rows[0]] == [r.split(",")[0::2] for r in rows[1]]
+    assert not (tmp_path / "stopped" / "checkpoint.safetensors").exists()
+
+
+TRAIN = """
+import sys, time, torch
+sys.path.insert(0, {tests!r})
+from test_head_training import TINY, a_model
+from cpmtp.training.heads import train_head
+torch.set_num_threads(1)
+train_head(a_model(), TINY, steps=14, out=sys.argv[1], checkpoint_seconds=0.0,
+           callback=lambda step, out: (print(step, flush=True), time.sleep(0.01)))
+"""
+
+
+def test_a_training_that_was_killed_goes_on_to_the_same_weights(root, tmp_path):
+    script = TRAIN.format(tests=str(root / "tests" / "training"))
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, env=environment)
+    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True, env=environment)
+    while process.stdout.readline().strip() != "6":
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, env=environment)
+    assert weights(tmp_path / "whole") == weights(tmp_path / "killed")
+
+
+def test_heads_trained_side_by_side_are_those_trained_alone(lm):
+    settings = [TINY, HeadTrainingSettings(**(vars(TINY) | {"rank": 1, "anchored": True}))]
+    together = train_heads(lm, settings)
+    for head, setting in zip(together, settings, strict=True):
+        alone = train_head(lm, setting)
+        assert all(torch.equal(a, b) for a, b in zip(head.parameters(), alone.parameters(), strict=True))
+
+
+def test_heads_with_other_data_are_not_trained_side_by_side(lm):
+    with pytest.raises(ValueError, match="share steps"):
+        train_heads(lm, [TINY, HeadTrainingSettings(**(vars(TINY) | {"rows": 3}))])
+
+
+def test_a_time_budget_ends_a_training(lm):
+    steps = []
+    started = time.monotonic()
+    train_head(lm, TINY, seconds=1.0, callback=lambda step, out: steps.append(step))
+    assert len(steps) > 3
+    assert time.monotonic() - started < 20
+
+
+def test_a_checkpoint_of_other_settings_is_refused(lm, tmp_path):
+    def stop(step, out):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_head(lm, TINY, out=tmp_path, checkpoint_seconds=0.0, callback=lambda step, out: step == 2 and stop(step, out))
+    with pytest.raises(ValueError, match="other settings"):
+        train_head(lm, TINY, out=tmp_path, rank=3)
+    file = tmp_path / "checkpoint.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        train_head(lm, TINY, out=tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(lm, tmp_path, monkeypatch):
+    usual = head_training.head_loss
+
+    def broken(head, hidden, tokens, unembed, **options):
+        out = usual(head, hidden, tokens, unembed, **options)
+        broken.calls += 1
+        return HeadLoss(out.loss * float("nan"), out.survival) if broken.calls == 4 else out
+
+    broken.calls = 0
+    monkeypatch.setattr(head_training, "head_loss", broken)
+    with pytest.raises(ValueError, match=r"loss is nan at step 3, windows \[\d.*lower the learning rate"):
+        train_head(lm, TINY, out=tmp_path, checkpoint_seconds=0.0)
+    checkpoint = load_file(tmp_path / "checkpoint.safetensors")
+    assert all(torch.isfinite(value.float()).all() for value in checkpoint.values())
+
+
+def test_windows_longer_than_the_models_are_refused(lm):
+    with pytest.raises(ValueError, match="exceed the model's 64 positions"):
+        train_head(lm, TINY, length=65)
+    with pytest.raises(ValueError, match="windows of 3 tokens for a horizon of 3"):
+        train_head(lm, TINY, length=3)
+
+
+@pytest.mark.parametrize("bad", [{"objective": "luck"}, {"steps": 0}, {"seconds": -1.0}, {"learning_rate": 0.0}, {"rank": 0}])
+def test_settings_out_of_range_are_refused(lm, bad):
+    with pytest.raises(ValueError, match=r"expected|unknown"):
+        train_head(lm, TINY, **bad)
+
+
+def test_text_is_cut_into_windows():
+    class Letters:
+        def encode_document(self, text):
+            return torch.tensor([ord(c) for c in text])
+
+    assert windows_of_text(Letters(), ["abcde", "fg", "h"], 2).tolist() == [[97, 98], [99, 100], [102, 103]]
+    with pytest.raises(ValueError, match="no text is 9 tokens long"):
+        windows_of_text(Letters(), ["abc"], 9)
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_a_head_with_enough_capacity_reaches_the_fit_of_one_context(anchored):
+    """What the fit finds, the module can represent: trained on every continuation of one context."""
+    lm = a_model(seed=2)
+    context = torch.tensor([1, 4, 2, 0, 5])
+    joint = exact_joint(lm, context, horizon=3)
+    ceiling = implied_acceptance(joint, fit(joint, rank=2, method="em", anchored=anchored, restarts=4).distribution)
+    torch.manual_seed(0)
+    head = CPHead(hidden_size=96, vocab_size=VOCAB, horizon=3, rank=2, anchored=anchored, blocks=1).attach(lm)
+    hidden = lm.hidden_states(context[None])[0, -1]
+    paths = torch.cartesian_prod(*[torch.arange(VOCAB)] * 3)
+    law = joint.probs.flatten().float()
+    optimiser = torch.optim.Adam(head.parameters(), lr=3e-3)
+    for _ in range(400):
+        if anchored:
+            each = head(hidden.expand(VOCAB, -1), torch.arange(VOCAB))
+            found = torch.stack([each[x].log_prob(paths[paths[:, 0] == x][:, 1:]) for x in range(VOCAB)]).flatten()
+        else:
+            found = head(hidden).log_prob(paths)
+        loss = -(law * found).sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    learned = implied_acceptance(joint, head_draft(lm, head.requires_grad_(False), context))
+    assert learned.tokens_per_call >= 0.99 * ceiling.tokens_per_call
+
+
+def test_the_waterfall_adds_up_and_falls(lm):
+    heads = train_heads(lm, [HeadTrainingSettings(**(vars(TINY) | {"anchored": a, "steps": 30})) for a in (True, False)])
+    contexts = {f"c{i}": row for i, row in enumerate(lm.sample_tokens(3, 6, seed=9))}
+    table = waterfall(lm, heads, contexts)
+    assert len(table) == 6
+    total = table[["rank_gap", "objective_gap", "learning_gap", "learned"]].sum(axis=1)
+    assert torch.allclose(torch.tensor(total.to_numpy()), torch.full((6,), 3.0, dtype=torch.float64))
+    assert (table["acceptance_fit"] >= table["em_fit"] - 1e-9).all()
+    assert (table["acceptance_fit"] >= table["learned"] - 0.05).all()
