@@ -1,6 +1,7 @@
 """Which rank does a multi-token prediction head need, and what will it buy?
 
-Public names are loaded when they are first used, so that ``import cpmtp`` costs hardly more than ``import torch``.
+Public names are loaded when they are first used, so that ``import cpmtp`` costs hardly more than
+``import torch``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ if TYPE_CHECKING:
     from cpmtp.heads.cp_head import CPHead
     from cpmtp.heads.evaluation import head_draft, held_out_survival, waterfall
     from cpmtp.joint_distribution import JointDistribution, exact_joint
-    from cpmtp.language_model import HiddenMarkovLanguageModel, LanguageModel, MarkovLanguageModel, separated_hmm
+    from cpmtp.language_model import (
+        HiddenMarkovLanguageModel,
+        LanguageModel,
+        MarkovLanguageModel,
+        separated_hmm,
+    )
     from cpmtp.prefix_tree import PrefixTree, truncated_joint
     from cpmtp.pretrained import HuggingFaceLanguageModel, embedded_models, load_language_model
     from cpmtp.ranking.comparison import compare_studies

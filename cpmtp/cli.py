@@ -42,12 +42,17 @@ def main() -> None:
     except OSError as error:
         if error.errno in _DISK_ERRORS:
             print(
-                f"cpmtp: {error.strerror}; what could be written is kept, the same command goes on from there", file=sys.stderr
+                f"cpmtp: {error.strerror}; what could be written is kept, the same command goes "
+                "on from there",
+                file=sys.stderr,
             )
             sys.exit(1)
         _stop(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "))
     except (KeyboardInterrupt, typer.Abort):
-        print("cpmtp: interrupted; what is finished is kept, the same command goes on from there", file=sys.stderr)
+        print(
+            "cpmtp: interrupted; what is finished is kept, the same command goes on from there",
+            file=sys.stderr,
+        )
         sys.exit(_INTERRUPTED)
 
 
@@ -67,7 +72,8 @@ def _show_version(value: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     pass
@@ -76,39 +82,73 @@ def _root(
 @app.command()
 def study(
     model: Annotated[
-        list[str], typer.Option(help="Embedded name, folder, hub id, or module:factory; may be given several times.")
+        list[str],
+        typer.Option(
+            help="Embedded name, folder, hub id, or module:factory; may be given several times."
+        ),
     ] = ["code", "prose"],  # noqa: B006 - typer copies it
     corpus: Annotated[
         list[str] | None,
-        typer.Option(help="File, folder or glob to cut contexts from; several times. Default: the model's own samples."),
+        typer.Option(
+            help="File, folder or glob to cut contexts from; several times. Default: the model's "
+            "own samples."
+        ),
     ] = None,
-    horizons: Annotated[str, typer.Option(help="Numbers of future tokens, separated by commas.")] = "2,3",
+    horizons: Annotated[
+        str, typer.Option(help="Numbers of future tokens, separated by commas.")
+    ] = "2,3",
     ranks: Annotated[str, typer.Option(help="Ranks, separated by commas.")] = "1,2,4,8,16,32",
-    methods: Annotated[str, typer.Option(help="als, hals, mu, em, gradient, separated by commas.")] = "als,em,gradient",
+    methods: Annotated[
+        str, typer.Option(help="als, hals, mu, em, gradient, separated by commas.")
+    ] = "als,em,gradient",
     contexts: Annotated[int, typer.Option(help="Contexts per model.")] = 8,
     context_length: Annotated[int, typer.Option(help="Tokens in a context.")] = 64,
     domain: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=PATH: a named corpus (file, folder or glob); several times for domains side by side."),
+        typer.Option(
+            help="NAME=PATH: a named corpus (file, folder or glob); several times for domains "
+            "side by side."
+        ),
     ] = None,
     temperatures: Annotated[
-        str, typer.Option("--temperatures", "--temperature", help="Temperatures of the target's law, separated by commas.")
+        str,
+        typer.Option(
+            "--temperatures",
+            "--temperature",
+            help="Temperatures of the target's law, separated by commas.",
+        ),
     ] = "1.0",
-    anchored: Annotated[str, typer.Option(help="no, yes or both: whether drafts are told the first token.")] = "no",
+    anchored: Annotated[
+        str, typer.Option(help="no, yes or both: whether drafts are told the first token.")
+    ] = "no",
     restarts: Annotated[int, typer.Option(help="Random starts per fit; the best is kept.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder of the study; the same folder again goes on with it.")] = Path("runs/study"),
+    out: Annotated[
+        Path, typer.Option(help="Folder of the study; the same folder again goes on with it.")
+    ] = Path("runs/study"),
     seed: Annotated[int, typer.Option(help="Seed of contexts and starts.")] = 0,
-    workers: Annotated[int | None, typer.Option(help="Local processes; default one per core.")] = None,
-    dask: Annotated[str | None, typer.Option(help="Address of a Dask scheduler, tcp://HOST:PORT, to compute on.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Local processes; default one per core.")
+    ] = None,
+    dask: Annotated[
+        str | None,
+        typer.Option(help="Address of a Dask scheduler, tcp://HOST:PORT, to compute on."),
+    ] = None,
     max_gigabytes: Annotated[
-        float, typer.Option(help="Memory of a worker for dense joints; larger ones become truncated trees.")
+        float,
+        typer.Option(
+            help="Memory of a worker for dense joints; larger ones become truncated trees."
+        ),
     ] = 4.0,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, no summary.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show cells, memory and estimated time; compute nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show cells, memory and estimated time; compute nothing."),
+    ] = False,
 ) -> None:
     """Run a study and recommend a rank.
 
-    Example: cpmtp study --model ./my-model --corpus docs/ --horizons 2,3 --ranks 1,2,4,8 --out runs/mine
+    Example: cpmtp study --model ./my-model --corpus docs/ --horizons 2,3 --ranks 1,2,4,8 --out
+    runs/mine
     """
     from cpmtp.study.plan import StudySettings
     from cpmtp.study.running import run_study
@@ -134,7 +174,9 @@ def study(
         _show_plan(settings, workers)
         return
     with _executor(dask, workers) as executor:
-        table = run_study(settings, out, executor, workers=workers, progress=False if quiet else None)
+        table = run_study(
+            settings, out, executor, workers=workers, progress=False if quiet else None
+        )
     _finish(table, out, quiet)
 
 
@@ -158,11 +200,16 @@ def compare(
     comparison = compare_studies(*tables, rule=rule, first_token=first_token, seed=seed)
     print(f"{first} against {second}, tokens per call ({rule}, first token from the {first_token})")
     for (what, horizon), part in comparison.groupby(["compared", "horizon"], sort=False):
-        paired = f"{part['shared_contexts'].iloc[0]} shared contexts, paired" if part["paired"].iloc[0] else "unpaired"
+        paired = (
+            f"{part['shared_contexts'].iloc[0]} shared contexts, paired"
+            if part["paired"].iloc[0]
+            else "unpaired"
+        )
         print(f"{what}, horizon {horizon} ({paired})")
         for row in part.itertuples():
             print(
-                f"  rank {row.rank:4d}  {row.first:7.3f}  {row.second:7.3f}  difference {row.difference:+.3f} "
+                f"  rank {row.rank:4d}  {row.first:7.3f}  {row.second:7.3f}  difference "
+                f"{row.difference:+.3f} "
                 f"(95 % interval {row.difference_low:+.3f} to {row.difference_high:+.3f})"
             )
     if out is not None:
@@ -172,10 +219,15 @@ def compare(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a finished study.")],
-    out: Annotated[Path | None, typer.Option(help="File to write; default: report.html in the folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default: report.html in the folder.")
+    ] = None,
     latency: Annotated[
         Path | None,
-        typer.Option(help="JSON with plain_step, base, per_position, per_component in seconds; default: the folder's own."),
+        typer.Option(
+            help="JSON with plain_step, base, per_position, per_component in seconds; default: "
+            "the folder's own."
+        ),
     ] = None,
     price: Annotated[float, typer.Option(help="Price of a device-hour.")] = 2.5,
 ) -> None:
@@ -198,12 +250,16 @@ def report(
 @app.command("train-base")
 def train_base_command(
     domain: Annotated[str, typer.Argument(help="code or prose.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for model and checkpoint; default: runs/base-DOMAIN.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for model and checkpoint; default: runs/base-DOMAIN."),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3000,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: all cores.")] = None,
 ) -> None:
-    """Train a small base model on what this Python carries; goes on from its checkpoint if there is one.
+    """Train a small base model on what this Python carries; goes on from its checkpoint if there is
+    one.
 
     Example: cpmtp train-base code --steps 3000 --out runs/base-code
     """
@@ -215,7 +271,9 @@ def train_base_command(
         raise ValueError(f"--steps {steps}: expected at least 1")
     if threads:
         torch.set_num_threads(threads)
-    result = train_base(domain, out or Path(f"runs/base-{domain}"), BaseTrainingSettings(steps=steps, seed=seed))
+    result = train_base(
+        domain, out or Path(f"runs/base-{domain}"), BaseTrainingSettings(steps=steps, seed=seed)
+    )
     print(f"held-out bits per byte  {result.bits_per_byte:.3f}")
     print(f"tokens seen             {result.tokens_seen:,}")
     print(f"model                   {result.folder}")
@@ -223,20 +281,33 @@ def train_base_command(
 
 @app.command("train-head")
 def train_head_command(
-    model: Annotated[str, typer.Option(help="Base model: code, prose, a folder or a hub id.")] = "code",
-    out: Annotated[Path | None, typer.Option(help="Folder for head and checkpoint; default: runs/head-MODEL-rRANK.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Base model: code, prose, a folder or a hub id.")
+    ] = "code",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for head and checkpoint; default: runs/head-MODEL-rRANK."),
+    ] = None,
     horizon: Annotated[int, typer.Option(help="Tokens per call at most.")] = 4,
     rank: Annotated[int, typer.Option(help="Components of the CP distribution.")] = 8,
     anchored: Annotated[bool, typer.Option(help="The head reads the known first token.")] = True,
-    objective: Annotated[str, typer.Option(help="distillation, likelihood or acceptance.")] = "distillation",
+    objective: Annotated[
+        str, typer.Option(help="distillation, likelihood or acceptance.")
+    ] = "distillation",
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 500,
-    seconds: Annotated[float | None, typer.Option(help="Train for so long instead of for --steps.")] = None,
-    corpus: Annotated[list[str] | None, typer.Option(help="Files, folders or globs; default: the model's own samples.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Train for so long instead of for --steps.")
+    ] = None,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(help="Files, folders or globs; default: the model's own samples."),
+    ] = None,
     start: Annotated[Path | None, typer.Option(help="Folder of a head to begin with.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of weights, samples and batches.")] = 0,
 ) -> None:
-    """Train a head for a base model that stays as it is; goes on from its checkpoint if there is one.
+    """Train a head for a base model that stays as it is; goes on from its checkpoint if there is
+    one.
 
     Example: cpmtp train-head --model code --rank 8 --steps 2000 --out runs/head-code
     """
@@ -246,12 +317,28 @@ def train_head_command(
     from cpmtp.training.heads import HeadTrainingSettings, train_head, windows_of_text
 
     settings = HeadTrainingSettings(
-        horizon=horizon, rank=rank, anchored=anchored, objective=objective, steps=steps, seconds=seconds, seed=seed
+        horizon=horizon,
+        rank=rank,
+        anchored=anchored,
+        objective=objective,
+        steps=steps,
+        seconds=seconds,
+        seed=seed,
     )
     lm = load_language_model(model, device=device)
-    tokens = windows_of_text(lm, [d.text for d in read_documents(list(corpus))], settings.length) if corpus else None
+    tokens = (
+        windows_of_text(lm, [d.text for d in read_documents(list(corpus))], settings.length)
+        if corpus
+        else None
+    )
     folder = out or Path(f"runs/head-{lm.name}-r{rank}")
-    train_head(lm, settings, out=folder, tokens=tokens, start=CPHead.from_pretrained(start) if start else None)
+    train_head(
+        lm,
+        settings,
+        out=folder,
+        tokens=tokens,
+        start=CPHead.from_pretrained(start) if start else None,
+    )
     last = (folder / "metrics.csv").read_text("utf-8").splitlines()[-1].split(",")
     print(f"steps            {last[0]} in {float(last[1]):.0f} s")
     print(f"tokens per call  {float(last[3]):.3f} (block, on the last batch)")
@@ -262,25 +349,40 @@ def train_head_command(
 def generate(
     head: Annotated[
         str | None,
-        typer.Argument(help="Folder of a trained head, or recommended or baseline (embedded models); without: plain decoding."),
+        typer.Argument(
+            help="Folder of a trained head, or recommended or baseline (embedded models); "
+            "without: plain decoding."
+        ),
     ] = None,
-    model: Annotated[str, typer.Option(help="Its base model: code, prose, a folder or a hub id.")] = "code",
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "def add(a, b):\n    return ",
+    model: Annotated[
+        str, typer.Option(help="Its base model: code, prose, a folder or a hub id.")
+    ] = "code",
+    prompt: Annotated[
+        str, typer.Option(help="Text to go on from.")
+    ] = "def add(a, b):\n    return ",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 200,
     rule: Annotated[str, typer.Option(help="block, token or greedy.")] = "block",
     temperature: Annotated[float, typer.Option(help="0 follows the most probable token.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Only the so many most probable tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Only the most probable tokens of this mass.")] = None,
-    monitor: Annotated[Path | None, typer.Option(help="File that gets a line of JSON per cycle.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Only the so many most probable tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Only the most probable tokens of this mass.")
+    ] = None,
+    monitor: Annotated[
+        Path | None, typer.Option(help="File that gets a line of JSON per cycle.")
+    ] = None,
     expect: Annotated[
-        Path | None, typer.Option(help="Table with forecast_low and forecast_high: warn of drift from it.")
+        Path | None,
+        typer.Option(help="Table with forecast_low and forecast_high: warn of drift from it."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
 ) -> None:
     """Generate text by lossless self-speculative decoding and say what it took.
 
-    Example: cpmtp generate recommended --model code --max-new-tokens 200 --monitor runs/generate.jsonl
+    Example: cpmtp generate recommended --model code --max-new-tokens 200 --monitor
+    runs/generate.jsonl
     """
     from cpmtp.decoding.drift import drift_warning, expected_interval
     from cpmtp.decoding.speculative import speculative_generate
@@ -290,19 +392,34 @@ def generate(
     draft = None if head is None else _load_head(head, model, device)
     if expect and draft is None:
         raise ValueError("--expect without a head: plain decoding has nothing to drift")
-    keys = {"model": lm.name, "rank": getattr(draft, "rank", 0), "anchored": getattr(draft, "anchored", False), "rule": rule}
+    keys = {
+        "model": lm.name,
+        "rank": getattr(draft, "rank", 0),
+        "anchored": getattr(draft, "anchored", False),
+        "rule": rule,
+    }
     keys["head"] = Path(head or "").name
     expected = expected_interval(expect, **keys) if expect else None
     out = speculative_generate(
-        lm, draft, lm.encode(prompt), max_new_tokens=max_new_tokens, rule=rule, temperature=temperature, top_k=top_k,
-        top_p=top_p, seed=seed, monitor=monitor,
-    )  # fmt: skip
+        lm,
+        draft,
+        lm.encode(prompt),
+        max_new_tokens=max_new_tokens,
+        rule=rule,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        monitor=monitor,
+    )
     print(lm.decode(out.sequences[0]))
     stats = out.stats
     print(f"tokens per call    {stats.tokens_per_call:.3f} in {stats.calls} calls", file=sys.stderr)
     print(f"tokens per second  {stats.tokens_per_second:.1f}", file=sys.stderr)
     print(
-        f"latency per token  {1e3 * stats.latency(0.5):.1f} ms median, {1e3 * stats.latency(0.95):.1f} ms p95", file=sys.stderr
+        f"latency per token  {1e3 * stats.latency(0.5):.1f} ms median, "
+        f"{1e3 * stats.latency(0.95):.1f} ms p95",
+        file=sys.stderr,
     )
     if expected and (warning := drift_warning(stats, *expected)):
         print(f"drift: {warning}", file=sys.stderr)
@@ -314,19 +431,36 @@ def _load_head(name: str, model: str, device: str):
 
     folder = embedded_heads(model).get(name, Path(name))
     if not (folder / "config.json").is_file():
-        known = f"; {model} comes with {', '.join(embedded_heads(model))}" if embedded_heads(model) else ""
-        raise ValueError(f"the folder {name!r} holds no head: expected config.json and model.safetensors in it{known}")
+        known = (
+            f"; {model} comes with {', '.join(embedded_heads(model))}"
+            if embedded_heads(model)
+            else ""
+        )
+        raise ValueError(
+            f"the folder {name!r} holds no head: expected config.json and model.safetensors in "
+            f"it{known}"
+        )
     return CPHead.from_pretrained(folder).to(device)
 
 
 @app.command()
 def validate(
-    preset: Annotated[str, typer.Option(help="tiny (embedded model, CPU) or gpu (one CUDA device).")] = "tiny",
-    out: Annotated[Path | None, typer.Option(help="Folder of the validation's state; default: runs/validate-PRESET.")] = None,
-    stage: Annotated[str | None, typer.Option(help="Only base, heads, forecast, decode or report; default: all.")] = None,
-    budget_seconds: Annotated[float | None, typer.Option(help="Begin nothing after so many seconds.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="tiny (embedded model, CPU) or gpu (one CUDA device).")
+    ] = "tiny",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the validation's state; default: runs/validate-PRESET."),
+    ] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Only base, heads, forecast, decode or report; default: all.")
+    ] = None,
+    budget_seconds: Annotated[
+        float | None, typer.Option(help="Begin nothing after so many seconds.")
+    ] = None,
 ) -> None:
-    """Prove or refute a forecast: base model, heads, forecast, real decoding, report; goes on where it was stopped.
+    """Prove or refute a forecast: base model, heads, forecast, real decoding, report; goes on where
+    it was stopped.
 
     Example: cpmtp validate --preset tiny --out runs/validate-tiny
     """
@@ -335,19 +469,31 @@ def validate(
 
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    done = run(PRESETS[preset], out or Path(f"runs/validate-{preset}"), stage=stage, budget_seconds=budget_seconds)
+    done = run(
+        PRESETS[preset],
+        out or Path(f"runs/validate-{preset}"),
+        stage=stage,
+        budget_seconds=budget_seconds,
+    )
     if not done.finished:
-        print(f"unfinished  {len(done.missing)} parts are left ({done.missing[0]} first); the same command goes on")
+        print(
+            f"unfinished  {len(done.missing)} parts are left ({done.missing[0]} first); the same "
+            "command goes on"
+        )
     elif (done.results / "summary.json").is_file():
         found = json.loads((done.results / "summary.json").read_text("utf-8"))
         for choice in found["choices"]:
             print(
                 f"T={choice['temperature']:g} batch {choice['batch']}: chosen {choice['chosen']} "
-                f"({choice['chosen_speedup']:.2f} times plain decoding), measured best {choice['measured_best']} "
+                f"({choice['chosen_speedup']:.2f} times plain decoding), measured best "
+                f"{choice['measured_best']} "
                 f"({choice['best_speedup']:.2f})"
             )
         print(f"forecast    off by {found['forecast_error_largest']:.1%} at most")
-        print(f"law         {found['law_tests']} tests, uniformity p = {found['law_uniformity_p_value']:.3f}")
+        print(
+            f"law         {found['law_tests']} tests, uniformity p = "
+            f"{found['law_uniformity_p_value']:.3f}"
+        )
         print(f"report      {done.results / 'report.html'}")
     else:
         print(f"done        {done.folder}")
@@ -364,7 +510,8 @@ def models() -> None:
     for name, folder in embedded_models().items():
         recipe = json.loads((folder / "recipe.json").read_text("utf-8"))
         print(
-            f"{name:8} {recipe['parameters']:>10,} parameters  {recipe['held_out_bits_per_byte']:.3f} bits per byte  {folder}"
+            f"{name:8} {recipe['parameters']:>10,} parameters  "
+            f"{recipe['held_out_bits_per_byte']:.3f} bits per byte  {folder}"
         )
 
 
@@ -376,7 +523,9 @@ def _numbers(option: str, text: str, kind: type, what: str, example: str) -> tup
     try:
         return tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise ValueError(f"{option} {text!r}: expected {what} separated by commas, such as {example}") from None
+        raise ValueError(
+            f"{option} {text!r}: expected {what} separated by commas, such as {example}"
+        ) from None
 
 
 def _pair(option: str, text: str) -> tuple[str, str]:
@@ -406,17 +555,22 @@ def _executor(address: str | None, workers: int | None):
         yield None
         return
     if workers is not None:
-        raise ValueError("--workers counts local processes and --dask computes elsewhere: give one of them")
+        raise ValueError(
+            "--workers counts local processes and --dask computes elsewhere: give one of them"
+        )
     try:
         from distributed import Client
     except ImportError:
-        raise ValueError("--dask needs the package distributed: pip install 'cpmtp[distributed]'") from None
+        raise ValueError(
+            "--dask needs the package distributed: pip install 'cpmtp[distributed]'"
+        ) from None
     try:
         client = Client(address, timeout="10s", set_as_default=False)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"--dask {address!r}: no scheduler answers there ({error})") from error
     with client:
-        # A context whose rows depend on nothing but itself may be computed twice; its first answer counts.
+        # A context whose rows depend on nothing but itself may be computed twice; its first answer
+        # counts.
         yield client.get_executor(pure=False)
 
 
@@ -426,8 +580,14 @@ def _show_plan(settings, workers: int | None) -> None:
     estimate = estimate_study(settings, workers)
     print(f"cells           {estimate.cells:,}")
     print(f"largest joint   {estimate.joint_bytes / 1e6:,.1f} MB")
-    print(f"memory          about {estimate.memory_bytes / 1e9:.1f} GB with {estimate.workers} worker(s)")
-    print(f"time            about {max(estimate.seconds / 60, 0.1):.1f} minutes (a rough guide: machines differ)")
+    print(
+        f"memory          about {estimate.memory_bytes / 1e9:.1f} GB with {estimate.workers} "
+        "worker(s)"
+    )
+    print(
+        f"time            about {max(estimate.seconds / 60, 0.1):.1f} minutes (a rough guide: "
+        "machines differ)"
+    )
 
 
 def _finish(table, out: Path, quiet: bool) -> None:
@@ -443,7 +603,10 @@ def _finish(table, out: Path, quiet: bool) -> None:
             print(f"table   {out / 'table.parquet'}  ({len(table):,} rows)")
             print(f"report  {path}")
     if failed:
-        print(f"{failed} of {len(table)} cells failed: see the columns status and message", file=sys.stderr)
+        print(
+            f"{failed} of {len(table)} cells failed: see the columns status and message",
+            file=sys.stderr,
+        )
         raise typer.Exit(1)
 
 
@@ -458,9 +621,12 @@ def _summarise(table, manifest: dict) -> None:
         print(f"domain {name}: {corpus['documents']:,} documents{note}")
     for name, facts in manifest["models"].items():
         for horizon in facts["truncated_horizons"]:
-            held = table[(table["model"] == name) & (table["horizon"] == horizon)]["kept_mass"].min()
+            held = table[(table["model"] == name) & (table["horizon"] == horizon)][
+                "kept_mass"
+            ].min()
             print(
-                f"{name}, horizon {horizon}: {facts['vocab_size']:,} tokens are too many for a dense joint; truncated trees of "
+                f"{name}, horizon {horizon}: {facts['vocab_size']:,} tokens are too many for a "
+                "dense joint; truncated trees of "
                 f"at least {held:.1%} of the mass, tokens per call are lower bounds"
             )
     for (model, domain), part in table_parts(table):
@@ -475,7 +641,8 @@ def _summarise(table, manifest: dict) -> None:
         for horizon in choice.rank:
             rows = choice.table[choice.table["horizon"] == horizon]
             cells = [
-                f"r={r.rank}: {r.tokens_per_call:.2f} [{r.tokens_per_call_low:.2f}, {r.tokens_per_call_high:.2f}]"
+                f"r={r.rank}: {r.tokens_per_call:.2f} [{r.tokens_per_call_low:.2f}, "
+                f"{r.tokens_per_call_high:.2f}]"
                 for r in rows.itertuples()
             ]
             print(f"  {choice.sentence(horizon)}")

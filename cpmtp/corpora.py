@@ -1,7 +1,7 @@
 """Text in: documents from the standard library, from files and from folders.
 
-A document is the unit of every train/held-out split and the cluster of every interval: two windows of
-one file are not independent.
+A document is the unit of every train/held-out split and the cluster of every interval: two windows
+of one file are not independent.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from pathlib import Path
 DOMAINS = ("code", "prose")
 
 # Mapping tables, generated files and test fixtures: bytes without the structure of code.
-_LEFT_OUT = {"encodings", "pydoc_data", "test", "tests", "idle_test", "site-packages", "__pycache__"}
+_LEFT_OUT = {
+    "encodings",
+    "pydoc_data",
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "__pycache__",
+}
 _SHORTEST_DOCSTRING_FILE = 200
 
 
@@ -47,8 +55,9 @@ def standard_library_documents(domain: str) -> list[Document]:
     Parameters
     ----------
     domain : {"code", "prose"}
-        ``code`` is the library's sources, tests and codec tables left out; ``prose`` is every docstring in them,
-        joined per file, and the language reference's topics in ``pydoc_data.topics``.
+        ``code`` is the library's sources, tests and codec tables left out; ``prose`` is every
+        docstring in them, joined per file, and the language reference's topics in
+        ``pydoc_data.topics``.
 
     Raises
     ------
@@ -58,9 +67,14 @@ def standard_library_documents(domain: str) -> list[Document]:
     if domain not in DOMAINS:
         raise ValueError(f"unknown domain {domain!r}: expected one of {', '.join(DOMAINS)}")
     root = Path(sysconfig.get_path("stdlib"))
-    sources = [read_document(path, name=path.relative_to(root).as_posix()) for path in _library_sources(root)]
+    sources = [
+        read_document(path, name=path.relative_to(root).as_posix())
+        for path in _library_sources(root)
+    ]
     if not sources:
-        raise ValueError(f"this interpreter ships no library sources under {root}: use a full CPython")
+        raise ValueError(
+            f"this interpreter ships no library sources under {root}: use a full CPython"
+        )
     return sources if domain == "code" else _prose(sources)
 
 
@@ -68,32 +82,49 @@ def _library_sources(root: Path) -> list[Path]:
     return [
         path
         for path in sorted(root.rglob("*.py"))
-        if not _LEFT_OUT.intersection(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata")
+        if not _LEFT_OUT.intersection(path.relative_to(root).parts)
+        and not path.name.startswith("_sysconfigdata")
     ]
 
 
 def installed_code_documents(most_bytes: int) -> list[Document]:
-    """Python sources of the standard library and of every installed package, named ``PACKAGE/…``; for `split_packages`.
+    """Python sources of the standard library and of every installed package, named ``PACKAGE/…``;
+    for `split_packages`.
 
     Parameters
     ----------
     most_bytes : int
-        Where there is more, packages give the same share of their files, chosen by a hash of the names.
+        Where there is more, packages give the same share of their files, chosen by a hash of the
+        names.
     """
     library = Path(sysconfig.get_path("stdlib"))
-    found = {f"python/{path.relative_to(library).as_posix()}": path for path in _library_sources(library)}
+    found = {
+        f"python/{path.relative_to(library).as_posix()}": path for path in _library_sources(library)
+    }
     for root in sorted({Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}):
-        sources = (p for p in sorted(root.rglob("*.py")) if not _LEFT_OUT.intersection(p.relative_to(root).parts[1:]))
+        sources = (
+            p
+            for p in sorted(root.rglob("*.py"))
+            if not _LEFT_OUT.intersection(p.relative_to(root).parts[1:])
+        )
         found |= {path.relative_to(root).as_posix(): path for path in sources}
     share = most_bytes / max(sum(path.stat().st_size for path in found.values()), 1)
-    documents = [read_document(path, name=name) for name, path in found.items() if _unit_hash(f"kept {name}") < share]
+    documents = [
+        read_document(path, name=name)
+        for name, path in found.items()
+        if _unit_hash(f"kept {name}") < share
+    ]
     return [d for d in documents if d.text.strip()]
 
 
-def split_packages(documents: list[Document], fraction: float = 0.05) -> tuple[list[Document], list[Document]]:
-    """Split by package, the first part of a document's name, into (training, held out): none stands on both sides.
+def split_packages(
+    documents: list[Document], fraction: float = 0.05
+) -> tuple[list[Document], list[Document]]:
+    """Split by package, the first part of a document's name, into (training, held out): none stands
+    on both sides.
 
-    Packages are held out in the order of a hash until they make up `fraction` of the text; too large ones are passed over.
+    Packages are held out in the order of a hash until they make up `fraction` of the text; too
+    large ones are passed over.
     """
     sizes: dict[str, int] = {}
     for document in documents:
@@ -125,14 +156,19 @@ def _docstrings(source: str) -> list[str]:
     except SyntaxError:  # lib2to3 and friends ship Python 2 files on purpose
         return []
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, kinds)]
+    found = [
+        ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, kinds)
+    ]
     return [inspect.cleandoc(text) for text in found if text]
 
 
-def split_held_out(documents: list[Document], fraction: float = 0.05) -> tuple[list[Document], list[Document]]:
+def split_held_out(
+    documents: list[Document], fraction: float = 0.05
+) -> tuple[list[Document], list[Document]]:
     """Split by document into (training, held out).
 
-    The side is a hash of the document's name, so that it depends neither on order nor on what else is there.
+    The side is a hash of the document's name, so that it depends neither on order nor on what else
+    is there.
     """
     held_out = [d for d in documents if _unit_hash(d.name) < fraction]
     names = {d.name for d in held_out}
@@ -163,12 +199,18 @@ def read_documents(patterns: list[str] | list[Path]) -> list[Document]:
     for pattern in patterns:
         found = _expand(str(pattern))
         if not found:
-            raise ValueError(f"corpus {str(pattern)!r}: no such file, folder or match; name at least one text file")
+            raise ValueError(
+                f"corpus {str(pattern)!r}: no such file, folder or match; name at least one text "
+                "file"
+            )
         paths.extend(found)
     documents = [read_document(path) for path in dict.fromkeys(paths)]
     documents = [document for document in documents if document.text.strip()]
     if not documents:
-        raise ValueError(f"the corpus is empty: {len(paths)} file(s) found, none holds text; give a file with text")
+        raise ValueError(
+            f"the corpus is empty: {len(paths)} file(s) found, none holds text; give a file with "
+            "text"
+        )
     return documents
 
 
@@ -176,7 +218,9 @@ def _expand(pattern: str) -> list[Path]:
     path = Path(pattern)
     if path.is_dir():
         files = (p for p in sorted(path.rglob("*")) if p.is_file())
-        return [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        return [
+            p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)
+        ]
     if path.is_file():
         return [path]
     return [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(p)]

@@ -18,8 +18,8 @@ from cpmtp.sampling_law import SamplingLaw
 DEFAULT_MAX_BYTES = 4_000_000_000
 _SUM_TOLERANCE = 1e-6
 _NORMALISATION_TOLERANCE = 1e-3
-# Next-token probabilities asked for at once: the working set beyond the joint is one float32 copy of these, 17 MB, and what
-# the model needs for a pass.
+# Next-token probabilities asked for at once: the working set beyond the joint is one float32 copy
+# of these, 17 MB, and what the model needs for a pass.
 _ENTRIES_AT_ONCE = 1 << 22
 _ENTRIES_IN_CACHE = 1 << 15
 
@@ -33,7 +33,8 @@ class JointDistribution:
     probs : (*batch, vocab, …, vocab) tensor
         Non-negative; each batch entry sums to one.
     horizon : int, optional
-        Number of token axes; needed only when there are batch axes (default: every axis is a token axis).
+        Number of token axes; needed only when there are batch axes (default: every axis is a token
+        axis).
 
     Raises
     ------
@@ -54,17 +55,31 @@ class JointDistribution:
         horizon = self.horizon or self.probs.ndim
         object.__setattr__(self, "horizon", horizon)
         if not 1 <= horizon <= self.probs.ndim:
-            raise ValueError(f"horizon {horizon} for a tensor of {self.probs.ndim} axes: expected 1 to {self.probs.ndim}")
+            raise ValueError(
+                f"horizon {horizon} for a tensor of {self.probs.ndim} axes: expected 1 to "
+                f"{self.probs.ndim}"
+            )
         token_axes = self.probs.shape[self.probs.ndim - horizon :]
         if len(set(token_axes)) != 1:
-            raise ValueError(f"token axes {tuple(token_axes)} differ in length: give horizon= when there are batch axes")
+            raise ValueError(
+                f"token axes {tuple(token_axes)} differ in length: give horizon= when there are "
+                "batch axes"
+            )
         total = self.probs.sum(dim=tuple(range(-horizon, 0)), dtype=torch.float64)
-        # One pass finds negative, infinite and NaN entries alike; the sum alone would miss a negative one.
-        if not (self.probs.numel() == 0 or bool(self.probs.min() >= 0)) or not bool(torch.isfinite(total).all()):
-            raise ValueError("a joint's probabilities must be finite and non-negative: found a negative or non-finite entry")
+        # One pass finds negative, infinite and NaN entries alike; the sum alone would miss a
+        # negative one.
+        if not (self.probs.numel() == 0 or bool(self.probs.min() >= 0)) or not bool(
+            torch.isfinite(total).all()
+        ):
+            raise ValueError(
+                "a joint's probabilities must be finite and non-negative: found a negative or "
+                "non-finite entry"
+            )
         worst = (total - 1).abs().max().item() if total.numel() else 0.0
         if worst > _SUM_TOLERANCE:
-            raise ValueError(f"a joint must sum to 1: the sum is off by {worst:.3g}; divide by the sum first")
+            raise ValueError(
+                f"a joint must sum to 1: the sum is off by {worst:.3g}; divide by the sum first"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -75,7 +90,9 @@ class JointDistribution:
         return self.probs.shape[: self.probs.ndim - self.horizon]
 
     def prefix_probs(self, length: int) -> Float[Tensor, "..."]:
-        """Law of the first `length` tokens, (*batch, vocab, …, vocab); ``length = 0`` gives the total mass."""
+        """Law of the first `length` tokens, (*batch, vocab, …, vocab); ``length = 0`` gives the
+        total mass.
+        """
         summed = self.horizon - length
         return self.probs.sum(dim=tuple(range(-summed, 0))) if summed else self.probs
 
@@ -86,23 +103,35 @@ class JointDistribution:
         return JointDistribution(self.prefix_probs(length), length)
 
     def conditional_probs(self, length: int) -> Float[Tensor, "..."]:
-        """``p(x_length | x_1 … x_{length-1})``, (*batch, vocab, …, vocab); zero after prefixes of zero mass."""
+        """``p(x_length | x_1 … x_{length-1})``, (*batch, vocab, …, vocab); zero after prefixes of
+        zero mass.
+        """
         prefix = self.prefix_probs(length - 1).unsqueeze(-1)
-        return torch.where(prefix > 0, self.prefix_probs(length) / prefix.clamp_min(torch.finfo(prefix.dtype).tiny), 0.0)
+        return torch.where(
+            prefix > 0,
+            self.prefix_probs(length) / prefix.clamp_min(torch.finfo(prefix.dtype).tiny),
+            0.0,
+        )
 
     def given_first_token(self) -> JointDistribution:
-        """The law of the remaining tokens for every first token, (*batch, vocab) batch axes and horizon n-1.
+        """The law of the remaining tokens for every first token, (*batch, vocab) batch axes and
+        horizon n-1.
 
-        A first token of zero mass gets the mean of the others (the unconditional law): it must be a law and matters nowhere.
+        A first token of zero mass gets the mean of the others (the unconditional law): it must be a
+        law and matters nowhere.
         """
         if self.horizon < 2:
-            raise ValueError("a joint of one token has nothing after the first: use a horizon of at least 2")
+            raise ValueError(
+                "a joint of one token has nothing after the first: use a horizon of at least 2"
+            )
         rest = self.horizon - 1
         first = self.prefix_probs(1)
         shape = (*first.shape, *(1,) * rest)
         fallback = self.probs.sum(dim=-self.horizon, keepdim=True)
         given = torch.where(
-            (first > 0).view(shape), self.probs / first.clamp_min(torch.finfo(first.dtype).tiny).view(shape), fallback
+            (first > 0).view(shape),
+            self.probs / first.clamp_min(torch.finfo(first.dtype).tiny).view(shape),
+            fallback,
         )
         # Where the first token's mass is subnormal the quotient is rounded away from one.
         return JointDistribution(given / given.sum(dim=tuple(range(-rest, 0)), keepdim=True), rest)
@@ -114,7 +143,10 @@ class JointDistribution:
     def marginals(self) -> list[Float[Tensor, "*batch vocab"]]:
         """The law of each position by itself."""
         axes = range(-self.horizon, 0)
-        return [self.probs.sum(dim=[a for a in axes if a != axis]) if self.horizon > 1 else self.probs for axis in axes]
+        return [
+            self.probs.sum(dim=[a for a in axes if a != axis]) if self.horizon > 1 else self.probs
+            for axis in axes
+        ]
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file."""
@@ -156,8 +188,9 @@ def exact_joint(
     Raises
     ------
     ValueError
-        If the horizon is below 1, the joint would exceed `max_bytes` (before any is allocated), a context token is not in the
-        vocabulary, context and horizon exceed the model's window, or the model returns something that is no distribution.
+        If the horizon is below 1, the joint would exceed `max_bytes` (before any is allocated), a
+        context token is not in the vocabulary, context and horizon exceed the model's window, or
+        the model returns something that is no distribution.
 
     Examples
     --------
@@ -175,7 +208,9 @@ def exact_joint(
         grown = torch.empty(len(joint), vocab, dtype=torch.float64)
         for start in range(0, len(joint), size):
             stop = min(start + size, len(joint))
-            conditional_probs(lm, context, grid_rows(start, stop, vocab, depth), law, out=grown[start:stop])
+            conditional_probs(
+                lm, context, grid_rows(start, stop, vocab, depth), law, out=grown[start:stop]
+            )
             grown[start:stop].mul_(joint[start:stop, None])
             if progress:
                 progress(stop - start)
@@ -184,7 +219,9 @@ def exact_joint(
 
 
 def prefixes_at_once(vocab_size: int) -> int:
-    """How many next-token laws to ask for at once: whole groups of siblings where they fit into the working set."""
+    """How many next-token laws to ask for at once: whole groups of siblings where they fit into the
+    working set.
+    """
     size = max(_ENTRIES_AT_ONCE // vocab_size, 1)
     return max(size // vocab_size, 1) * vocab_size if size >= vocab_size else size
 
@@ -204,14 +241,17 @@ def conditional_probs(
     *,
     out: Float[Tensor, "count vocab"] | None = None,
 ) -> Float[Tensor, "count vocab"]:
-    """Processed next-token probabilities after `context` and each continuation, checked and normalised, float64.
+    """Processed next-token probabilities after `context` and each continuation, checked and
+    normalised, float64.
 
     Written into `out` where it is given: a joint is filled without a second copy of it.
     """
     raw = _raw_log_probs(lm, context, continuations)
     probs = torch.empty(raw.shape, dtype=torch.float64) if out is None else out
     # In pieces that stay in the processor's cache from the exponential to the division.
-    for piece, target in zip(raw.split(_rows_in_cache(raw)), probs.split(_rows_in_cache(raw)), strict=True):
+    for piece, target in zip(
+        raw.split(_rows_in_cache(raw)), probs.split(_rows_in_cache(raw)), strict=True
+    ):
         total = target.copy_(piece).exp_().sum(-1, keepdim=True)
         _check_total(total.log())
         if law.is_identity:
@@ -222,14 +262,19 @@ def conditional_probs(
 
 
 def conditional_log_probs(
-    lm: LanguageModel, context: Int[Tensor, " time"], continuations: Int[Tensor, "count length"], law: SamplingLaw
+    lm: LanguageModel,
+    context: Int[Tensor, " time"],
+    continuations: Int[Tensor, "count length"],
+    law: SamplingLaw,
 ) -> Float[Tensor, "count vocab"]:
     """The same as log-probabilities (nats); removed tokens have ``-inf``."""
     return law.process_log_probs(checked_log_probs(_raw_log_probs(lm, context, continuations)))
 
 
 def checked_log_probs(raw: Float[Tensor, "count vocab"]) -> Float[Tensor, "count vocab"]:
-    """Float64 log-probabilities that sum to one exactly, or a ValueError that says what the model returned."""
+    """Float64 log-probabilities that sum to one exactly, or a ValueError that says what the model
+    returned.
+    """
     total = raw.double().logsumexp(-1, keepdim=True)
     _check_total(total)
     return raw.double() - total
@@ -239,19 +284,28 @@ def _raw_log_probs(lm: LanguageModel, context: Tensor, continuations: Tensor) ->
     if isinstance(lm, PrefixSharingLanguageModel):
         raw = lm.continuation_log_probs(context, continuations)
     else:
-        raw = lm.next_token_log_probs(torch.cat([context.expand(len(continuations), -1), continuations], dim=1))
+        raw = lm.next_token_log_probs(
+            torch.cat([context.expand(len(continuations), -1), continuations], dim=1)
+        )
     expected = (len(continuations), lm.vocab_size)
     if tuple(raw.shape) != expected:
-        raise ValueError(f"the model returned log-probabilities of shape {tuple(raw.shape)}: expected {expected}")
+        raise ValueError(
+            f"the model returned log-probabilities of shape {tuple(raw.shape)}: expected {expected}"
+        )
     return raw.cpu()
 
 
 def _check_total(log_total: Tensor) -> None:
     if not bool(torch.isfinite(log_total).all()):
-        raise ValueError("the model returned NaN or infinite logits: check its weights and the context")
+        raise ValueError(
+            "the model returned NaN or infinite logits: check its weights and the context"
+        )
     worst = log_total.abs().max().item()
     if worst > _NORMALISATION_TOLERANCE:
-        raise ValueError(f"the model's log-probabilities are not normalised (log of the sum is {worst:.3g}): apply log_softmax")
+        raise ValueError(
+            f"the model's log-probabilities are not normalised (log of the sum is {worst:.3g}): "
+            "apply log_softmax"
+        )
 
 
 def _rows_in_cache(raw: Tensor) -> int:
@@ -271,7 +325,8 @@ def check_joint_size(vocab_size: int, horizon: int, max_bytes: int = DEFAULT_MAX
     needed = 8 * vocab_size**horizon
     if needed > max_bytes:
         raise ValueError(
-            f"horizon {horizon} over {vocab_size} tokens needs {_gigabytes(needed)}; the limit is {_gigabytes(max_bytes)}: "
+            f"horizon {horizon} over {vocab_size} tokens needs {_gigabytes(needed)}; the limit is "
+            f"{_gigabytes(max_bytes)}: "
             "lower the horizon or use truncated_joint"
         )
 
@@ -279,13 +334,20 @@ def check_joint_size(vocab_size: int, horizon: int, max_bytes: int = DEFAULT_MAX
 def check_context(lm: LanguageModel, context: Tensor, horizon: int) -> None:
     """Refuse a context that is no token sequence of this model, or too long for it."""
     if context.ndim != 1 or context.is_floating_point():
-        raise ValueError(f"context of shape {tuple(context.shape)} and {context.dtype}: expected a 1-D tensor of token ids")
+        raise ValueError(
+            f"context of shape {tuple(context.shape)} and {context.dtype}: expected a 1-D tensor "
+            "of token ids"
+        )
     if len(context) and not 0 <= int(context.min()) <= int(context.max()) < lm.vocab_size:
-        raise ValueError(f"context tokens must be in [0, {lm.vocab_size}): got {int(context.min())} to {int(context.max())}")
+        raise ValueError(
+            f"context tokens must be in [0, {lm.vocab_size}): got {int(context.min())} to "
+            f"{int(context.max())}"
+        )
     window = getattr(lm, "max_context", None)
     if window is not None and len(context) + horizon - 1 > window:
         raise ValueError(
-            f"a context of {len(context)} tokens and horizon {horizon} run past the model's {window} positions: "
+            f"a context of {len(context)} tokens and horizon {horizon} run past the model's "
+            f"{window} positions: "
             f"keep at most {window - horizon + 1} tokens of context"
         )
 

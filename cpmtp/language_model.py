@@ -22,14 +22,18 @@ class LanguageModel(Protocol):
 
     vocab_size: int
 
-    def next_token_log_probs(self, token_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch vocab"]:
+    def next_token_log_probs(
+        self, token_ids: Int[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch vocab"]:
         """Log-probabilities (nats) of the token that follows each row; ``-inf`` is legal."""
         ...
 
 
 @runtime_checkable
 class PrefixSharingLanguageModel(LanguageModel, Protocol):
-    """A language model that evaluates many continuations of one context faster than one after another."""
+    """A language model that evaluates many continuations of one context faster than one after
+    another.
+    """
 
     max_context: int
 
@@ -38,15 +42,19 @@ class PrefixSharingLanguageModel(LanguageModel, Protocol):
     ) -> Float[Tensor, "count vocab"]:
         """Log-probabilities (nats) of the token after `context` followed by each continuation.
 
-        Continuations that share all but their last token should be neighbours: they are evaluated together.
+        Continuations that share all but their last token should be neighbours: they are evaluated
+        together.
         """
         ...
 
 
-def sample_sequences(lm: LanguageModel, count: int, length: int, *, seed: int = 0) -> Int[Tensor, "count length"]:
+def sample_sequences(
+    lm: LanguageModel, count: int, length: int, *, seed: int = 0
+) -> Int[Tensor, "count length"]:
     """Sequences drawn from a language model, starting from an empty context.
 
-    A model may offer a faster `sample_tokens(count, length, seed=…)` of its own, which is used then.
+    A model may offer a faster `sample_tokens(count, length, seed=…)` of its own, which is used
+    then.
     """
     own = getattr(lm, "sample_tokens", None)
     if own is not None:
@@ -59,7 +67,9 @@ def sample_sequences(lm: LanguageModel, count: int, length: int, *, seed: int = 
     return tokens
 
 
-def draw_tokens(probs: Float[Tensor, "count vocab"], generator: torch.Generator) -> Int[Tensor, "count 1"]:
+def draw_tokens(
+    probs: Float[Tensor, "count vocab"], generator: torch.Generator
+) -> Int[Tensor, "count 1"]:
     """One token per row.
 
     Raises
@@ -68,7 +78,9 @@ def draw_tokens(probs: Float[Tensor, "count vocab"], generator: torch.Generator)
         If a row is no law: a model's weights are broken.
     """
     if not bool(torch.isfinite(probs).all()):
-        raise ValueError("the model returned NaN or infinite logits: check its weights and the context")
+        raise ValueError(
+            "the model returned NaN or infinite logits: check its weights and the context"
+        )
     return torch.multinomial(probs, 1, generator=generator)
 
 
@@ -85,7 +97,8 @@ class MarkovLanguageModel:
 
     Examples
     --------
-    >>> chain = MarkovLanguageModel(torch.tensor([0.5, 0.5]), torch.tensor([[0.9, 0.1], [0.2, 0.8]]))
+    >>> transition = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    >>> chain = MarkovLanguageModel(torch.tensor([0.5, 0.5]), transition)
     >>> chain.next_token_log_probs(torch.tensor([[0, 1]])).exp()
     tensor([[0.2000, 0.8000]])
     """
@@ -97,7 +110,9 @@ class MarkovLanguageModel:
     def vocab_size(self) -> int:
         return self.initial.shape[-1]
 
-    def next_token_log_probs(self, token_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch vocab"]:
+    def next_token_log_probs(
+        self, token_ids: Int[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch vocab"]:
         if token_ids.shape[1] == 0:
             return self.initial.log().expand(len(token_ids), -1)
         return self.transition[token_ids[:, -1]].log()
@@ -107,8 +122,9 @@ class MarkovLanguageModel:
 class HiddenMarkovLanguageModel:
     """A hidden-Markov model with s states.
 
-    The joint of its next three tokens has rank s for a vocabulary of at least s tokens and full-rank transition and emission
-    matrices: the state that emits the middle token separates the three.
+    The joint of its next three tokens has rank s for a vocabulary of at least s tokens and
+    full-rank transition and emission matrices: the state that emits the middle token separates the
+    three.
 
     Attributes
     ----------
@@ -124,7 +140,8 @@ class HiddenMarkovLanguageModel:
 
     Examples
     --------
-    >>> separated_hmm(states=2, vocab_size=4).next_token_log_probs(torch.zeros(1, 0, dtype=torch.long)).exp().sum()
+    >>> lm = separated_hmm(states=2, vocab_size=4)
+    >>> lm.next_token_log_probs(torch.zeros(1, 0, dtype=torch.long)).exp().sum()
     tensor(1., dtype=torch.float64)
     """
 
@@ -136,7 +153,9 @@ class HiddenMarkovLanguageModel:
     def vocab_size(self) -> int:
         return self.emission.shape[1]
 
-    def next_token_log_probs(self, token_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch vocab"]:
+    def next_token_log_probs(
+        self, token_ids: Int[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch vocab"]:
         state = self.initial.expand(len(token_ids), -1)
         for t in range(token_ids.shape[1]):
             seen = state * self.emission[:, token_ids[:, t]].T
@@ -149,8 +168,8 @@ def separated_hmm(
 ) -> HiddenMarkovLanguageModel:
     """A hidden-Markov model whose states are easy to tell apart; float64.
 
-    Each state gives probability `own` to a block of tokens of its own and the rest to all others, unevenly within both; it
-    keeps itself with probability `stay`, and moves to the others unevenly.
+    Each state gives probability `own` to a block of tokens of its own and the rest to all others,
+    unevenly within both; it keeps itself with probability `stay`, and moves to the others unevenly.
 
     Raises
     ------
@@ -158,7 +177,10 @@ def separated_hmm(
         If there are more states than tokens.
     """
     if not 1 <= states <= vocab_size:
-        raise ValueError(f"{states} states over {vocab_size} tokens: need at least one state and one token of its own each")
+        raise ValueError(
+            f"{states} states over {vocab_size} tokens: need at least one state and one token of "
+            "its own each"
+        )
     generator = torch.Generator().manual_seed(seed)
 
     def uneven(rows: int, columns: int) -> Tensor:
@@ -177,4 +199,8 @@ def _mix(scores: Tensor, chosen: Tensor, share: float) -> Tensor:
     outside = torch.where(chosen, 0.0, scores)
     total_outside = outside.sum(1, keepdim=True)
     inside = inside / inside.sum(1, keepdim=True)
-    return torch.where(total_outside > 0, share * inside + (1 - share) * outside / total_outside.clamp_min(1e-300), inside)
+    return torch.where(
+        total_outside > 0,
+        share * inside + (1 - share) * outside / total_outside.clamp_min(1e-300),
+        inside,
+    )

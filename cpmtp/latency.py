@@ -1,8 +1,9 @@
 """What tokens per call are worth: step times, throughput, cost.
 
-The textbook assumptions, all of them stated: one request at a time on one device; a call's time depends on horizon and rank
-alone, ``t(n, r) = a + b n + c n r``, not on what is accepted; tokens per call are those of the contexts decoding meets. A
-loaded server that verifies many requests in one batch gains less: there arithmetic is the limit, and refused tokens cost.
+The textbook assumptions, all of them stated: one request at a time on one device; a call's time
+depends on horizon and rank alone, ``t(n, r) = a + b n + c n r``, not on what is accepted; tokens
+per call are those of the contexts decoding meets. A loaded server that verifies many requests in
+one batch gains less: there arithmetic is the limit, and refused tokens cost.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class LatencyModel:
 
     Examples
     --------
-    >>> round(LatencyModel(plain_step=0.010, base=0.010, per_position=0.0002, per_component=0.00001).call_seconds(4, 8), 6)
+    >>> latency = LatencyModel(0.010, base=0.010, per_position=0.0002, per_component=0.00001)
+    >>> round(latency.call_seconds(4, 8), 6)
     0.01112
     """
 
@@ -46,7 +48,9 @@ class LatencyModel:
     def __post_init__(self):
         for name, value in vars(self).items():
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} {value}: expected a finite number of seconds of at least 0")
+                raise ValueError(
+                    f"{name} {value}: expected a finite number of seconds of at least 0"
+                )
         if self.plain_step == 0:
             raise ValueError("plain_step 0: a step of plain decoding takes time; measure it")
 
@@ -56,10 +60,12 @@ class LatencyModel:
 
 
 def memory_bound_latency(plain_step: float, layers: int) -> LatencyModel:
-    """What a call costs if a device does nothing but read weights: the assumption to replace by a measurement.
+    """What a call costs if a device does nothing but read weights: the assumption to replace by a
+    measurement.
 
-    A transformer of L layers of width d has about 12 L d^2 weights, and a head with one d-by-d map per position and component
-    adds n r d^2: ``t(n, r) = t0 (1 + n r / (12 L))``. Arithmetic, caches and sampling are left out.
+    A transformer of L layers of width d has about 12 L d^2 weights, and a head with one d-by-d map
+    per position and component adds n r d^2: ``t(n, r) = t0 (1 + n r / (12 L))``. Arithmetic, caches
+    and sampling are left out.
 
     Examples
     --------
@@ -90,12 +96,14 @@ class Forecast:
 
 
 def predicted_speedup(profile: Any, latency: LatencyModel, *, rank: int) -> Forecast:
-    """Throughput of decoding with a draft of the given rank: ``speedup = tokens per call * t0 / t(n, r)``.
+    """Throughput of decoding with a draft of the given rank:
+    ``speedup = tokens per call * t0 / t(n, r)``.
 
     Parameters
     ----------
     profile : AcceptanceProfile
-        Without batch axes; its horizon is the call's. An average over contexts should average tokens per call first.
+        Without batch axes; its horizon is the call's. An average over contexts should average
+        tokens per call first.
     latency : LatencyModel
     rank : int
         Of the draft.
@@ -115,10 +123,13 @@ def predicted_speedup(profile: Any, latency: LatencyModel, *, rank: int) -> Fore
     tokens = profile.tokens_per_call
     if not isinstance(tokens, float):
         raise ValueError(
-            "a profile with batch axes has many tokens per call: give the profile of one context, or of their mean"
+            "a profile with batch axes has many tokens per call: give the profile of one context, "
+            "or of their mean"
         )
     seconds = latency.call_seconds(len(profile.survival), rank)
-    return Forecast(tokens / seconds, tokens * latency.plain_step / seconds, seconds / latency.plain_step)
+    return Forecast(
+        tokens / seconds, tokens * latency.plain_step / seconds, seconds / latency.plain_step
+    )
 
 
 def cost_per_million_tokens(tokens_per_second: float, price_per_device_hour: float) -> float:
@@ -134,7 +145,9 @@ def cost_per_million_tokens(tokens_per_second: float, price_per_device_hour: flo
     >>> cost_per_million_tokens(tokens_per_second=100.0, price_per_device_hour=3.6)
     10.0
     """
-    _require_positive(tokens_per_second=tokens_per_second, price_per_device_hour=price_per_device_hour)
+    _require_positive(
+        tokens_per_second=tokens_per_second, price_per_device_hour=price_per_device_hour
+    )
     return price_per_device_hour / 3600 / tokens_per_second * 1e6
 
 

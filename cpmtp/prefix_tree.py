@@ -1,4 +1,6 @@
-"""The truncated joint: a tree of prefixes with exact probabilities and certified mass, where V**n is out of reach."""
+"""The truncated joint: a tree of prefixes with exact probabilities and certified mass, where V**n
+is out of reach.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from cpmtp.sampling_law import SamplingLaw
 
 # Share of the wanted mass's complement that may be lost to dropped children, over all depths.
 _TAIL_SHARE = 0.25
-# Nodes expanded together: at least this many, then a share of those already expanded (best-first in growing steps).
+# Nodes expanded together: at least this many, then a share of those already expanded (best-first in
+# growing steps).
 _LEAST_STEP = 64
 _STEP_SHARE = 0.25
 
@@ -28,7 +31,8 @@ class TreeLevel:
     Attributes
     ----------
     parents : (nodes,) long tensor
-        Each node's parent as a position in the level before (0, the empty prefix, in the first level).
+        Each node's parent as a position in the level before (0, the empty prefix, in the first
+        level).
     tokens : (nodes,) long tensor
         The last token of each prefix.
     conditionals : (nodes,) float64 tensor
@@ -36,7 +40,8 @@ class TreeLevel:
     probs : (nodes,) float64 tensor
         ``P(x_1:k)``, exact.
     parent_entropies : (expanded,) float64 tensor
-        Entropy in nats of the whole next-token law of each distinct parent, dropped children included.
+        Entropy in nats of the whole next-token law of each distinct parent, dropped children
+        included.
     """
 
     parents: Int[Tensor, " nodes"]
@@ -58,8 +63,8 @@ class TreeLevel:
 class PrefixTree:
     """The most probable prefixes of the next `horizon` tokens, each with its exact probability.
 
-    A prefix is kept only with all its own prefixes. An expanded node has all its children, or the most probable ones: then
-    every dropped child is no more probable than any kept sibling.
+    A prefix is kept only with all its own prefixes. An expanded node has all its children, or the
+    most probable ones: then every dropped child is no more probable than any kept sibling.
 
     Attributes
     ----------
@@ -90,7 +95,9 @@ class PrefixTree:
 
     @property
     def mass(self) -> Float[Tensor, " horizon"]:
-        """Exact probability that the first k tokens are a kept prefix, for k = 1 … horizon; never rising."""
+        """Exact probability that the first k tokens are a kept prefix, for k = 1 … horizon; never
+        rising.
+        """
         return torch.stack([level.probs.sum() for level in self.levels]).clamp(max=1.0)
 
     @property
@@ -104,11 +111,15 @@ class PrefixTree:
         return sum(level.nbytes for level in self.levels)
 
     def prefixes(self, length: int) -> Int[Tensor, "nodes length"]:
-        """The kept prefixes of `length` tokens, in the order of ``levels[length - 1]``; (1, 0) for length 0."""
+        """The kept prefixes of `length` tokens, in the order of ``levels[length - 1]``; (1, 0) for
+        length 0.
+        """
         return self._walk(length, None)
 
     def expanded_prefixes(self, length: int) -> Int[Tensor, "expanded length"]:
-        """The prefixes of `length` tokens that have children, in the order of ``levels[length].parent_entropies``."""
+        """The prefixes of `length` tokens that have children, in the order of
+        ``levels[length].parent_entropies``.
+        """
         return self._walk(length, self.levels[length].parents.unique_consecutive())
 
     def _walk(self, length: int, nodes: Tensor | None) -> Tensor:
@@ -135,10 +146,12 @@ def truncated_joint(
     top_p: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> PrefixTree:
-    """The most probable prefixes of the next `horizon` tokens: a tree expanded best-first by exact prefix probability.
+    """The most probable prefixes of the next `horizon` tokens: a tree expanded best-first by exact
+    prefix probability.
 
-    The most probable unexpanded prefixes are expanded, many at a time, until the kept sequences of `horizon` tokens have the
-    wanted mass, or `max_nodes` prefixes have been expanded. What is kept is exact. The greedy path is always kept.
+    The most probable unexpanded prefixes are expanded, many at a time, until the kept sequences of
+    `horizon` tokens have the wanted mass, or `max_nodes` prefixes have been expanded. What is kept
+    is exact. The greedy path is always kept.
 
     Parameters
     ----------
@@ -151,7 +164,8 @@ def truncated_joint(
     max_nodes : int
         Most prefixes whose next-token law is asked for: what the time is spent on.
     max_children : int
-        Most children kept per prefix, the most probable ones. The tree needs at most ``32 * max_nodes * max_children`` bytes.
+        Most children kept per prefix, the most probable ones. The tree needs at most
+        ``32 * max_nodes * max_children`` bytes.
     temperature, top_k, top_p
         Part of the law: applied to every conditional.
     progress : callable, optional
@@ -160,8 +174,8 @@ def truncated_joint(
     Raises
     ------
     ValueError
-        If a number is out of range, a context token is not in the vocabulary, context and horizon exceed the model's window,
-        or the model returns something that is no distribution.
+        If a number is out of range, a context token is not in the vocabulary, context and horizon
+        exceed the model's window, or the model returns something that is no distribution.
 
     Examples
     --------
@@ -174,12 +188,22 @@ def truncated_joint(
     _check_limits(horizon, mass, max_nodes, max_children)
     check_context(lm, context, horizon)
     threshold = _TAIL_SHARE * (1 - mass) / (horizon * lm.vocab_size)
-    growth = _Growth(lm, context, horizon, law, threshold=threshold, max_children=max_children, max_nodes=max_nodes)
+    growth = _Growth(
+        lm,
+        context,
+        horizon,
+        law,
+        threshold=threshold,
+        max_children=max_children,
+        max_nodes=max_nodes,
+    )
     growth.expand_greedy_path()
     _report(progress, growth.expanded)
     while growth.mass < mass and growth.expanded < max_nodes and len(growth.frontier):
         before = growth.expanded
-        growth.expand(growth.frontier.take_best(growth.next_step(), mass - growth.mass, horizon - 1))
+        growth.expand(
+            growth.frontier.take_best(growth.next_step(), mass - growth.mass, horizon - 1)
+        )
         _report(progress, growth.expanded - before)
     return growth.tree()
 
@@ -190,7 +214,10 @@ def _check_limits(horizon: int, mass: float, max_nodes: int, max_children: int) 
     if not 0 < mass <= 1:
         raise ValueError(f"mass {mass}: expected a probability above 0, at most 1")
     if max_nodes < horizon:
-        raise ValueError(f"max_nodes {max_nodes}: the greedy path alone expands {horizon} prefixes; allow at least that many")
+        raise ValueError(
+            f"max_nodes {max_nodes}: the greedy path alone expands {horizon} prefixes; allow at "
+            "least that many"
+        )
     if max_children < 1:
         raise ValueError(f"max_children {max_children}: expected at least 1")
 
@@ -202,7 +229,9 @@ def _report(progress: Callable[[int], None] | None, expanded: int) -> None:
 
 @dataclass(frozen=True)
 class _Nodes:
-    """Prefixes with what is needed to expand them; tokens are padded to the longest that may be expanded."""
+    """Prefixes with what is needed to expand them; tokens are padded to the longest that may be
+    expanded.
+    """
 
     probs: Tensor
     depths: Tensor
@@ -216,22 +245,36 @@ class _Nodes:
         return _Nodes(*(field[index] for field in vars(self).values()))
 
     def joined(self, other: _Nodes) -> _Nodes:
-        return _Nodes(*(torch.cat(fields) for fields in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return _Nodes(
+            *(
+                torch.cat(fields)
+                for fields in zip(vars(self).values(), vars(other).values(), strict=True)
+            )
+        )
 
 
 class _Frontier:
-    """The unexpanded prefixes that may still be expanded: never many more than the nodes left to expand."""
+    """The unexpanded prefixes that may still be expanded: never many more than the nodes left to
+    expand.
+    """
 
     def __init__(self, horizon: int):
         empty = torch.empty(0, dtype=torch.long)
-        self.nodes = _Nodes(torch.empty(0, dtype=torch.float64), empty, empty, torch.empty(0, horizon, dtype=torch.long))
+        self.nodes = _Nodes(
+            torch.empty(0, dtype=torch.float64),
+            empty,
+            empty,
+            torch.empty(0, horizon, dtype=torch.long),
+        )
 
     def __len__(self) -> int:
         return len(self.nodes)
 
     def add(self, found: _Nodes, room: int) -> None:
         nodes = self.nodes.joined(found)
-        self.nodes = nodes[nodes.probs.topk(room, sorted=False).indices] if len(nodes) > room else nodes
+        self.nodes = (
+            nodes[nodes.probs.topk(room, sorted=False).indices] if len(nodes) > room else nodes
+        )
 
     def take_best(self, count: int, missing: float, last_depth: int) -> _Nodes:
         """The `count` most probable prefixes, or as many of them as bring the `missing` mass."""
@@ -248,7 +291,9 @@ class _Frontier:
 class _Growth:
     """A tree while it grows: levels as lists of pieces, and the frontier."""
 
-    def __init__(self, lm, context, horizon, law, *, threshold: float, max_children: int, max_nodes: int):
+    def __init__(
+        self, lm, context, horizon, law, *, threshold: float, max_children: int, max_nodes: int
+    ):
         self.lm, self.context, self.horizon, self.law = lm, context, horizon, law
         self.threshold, self.max_children, self.max_nodes = threshold, max_children, max_nodes
         self.pieces: list[list[TreeLevel]] = [[] for _ in range(horizon)]
@@ -258,11 +303,18 @@ class _Growth:
         self.expanded, self.mass = 0, 0.0
 
     def next_step(self) -> int:
-        return min(max(_LEAST_STEP, int(_STEP_SHARE * self.expanded)), self.max_nodes - self.expanded)
+        return min(
+            max(_LEAST_STEP, int(_STEP_SHARE * self.expanded)), self.max_nodes - self.expanded
+        )
 
     def expand_greedy_path(self) -> None:
         nothing = torch.zeros(1, dtype=torch.long)
-        node = _Nodes(torch.ones(1, dtype=torch.float64), nothing, nothing, torch.zeros(1, self.horizon, dtype=torch.long))
+        node = _Nodes(
+            torch.ones(1, dtype=torch.float64),
+            nothing,
+            nothing,
+            torch.zeros(1, self.horizon, dtype=torch.long),
+        )
         for depth in range(self.horizon):
             children = self._children(node, depth)
             best = children.probs == children.probs.max()
@@ -284,12 +336,16 @@ class _Growth:
                     self.frontier.add(children, max(self.max_nodes - self.expanded, 1))
 
     def _children(self, nodes: _Nodes, depth: int) -> _Nodes:
-        """Ask for the next-token laws of prefixes of one depth, store the kept children and return them."""
+        """Ask for the next-token laws of prefixes of one depth, store the kept children and return
+        them.
+        """
         laws = conditional_probs(self.lm, self.context, nodes.tokens[:, :depth], self.law)
         row, token, conditional = self._kept(laws)
         probs = nodes.probs[row] * conditional
         entropies = -(laws * laws.clamp_min(torch.finfo(laws.dtype).tiny).log_()).sum(1)
-        self.pieces[depth].append(TreeLevel(nodes.positions[row], token, conditional, probs, entropies))
+        self.pieces[depth].append(
+            TreeLevel(nodes.positions[row], token, conditional, probs, entropies)
+        )
         positions = torch.arange(self.sizes[depth], self.sizes[depth] + len(token))
         self.sizes[depth] += len(token)
         self.expanded += len(nodes)
@@ -311,5 +367,12 @@ class _Growth:
         levels = []
         for depth in range(self.horizon):
             pieces, self.pieces[depth] = self.pieces[depth], []
-            levels.append(TreeLevel(*(torch.cat(fields) for fields in zip(*(vars(p).values() for p in pieces), strict=True))))
+            levels.append(
+                TreeLevel(
+                    *(
+                        torch.cat(fields)
+                        for fields in zip(*(vars(p).values() for p in pieces), strict=True)
+                    )
+                )
+            )
         return PrefixTree(self.lm.vocab_size, tuple(levels), torch.tensor(self.greedy), self.law)

@@ -1,4 +1,6 @@
-"""Hugging Face causal language models and the embedded ones; the only user of transformers' model classes."""
+"""Hugging Face causal language models and the embedded ones; the only user of transformers' model
+classes.
+"""
 
 from __future__ import annotations
 
@@ -42,9 +44,10 @@ _ALPHABET = "\t\n" + "".join(chr(c) for c in range(32, 127))
 class HuggingFaceLanguageModel:
     """A causal language model of transformers behind the `LanguageModel` protocol.
 
-    Continuations of one context are evaluated with the context's key/value cache shared, never copied per branch: they stand
-    in one row as a tree of tokens, and each token attends to the context and its own branch. A model whose attention cannot be
-    replaced so, or that keeps no key/value cache, is found out by a small trial and evaluated by full forward passes instead,
+    Continuations of one context are evaluated with the context's key/value cache shared, never
+    copied per branch: they stand in one row as a tree of tokens, and each token attends to the
+    context and its own branch. A model whose attention cannot be replaced so, or that keeps no
+    key/value cache, is found out by a small trial and evaluated by full forward passes instead,
     with the same result.
 
     Parameters
@@ -55,8 +58,8 @@ class HuggingFaceLanguageModel:
     name : str
         For tables and reports.
     batch_tokens : int
-        Tokens per forward pass; bounds the working set: their activations, and their logits twice, of which there are never
-        more than 2**24 at once.
+        Tokens per forward pass; bounds the working set: their activations, and their logits twice,
+        of which there are never more than 2**24 at once.
     """
 
     def __init__(self, model, tokenizer=None, *, name: str = "model", batch_tokens: int = 1536):
@@ -86,7 +89,9 @@ class HuggingFaceLanguageModel:
     @torch.no_grad()
     def hidden_states(self, token_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time d"]:
         """What the unembedding reads at every position; one full forward pass."""
-        return self.model.base_model(input_ids=token_ids.to(self.device), use_cache=False).last_hidden_state
+        return self.model.base_model(
+            input_ids=token_ids.to(self.device), use_cache=False
+        ).last_hidden_state
 
     def unembed(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
         """Logits of hidden states, in the forward pass's precision."""
@@ -99,7 +104,9 @@ class HuggingFaceLanguageModel:
 
     def encode_document(self, text: str) -> Int[Tensor, " time"]:
         """Token ids of a text without special tokens: what windows are cut from."""
-        return torch.tensor(self._tokenizer().encode(text, add_special_tokens=False), dtype=torch.long)
+        return torch.tensor(
+            self._tokenizer().encode(text, add_special_tokens=False), dtype=torch.long
+        )
 
     def decode(self, token_ids: Int[Tensor, " time"]) -> str:
         """The text of token ids."""
@@ -111,15 +118,25 @@ class HuggingFaceLanguageModel:
         return 0 if unknown is None else int((token_ids == unknown).sum())
 
     @torch.inference_mode()
-    def next_token_log_probs(self, token_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch vocab"]:
-        """Log-probabilities (nats, float32 or the forward pass's dtype if wider) after each row; one full forward pass."""
+    def next_token_log_probs(
+        self, token_ids: Int[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """Log-probabilities (nats, float32 or the forward pass's dtype if wider) after each row;
+        one full forward pass.
+        """
         token_ids = self._with_start(token_ids)
-        rows = max(min(self.batch_tokens // token_ids.shape[1], _LOGITS_AT_ONCE // self.vocab_size), 1)
-        return torch.cat([self._log_probs(self._forward(part, keep=1))[:, -1] for part in token_ids.split(rows)])
+        rows = max(
+            min(self.batch_tokens // token_ids.shape[1], _LOGITS_AT_ONCE // self.vocab_size), 1
+        )
+        return torch.cat(
+            [self._log_probs(self._forward(part, keep=1))[:, -1] for part in token_ids.split(rows)]
+        )
 
     @torch.inference_mode()
     def sequence_log_probs(self, token_ids: Int[Tensor, " time"]) -> Float[Tensor, " later"]:
-        """Log-probability (nats) of each token after the first, given those before it; one forward pass."""
+        """Log-probability (nats) of each token after the first, given those before it; one forward
+        pass.
+        """
         laws = self._log_probs(self._forward(token_ids[None, :-1], keep=0))[0]
         return laws.gather(-1, token_ids[1:, None]).squeeze(-1)
 
@@ -127,15 +144,22 @@ class HuggingFaceLanguageModel:
     def continuation_log_probs(
         self, context: Int[Tensor, " time"], continuations: Int[Tensor, "count length"]
     ) -> Float[Tensor, "count vocab"]:
-        """Log-probabilities (nats) of the token after `context` and each continuation; see the class."""
+        """Log-probabilities (nats) of the token after `context` and each continuation; see the
+        class.
+        """
         context = self._with_start(context[None])[0]
         if not self.shares_prefixes:
-            return self.next_token_log_probs(torch.cat([context.expand(len(continuations), -1), continuations], 1))
+            return self.next_token_log_probs(
+                torch.cat([context.expand(len(continuations), -1), continuations], 1)
+            )
         return self._shared_prefix_log_probs(context, continuations)
 
     @torch.no_grad()
-    def sample_tokens(self, count: int, length: int, *, seed: int = 0, temperature: float = 1.0) -> Int[Tensor, "count length"]:
-        """Sequences drawn from the model itself, starting as a document does; the start token is not among them.
+    def sample_tokens(
+        self, count: int, length: int, *, seed: int = 0, temperature: float = 1.0
+    ) -> Int[Tensor, "count length"]:
+        """Sequences drawn from the model itself, starting as a document does; the start token is
+        not among them.
 
         Raises
         ------
@@ -143,13 +167,17 @@ class HuggingFaceLanguageModel:
             If the model has no start-of-text token, or `length` exceeds its window.
         """
         if self.max_context is not None and length > self.max_context:
-            raise ValueError(f"{length} tokens exceed the model's {self.max_context} positions: ask for fewer")
+            raise ValueError(
+                f"{length} tokens exceed the model's {self.max_context} positions: ask for fewer"
+            )
         generator = torch.Generator().manual_seed(seed)
         tokens = self._with_start(torch.empty(count, 0, dtype=torch.long))
         cache, last, drawn = None, tokens, []
         for _ in range(length):
             if self.shares_prefixes:
-                out = self.model(input_ids=last.to(self.device), past_key_values=cache, use_cache=True)
+                out = self.model(
+                    input_ids=last.to(self.device), past_key_values=cache, use_cache=True
+                )
                 cache, logits = out.past_key_values, out.logits[:, -1]
             else:
                 logits = self._forward(tokens, keep=1)[:, -1]
@@ -161,10 +189,17 @@ class HuggingFaceLanguageModel:
 
     @cached_property
     def shares_prefixes(self) -> bool:
-        """Whether the shared-prefix path gives what full forward passes give (tried on a handful of tokens)."""
+        """Whether the shared-prefix path gives what full forward passes give (tried on a handful of
+        tokens).
+        """
         kinds = getattr(self.model.config, "layer_types", None)
-        # Under a custom mask a sliding window would silently be dropped, and a short trial would not show it.
-        sliding = any(k != "full_attention" for k in kinds) if kinds else getattr(self.model.config, "sliding_window", None)
+        # Under a custom mask a sliding window would silently be dropped, and a short trial would
+        # not show it.
+        sliding = (
+            any(k != "full_attention" for k in kinds)
+            if kinds
+            else getattr(self.model.config, "sliding_window", None)
+        )
         if sliding:
             return False
         generator = torch.Generator().manual_seed(0)
@@ -174,11 +209,21 @@ class HuggingFaceLanguageModel:
         expected = self.next_token_log_probs(torch.cat([context.expand(4, -1), continuations], 1))
         try:
             found = self._shared_prefix_log_probs(context, continuations)
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError, NotImplementedError):
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+            AttributeError,
+            IndexError,
+            KeyError,
+            NotImplementedError,
+        ):
             return False
         finally:
             self._context_cache = None
-        tolerance = 1e-3 if found.dtype == torch.float32 and self.model.dtype == torch.float32 else 0.1
+        tolerance = (
+            1e-3 if found.dtype == torch.float32 and self.model.dtype == torch.float32 else 0.1
+        )
         return bool(torch.allclose(found.exp(), expected.exp(), atol=tolerance))
 
     @cached_property
@@ -187,7 +232,9 @@ class HuggingFaceLanguageModel:
         digest = hashlib.sha256()
         for name, weight in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            digest.update(
+                weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            )
         return digest.hexdigest()
 
     @cached_property
@@ -195,7 +242,9 @@ class HuggingFaceLanguageModel:
         """SHA-256 over the tokenizer's vocabulary (hexadecimal); empty without a tokenizer."""
         if self.tokenizer is None:
             return ""
-        return hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
+        ).hexdigest()
 
     def _shared_prefix_log_probs(self, context: Tensor, continuations: Tensor) -> Tensor:
         cache, log_probs = self._context(context)
@@ -233,7 +282,9 @@ class HuggingFaceLanguageModel:
 
     @property
     def _tokens_at_once(self) -> int:
-        """Tokens per forward pass: fewer over a large vocabulary, whose logits would outgrow everything else."""
+        """Tokens per forward pass: fewer over a large vocabulary, whose logits would outgrow
+        everything else.
+        """
         return min(self.batch_tokens, max(_LOGITS_AT_ONCE // self.vocab_size, 1))
 
     def _context(self, context: Tensor) -> tuple[Cache, Tensor]:
@@ -257,12 +308,16 @@ class HuggingFaceLanguageModel:
             return token_ids
         start = self.model.config.bos_token_id
         if start is None:
-            raise ValueError(f"{self.name} has no start-of-text token: give a context of at least one token")
+            raise ValueError(
+                f"{self.name} has no start-of-text token: give a context of at least one token"
+            )
         return torch.full((len(token_ids), 1), start, dtype=torch.long)
 
     def _tokenizer(self):
         if self.tokenizer is None:
-            raise ValueError(f"{self.name} came without a tokenizer: give token ids instead of text")
+            raise ValueError(
+                f"{self.name} came without a tokenizer: give token ids instead of text"
+            )
         return self.tokenizer
 
 
@@ -290,23 +345,35 @@ def load_language_model(
     options = {"local_files_only": local, "trust_remote_code": False}
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, **options
+            )
     except Exception as error:
-        raise ValueError(f"the model {str(name)!r} could not be loaded: {_first_line(error)}") from error
+        raise ValueError(
+            f"the model {str(name)!r} could not be loaded: {_first_line(error)}"
+        ) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception:  # a model without a tokenizer still takes token ids
         tokenizer = None
-    return HuggingFaceLanguageModel(model.to(device), tokenizer, name=Path(name).name if local else str(name))
+    return HuggingFaceLanguageModel(
+        model.to(device), tokenizer, name=Path(name).name if local else str(name)
+    )
 
 
 def embedded_models() -> dict[str, Path]:
     """Names and folders of the models that come with cpmtp."""
-    return {folder.name: folder for folder in sorted(_embedded_root().iterdir()) if (folder / "config.json").is_file()}
+    return {
+        folder.name: folder
+        for folder in sorted(_embedded_root().iterdir())
+        if (folder / "config.json").is_file()
+    }
 
 
 def embedded_heads(model: str) -> dict[str, Path]:
-    """Names and folders of the trained heads that come with an embedded model: ``baseline`` (rank 1), ``recommended``."""
+    """Names and folders of the trained heads that come with an embedded model: ``baseline`` (rank
+    1), ``recommended``.
+    """
     folder = _embedded_root("heads") / model
     found = sorted(folder.iterdir()) if model in embedded_models() and folder.is_dir() else []
     return {head.name: head for head in found if (head / "config.json").is_file()}
@@ -324,30 +391,38 @@ def _locate(name: str) -> tuple[str, bool]:
         return str(embedded[name]), True
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise ValueError(f"the folder {name!r} holds no model: expected config.json and *.safetensors in it")
+            raise ValueError(
+                f"the folder {name!r} holds no model: expected config.json and *.safetensors in it"
+            )
         return name, True
-    if isinstance(try_to_load_from_cache(name, "config.json") if _HUB_ID.fullmatch(name) else None, str):
+    if isinstance(
+        try_to_load_from_cache(name, "config.json") if _HUB_ID.fullmatch(name) else None, str
+    ):
         return name, False
     _ask_hub(name)
     return name, False
 
 
 def _ask_hub(name: str) -> None:
-    # One question with a time limit; loading would ask again and again for half a minute before it gave up.
+    # One question with a time limit; loading would ask again and again for half a minute before it
+    # gave up.
     try:
         if not _HUB_ID.fullmatch(name):
             raise ValueError("not a hub id either (expected NAME or OWNER/NAME)")
         HfApi().model_info(name, timeout=10)
     except Exception as error:
         raise ValueError(
-            f"unknown model {name!r}: no embedded model ({', '.join(embedded_models())}), no folder, and the Hugging Face hub "
+            f"unknown model {name!r}: no embedded model ({', '.join(embedded_models())}), no "
+            "folder, and the Hugging Face hub "
             f"did not give it: {_first_line(error)}"
         ) from error
 
 
 @contextlib.contextmanager
 def _quiet():
-    """Without transformers' own progress bar: loading is not a long step and the caller may have a bar of its own."""
+    """Without transformers' own progress bar: loading is not a long step and the caller may have a
+    bar of its own.
+    """
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -372,7 +447,9 @@ def _tree_attention_forward(module, query, key, value, attention_mask, scaling=N
     """`attend_in_tree` behind the interface of transformers' attention functions."""
     unknown = [name for name in _ATTENTION_VARIANTS if options.get(name) is not None]
     if unknown or attention_mask is None or attention_mask.is_floating_point():
-        raise NotImplementedError(f"attention over a tree of tokens knows no {', '.join(unknown) or 'such mask'}")
+        raise NotImplementedError(
+            f"attention over a tree of tokens knows no {', '.join(unknown) or 'such mask'}"
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend_in_tree(query, key, value, attention_mask[0, 0], scaling), None
 
@@ -381,9 +458,11 @@ AttentionInterface.register(_TREE_ATTENTION, _tree_attention_forward)
 
 
 def train_character_tokenizer(texts: list[str], merges: int = 5) -> PreTrainedTokenizerFast:
-    """Printable ASCII, newline and tab, plus the most frequent `merges` byte-pair merges within a line.
+    """Printable ASCII, newline and tab, plus the most frequent `merges` byte-pair merges within a
+    line.
 
-    Every other character becomes one replacement token (U+FFFD), so that text length is kept and the loss counted.
+    Every other character becomes one replacement token (U+FFFD), so that text length is kept and
+    the loss counted.
     """
     tokenizer = Tokenizer(models.BPE(unk_token=REPLACEMENT))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("\n"), "isolated")
@@ -395,7 +474,9 @@ def train_character_tokenizer(texts: list[str], merges: int = 5) -> PreTrainedTo
         limit_alphabet=len(_ALPHABET),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(("".join(c if c in _ALPHABET else " " for c in t) for t in texts), trainer)
+    tokenizer.train_from_iterator(
+        ("".join(c if c in _ALPHABET else " " for c in t) for t in texts), trainer
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TEXT,
@@ -406,7 +487,9 @@ def train_character_tokenizer(texts: list[str], merges: int = 5) -> PreTrainedTo
 
 
 def train_byte_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level byte-pair encoding; 257 tokens are the bytes and the end of a text, without a merge."""
+    """Byte-level byte-pair encoding; 257 tokens are the bytes and the end of a text, without a
+    merge.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -418,12 +501,17 @@ def train_byte_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokeniz
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, split_special_tokens=True, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
     )
 
 
 def new_llama(vocab_size: int, *, width: int, layers: int, window: int, seed: int):
-    """A randomly initialised Llama with grouped-query attention (heads of 32, three queries per key)."""
+    """A randomly initialised Llama with grouped-query attention (heads of 32, three queries per
+    key).
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,

@@ -1,4 +1,6 @@
-"""Means of clustered contexts with their uncertainty: contexts of one document are drawn together or not at all."""
+"""Means of clustered contexts with their uncertainty: contexts of one document are drawn together
+or not at all.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ _BLOCK = 5_000_000
 class Clusters:
     """What the resampling needs of a table of scores: one row of sums per document.
 
-    A single document cannot be resampled; its contexts are then drawn one by one, and intervals speak of that document alone.
+    A single document cannot be resampled; its contexts are then drawn one by one, and intervals
+    speak of that document alone.
 
     Attributes
     ----------
@@ -43,7 +46,8 @@ class Clusters:
 
         Examples
         --------
-        >>> index = pd.MultiIndex.from_tuples([("m", "d", "a"), ("m", "d", "a"), ("m", "d", "b")], names=CLUSTER_KEYS)
+        >>> keys = [("m", "d", "a"), ("m", "d", "a"), ("m", "d", "b")]
+        >>> index = pd.MultiIndex.from_tuples(keys, names=CLUSTER_KEYS)
         >>> Clusters.of(pd.DataFrame({1: [1.0, 2.0, 4.0]}, index=index)).means()
         array([2.33333333])
         """
@@ -61,7 +65,9 @@ class Clusters:
         """Mean per context."""
         return self.sums.sum(0) / self.counts.sum()
 
-    def resampled_means(self, weights: Int[ndarray, "resamples clusters"]) -> Float[ndarray, "resamples columns"]:
+    def resampled_means(
+        self, weights: Int[ndarray, "resamples clusters"]
+    ) -> Float[ndarray, "resamples columns"]:
         """Mean per context of every resample."""
         return weights @ self.sums / (weights @ self.counts)[:, None]
 
@@ -79,7 +85,9 @@ CLUSTER_KEYS = ["model", "domain", "document"]
 
 def resampling_weights(clusters: int, seed: int) -> Int[ndarray, "resamples clusters"]:
     """How often each cluster is drawn."""
-    return np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), size=RESAMPLES)
+    return np.random.default_rng(seed).multinomial(
+        clusters, np.full(clusters, 1 / clusters), size=RESAMPLES
+    )
 
 
 def intervals(clusters: Clusters, seed: int, level: float = 0.95) -> tuple[ndarray, ndarray]:
@@ -127,10 +135,14 @@ def intervals(clusters: Clusters, seed: int, level: float = 0.95) -> tuple[ndarr
             method="BCa",
             rng=np.random.default_rng(seed),
         ).confidence_interval
-    return np.where(np.isnan(found.low), means, found.low), np.where(np.isnan(found.high), means, found.high)
+    return np.where(np.isnan(found.low), means, found.low), np.where(
+        np.isnan(found.high), means, found.high
+    )
 
 
-def shortfalls(clusters: Clusters, weights: Int[ndarray, "resamples clusters"]) -> tuple[ndarray, ndarray, ndarray]:
+def shortfalls(
+    clusters: Clusters, weights: Int[ndarray, "resamples clusters"]
+) -> tuple[ndarray, ndarray, ndarray]:
     """Means, mean paired shortfalls to the best column, and their cluster-robust standard errors.
 
     Returns
@@ -147,12 +159,17 @@ def _shortfalls(clusters: Clusters, weights: ndarray) -> tuple[ndarray, ndarray,
     means = clusters.resampled_means(weights)
     best = means.argmax(1)
     shortfall = means.max(1, keepdims=True) - means
-    # Residual of a cluster's sum of differences around its expectation: the linearised variance of a ratio of sums.
+    # Residual of a cluster's sum of differences around its expectation: the linearised variance of
+    # a ratio of sums.
     differences = sums[:, best].T[:, :, None] - sums[None]
     residuals = differences - shortfall[:, None, :] * counts[None, :, None]
     drawn = weights.sum(1)
     correction = drawn / np.maximum(drawn - 1, 1)
-    variance = correction[:, None] * np.einsum("bc,bcr->br", weights, residuals**2) / (weights @ counts)[:, None] ** 2
+    variance = (
+        correction[:, None]
+        * np.einsum("bc,bcr->br", weights, residuals**2)
+        / (weights @ counts)[:, None] ** 2
+    )
     return means, shortfall, np.sqrt(variance)
 
 
@@ -168,7 +185,8 @@ def standard_errors(clusters: Clusters) -> Float[ndarray, " columns"]:
 def detectable(standard_error, clusters: int):
     """Smallest difference that a paired test at 5 % finds with a power of 80 %.
 
-    ``(t_{0.975} + t_{0.8}) * standard error`` with one degree of freedom less than there are clusters.
+    ``(t_{0.975} + t_{0.8}) * standard error`` with one degree of freedom less than there are
+    clusters.
 
     Examples
     --------

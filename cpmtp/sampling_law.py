@@ -43,26 +43,37 @@ class SamplingLaw:
 
     def __post_init__(self):
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature {self.temperature}: expected a finite number of at least 0 (0 is greedy)")
+            raise ValueError(
+                f"temperature {self.temperature}: expected a finite number of at least 0 (0 is "
+                "greedy)"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k {self.top_k}: expected at least 1, or None to keep all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p}: expected a number in (0, 1], or None to keep all tokens")
+            raise ValueError(
+                f"top_p {self.top_p}: expected a number in (0, 1], or None to keep all tokens"
+            )
 
     @property
     def is_identity(self) -> bool:
         """Whether probabilities pass unchanged."""
-        return self.temperature == 1 and self.top_k is None and (self.top_p is None or self.top_p == 1)
+        return (
+            self.temperature == 1 and self.top_k is None and (self.top_p is None or self.top_p == 1)
+        )
 
     def process(self, probs: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
-        """Probabilities (normalised) to probabilities; differentiable where the kept set is constant."""
+        """Probabilities (normalised) to probabilities; differentiable where the kept set is
+        constant.
+        """
         if self.is_identity:
             return probs
         if self.temperature == 0:
             return torch.zeros_like(probs).scatter(-1, probs.argmax(-1, keepdim=True), 1.0)
         return self.process_log_probs(probs.log()).exp()
 
-    def process_log_probs(self, log_probs: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
+    def process_log_probs(
+        self, log_probs: Float[Tensor, "*batch vocab"]
+    ) -> Float[Tensor, "*batch vocab"]:
         """The same on log-probabilities (nats); removed tokens get ``-inf``."""
         if self.is_identity:
             return log_probs

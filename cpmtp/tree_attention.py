@@ -1,4 +1,6 @@
-"""Many continuations of one context as a single row of tokens: a tree laid flat, and the attention that respects it."""
+"""Many continuations of one context as a single row of tokens: a tree laid flat, and the attention
+that respects it.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Attention scores held at once: few enough to stay in a processor's cache between the product and the softmax.
+# Attention scores held at once: few enough to stay in a processor's cache between the product and
+# the softmax.
 _SCORES_AT_ONCE = 1 << 19
 
 
 @dataclass(frozen=True)
 class TokenTree:
-    """Continuations with each shared beginning laid out once; their last tokens stand at the end, in the order given.
+    """Continuations with each shared beginning laid out once; their last tokens stand at the end,
+    in the order given.
 
     Attributes
     ----------
@@ -68,10 +72,12 @@ def attend_in_tree(
     lineage: Int[Tensor, "tokens length"],
     scaling: float,
 ) -> Float[Tensor, "1 tokens heads width"]:
-    """Softmax attention of every token of a tree to the whole context and to its own lineage, and to nothing else.
+    """Softmax attention of every token of a tree to the whole context and to its own lineage, and
+    to nothing else.
 
-    The context is what `key` and `value` have before the tree's own tokens. No score is computed that a mask would discard:
-    the work per token is that of a sequence of the context's length, however wide the tree.
+    The context is what `key` and `value` have before the tree's own tokens. No score is computed
+    that a mask would discard: the work per token is that of a sequence of the context's length,
+    however wide the tree.
 
     Parameters
     ----------
@@ -93,17 +99,25 @@ def attend_in_tree(
     for start in range(0, tokens, size):
         some = slice(start, start + size)
         part = query[0, :, some].contiguous().view(groups, heads // groups, -1, width)
-        out[some] = _attend(part, given, own, lineage[some]).permute(2, 0, 1, 3).reshape(-1, heads, width)
+        out[some] = (
+            _attend(part, given, own, lineage[some]).permute(2, 0, 1, 3).reshape(-1, heads, width)
+        )
     return out[None]
 
 
-def _attend(query: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], lineage: Tensor) -> Tensor:
-    """(groups, heads per group, tokens, width): context and lineage are weighed apart and divided by their common sum."""
+def _attend(
+    query: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], lineage: Tensor
+) -> Tensor:
+    """(groups, heads per group, tokens, width): context and lineage are weighed apart and divided
+    by their common sum.
+    """
     groups, shared, tokens, width = query.shape
     exact = torch.promote_types(query.dtype, torch.float32)
     scores = torch.bmm(query.view(groups, -1, width), context[0]).to(exact)
     places = lineage.clamp_min(0).unbind(1)
-    own_scores = torch.stack([(query * own[0].index_select(1, at)[:, None]).sum(-1) for at in places]).to(exact)
+    own_scores = torch.stack(
+        [(query * own[0].index_select(1, at)[:, None]).sum(-1) for at in places]
+    ).to(exact)
     own_scores.masked_fill_((lineage.T < 0)[:, None, None], -torch.inf)
     top = torch.maximum(scores.amax(-1).view(groups, shared, tokens), own_scores.amax(0))
     weights = scores.sub_(top.view(groups, -1, 1)).exp_()

@@ -50,7 +50,9 @@ def cite_references(app, what, name, obj, options, lines: list[str]) -> None:
             for j in range(i + 1, len(lines)):
                 if lines[j].strip():
                     if _KEYS.match(lines[j]):
-                        lines[j] = ", ".join(f":cite:t:`{key.strip()}`" for key in lines[j].split(","))
+                        lines[j] = ", ".join(
+                            f":cite:t:`{key.strip()}`" for key in lines[j].split(",")
+                        )
                     break
 
 

@@ -9,7 +9,13 @@ from pathlib import Path
 import pandas as pd
 
 from cpmtp.latency import memory_bound_latency
-from cpmtp.ranking.selection import OUTCOME, compare_criteria, context_values, needed_ranks, select_rank
+from cpmtp.ranking.selection import (
+    OUTCOME,
+    compare_criteria,
+    context_values,
+    needed_ranks,
+    select_rank,
+)
 from cpmtp.ranking.summary import method_summary, objective_gap
 from cpmtp.report.plots import (
     figure_svg,
@@ -44,12 +50,16 @@ def main(folder: Path) -> None:
         _decoding(figures),
         _LIMITS,
     ]
-    (folder / "results.md").write_text("\n".join(page.strip() + "\n" for page in pages), encoding="utf-8")
+    (folder / "results.md").write_text(
+        "\n".join(page.strip() + "\n" for page in pages), encoding="utf-8"
+    )
 
 
 def _table(frame: pd.DataFrame) -> str:
     rows = [f"| {' | '.join(map(str, row))} |" for row in frame.itertuples(index=False)]
-    return "\n".join([f"| {' | '.join(map(str, frame.columns))} |", f"|{' --- |' * len(frame.columns)}", *rows])
+    return "\n".join(
+        [f"| {' | '.join(map(str, frame.columns))} |", f"|{' --- |' * len(frame.columns)}", *rows]
+    )
 
 
 def _figure(figures: Path, name: str, title: str, draw, words: str) -> str:
@@ -83,7 +93,8 @@ def _recommendation(reference: pd.DataFrame, figures: Path) -> str:
                         "model": model,
                         "criterion": name,
                         "n": n,
-                        "rank": ("at least " if choice.at_grid_edge[n] else "") + str(choice.rank[n]),
+                        "rank": ("at least " if choice.at_grid_edge[n] else "")
+                        + str(choice.rank[n]),
                         "chosen in": f"{choice.frequency[n][choice.rank[n]]:.0%}",
                         "tokens per call": f"{row.tokens_per_call:.2f}",
                         "95 % interval": f"{row.tokens_per_call_low:.2f} to {row.tokens_per_call_high:.2f}",
@@ -116,16 +127,26 @@ measurement), `throughput` chooses three tokens with rank 8 in both domains, far
 
 def _what_rank_follows(reference: pd.DataFrame, figures: Path) -> str:
     needed = needed_ranks(reference)
-    summary = needed.groupby(["model", "horizon"])["needed_rank"].describe()[["25%", "50%", "75%"]].astype(int).reset_index()
+    summary = (
+        needed.groupby(["model", "horizon"])["needed_rank"]
+        .describe()[["25%", "50%", "75%"]]
+        .astype(int)
+        .reset_index()
+    )
     summary.columns = ["model", "n", "lower quartile", "median rank", "upper quartile"]
     facts = ["joint_entropy_nats", "first_token_entropy_nats", "total_correlation_nats"]
     correlations = []
     for (model, n), part in needed.groupby(["model", "horizon"]):
         ranked = part[["needed_rank", *facts]].rank().corr()["needed_rank"]
-        correlations.append({"model": model, "n": n} | {name[:-5].replace("_", " "): f"{ranked[name]:.2f}" for name in facts})
+        correlations.append(
+            {"model": model, "n": n}
+            | {name[:-5].replace("_", " "): f"{ranked[name]:.2f}" for name in facts}
+        )
     values = context_values(reference, OUTCOME).xs(3, level="horizon")[[1, 8, 64]]
     points = values.reset_index().melt(
-        id_vars=["model", "domain", "document", "context"], var_name="rank", value_name="tokens_per_call"
+        id_vars=["model", "domain", "document", "context"],
+        var_name="rank",
+        value_name="tokens_per_call",
     )
     three = needed[needed["horizon"] == 3][["model", "context", "joint_entropy_nats"]]
     points = points.merge(three, on=["model", "context"])
@@ -165,10 +186,20 @@ grid; code needs a higher rank than prose. Within a domain it follows how uncert
 def _objectives(methods: pd.DataFrame, figures: Path) -> str:
     summary = method_summary(methods)
     three = summary[summary["horizon"] == 3]
-    wide = three.pivot(index="rank", columns="method", values="tokens_per_call").map("{:.3f}".format).reset_index()
+    wide = (
+        three.pivot(index="rank", columns="method", values="tokens_per_call")
+        .map("{:.3f}".format)
+        .reset_index()
+    )
     gap = objective_gap(methods)
     gap = gap[gap["horizon"] == 3].groupby("rank")["lost_to_objective"].mean()
-    drawn = partial(plot_lines_over_rank, three, by="method", value="tokens_per_call", label="tokens per call (mean)")
+    drawn = partial(
+        plot_lines_over_rank,
+        three,
+        by="method",
+        value="tokens_per_call",
+        label="tokens per call (mean)",
+    )
     part = methods[methods["horizon"] == 3]
     high = part[part["rank"] >= 8]
     infinite = (high["kl_nats"] == float("inf")).groupby(high["method"]).mean()
@@ -190,13 +221,16 @@ Six methods on twelve contexts per domain (n = 3, mean tokens per call of both d
         )
     }
 
-Fitting tokens per call itself wins at every rank, by {gap[1]:.2f} over `em` at rank 1, {gap[4]:.3f} at rank 4 and {
-        gap[32]:.3f} at
+Fitting tokens per call itself wins at every rank, by {gap[1]:.2f} over `em` at rank 1, {
+        gap[4]:.3f} at rank 4 and {gap[32]:.3f} at
 rank 32: the objective matters most at small ranks. Least squares projected to a distribution gives zero to sequences that the
-target can emit (infinite divergence at {infinite["als"]:.0%} of fits of rank 8 and more) and falls with rank; its non-negative
+target can emit (infinite divergence at {
+        infinite["als"]:.0%} of fits of rank 8 and more) and falls with rank; its non-negative
 form `hals` is close to `em` in tokens per call, with infinite divergence at {
         infinite["hals"]:.0%}. Many runs of `gradient`, `hals`,
-`mu` and `acceptance` stopped at the last pass allowed by default ({stopped}): more passes would raise them.
+`mu` and `acceptance` stopped at the last pass allowed by default ({
+        stopped
+    }): more passes would raise them.
 """
 
 
@@ -225,10 +259,14 @@ def _anchoring(reference: pd.DataFrame, anchored: pd.DataFrame, figures: Path) -
                     "tokens per call": f"{row.tokens_per_call:.3f}",
                     "95 % interval": f"{row.tokens_per_call_low:.3f} to {row.tokens_per_call_high:.3f}",
                     "unanchored at that rank": f"{plain[plain['rank'] == row.rank]['tokens_per_call'].iloc[0]:.3f}",
-                    "unanchored rank that reaches it": str(enough.min()) if len(enough) else "above 64",
+                    "unanchored rank that reaches it": str(enough.min())
+                    if len(enough)
+                    else "above 64",
                 }
             )
-    drawn = partial(plot_lines_over_rank, cells, by="draft", value="tokens_per_call", label="tokens per call")
+    drawn = partial(
+        plot_lines_over_rank, cells, by="draft", value="tokens_per_call", label="tokens per call"
+    )
     count = anchored.groupby("model")["context"].nunique().iloc[0]
     stopped = (anchored["status"] == "not_converged").mean()
     return f"""## What anchoring is worth
@@ -247,10 +285,20 @@ shares them through the embedding of the first token, and what remains of the ga
 """
 
 
-def _losses(methods: pd.DataFrame, reference: pd.DataFrame, anchored: pd.DataFrame, figures: Path) -> str:
+def _losses(
+    methods: pd.DataFrame, reference: pd.DataFrame, anchored: pd.DataFrame, figures: Path
+) -> str:
     gap = objective_gap(methods)
     three = gap[gap["horizon"] == 3][
-        ["model", "rank", "acceptance_fit", "em_fit", "lost_to_rank", "lost_to_objective", "contexts"]
+        [
+            "model",
+            "rank",
+            "acceptance_fit",
+            "em_fit",
+            "lost_to_rank",
+            "lost_to_objective",
+            "contexts",
+        ]
     ]
     shown = three.round(3).rename(columns=lambda name: name.replace("_", " "))
     stored = STUDIES / "head" / "waterfall.parquet"
@@ -280,7 +328,11 @@ def _losses(methods: pd.DataFrame, reference: pd.DataFrame, anchored: pd.DataFra
         for _, row in waterfall.loc[waterfall.groupby("model")["learned"].idxmax()].iterrows()
     ]
     told = _table(waterfall.drop(columns=["domain", "horizon", "rule", "exact_limit"]).round(3))
-    return f"## Where tokens per call are lost\n\n{_table(shown)}\n\n{_LEARNED}\n{told}\n\n" + "\n\n".join(pictures) + "\n"
+    return (
+        f"## Where tokens per call are lost\n\n{_table(shown)}\n\n{_LEARNED}\n{told}\n\n"
+        + "\n\n".join(pictures)
+        + "\n"
+    )
 
 
 def _decoding(figures: Path) -> str:
@@ -292,15 +344,21 @@ def _decoding(figures: Path) -> str:
             "head": block["head"],
             "measured": block["measured"].map("{:.3f}".format),
             "95 % interval": [
-                f"{low:.3f} to {high:.3f}" for low, high in zip(block["measured_low"], block["measured_high"], strict=True)
+                f"{low:.3f} to {high:.3f}"
+                for low, high in zip(block["measured_low"], block["measured_high"], strict=True)
             ],
             "forecast": block["forecast"].map("{:.3f}".format),
             "off by": (block["forecast"] / block["measured"] - 1).map("{:+.1%}".format),
             "all positions alike": block["plain_forecast"].map("{:.3f}".format),
-            "that is off by": (block["plain_forecast"] / block["measured"] - 1).map("{:+.1%}".format),
+            "that is off by": (block["plain_forecast"] / block["measured"] - 1).map(
+                "{:+.1%}".format
+            ),
         }
     )
-    inside = ((cells["forecast_low"] <= cells["measured_high"]) & (cells["measured_low"] <= cells["forecast_high"])).mean()
+    inside = (
+        (cells["forecast_low"] <= cells["measured_high"])
+        & (cells["measured_low"] <= cells["forecast_high"])
+    ).mean()
     gains = cells.pivot(index=["model", "head"], columns="rule", values="measured")
     over = gains["block"] / gains["token"] - 1
     wrong = (cells["forecast"] / cells["measured"] - 1).abs()

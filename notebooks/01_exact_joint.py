@@ -11,8 +11,8 @@
 # %% [markdown]
 # # 01 The exact joint and its structure
 #
-# What a multi-token head has to model: the joint distribution of the next three tokens of a language model, here computed
-# exactly.
+# What a multi-token head has to model: the joint distribution of the next three tokens of a
+# language model, here computed exactly.
 
 # %%
 import matplotlib.pyplot as plt
@@ -28,7 +28,8 @@ joint = cpmtp.exact_joint(lm, ids, horizon=3)
 print(tuple(joint.probs.shape), float(joint.probs.sum()))
 
 # %% [markdown]
-# Most of the mass lies on few sequences, yet the tail is long: how many sequences hold half, nine tenths, 99 % of it?
+# Most of the mass lies on few sequences, yet the tail is long: how many sequences hold half, nine
+# tenths, 99 % of it?
 
 # %%
 mass = joint.probs.flatten().sort(descending=True).values.cumsum(0)
@@ -36,14 +37,17 @@ print({share: int((mass < share).sum()) + 1 for share in (0.5, 0.9, 0.99)}, "of"
 best = joint.probs.flatten().topk(8)
 pd.DataFrame(
     {
-        "continuation": [lm.decode(torch.stack(torch.unravel_index(i, joint.probs.shape))) for i in best.indices],
+        "continuation": [
+            lm.decode(torch.stack(torch.unravel_index(i, joint.probs.shape))) for i in best.indices
+        ],
         "probability": best.values,
     }
 )
 
 # %% [markdown]
-# Tokens depend on each other. The total correlation says by how much a product of the three marginals (rank 1) misses the
-# joint, in nats; the singular values of an unfolding bound what any rank can reach.
+# Tokens depend on each other. The total correlation says by how much a product of the three
+# marginals (rank 1) misses the joint, in nats; the singular values of an unfolding bound what any
+# rank can reach.
 
 # %%
 entropies = [float(-torch.special.xlogy(m, m).sum()) for m in joint.marginals()]

@@ -31,15 +31,21 @@ joint = cpmtp.exact_joint(lm, lm.encode("def add(a, b):\n    return "), horizon=
 rows = []
 for method in ("als", "hals", "em", "acceptance"):
     fit = cpmtp.fit(joint, rank=4, method=method, seed=0)
-    row = {"method": method, "status": fit.status, "KL, nats": cpmtp.divergences(joint, fit.distribution).kl_nats}
+    row = {
+        "method": method,
+        "status": fit.status,
+        "KL, nats": cpmtp.divergences(joint, fit.distribution).kl_nats,
+    }
     for rule in ("token", "block", "coupling"):
-        row[f"tokens per call, {rule}"] = cpmtp.implied_acceptance(joint, fit.distribution, rule=rule).tokens_per_call
+        row[f"tokens per call, {rule}"] = cpmtp.implied_acceptance(
+            joint, fit.distribution, rule=rule
+        ).tokens_per_call
     rows.append(row)
 pd.DataFrame(rows).round(3)
 
 # %% [markdown]
-# Least squares projected to a distribution gives zero to sequences that the target can emit, so its divergence is infinite.
-# One context proves little; the stored study has twelve of each domain.
+# Least squares projected to a distribution gives zero to sequences that the target can emit, so its
+# divergence is infinite. One context proves little; the stored study has twelve of each domain.
 
 # %%
 table, manifest = read_study(STUDIES / "methods")
@@ -51,4 +57,6 @@ with house_style():
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
     three = summary[summary["horizon"] == 3]
     plot_error_against_rank(three, left)
-    plot_lines_over_rank(three, right, by="method", value="tokens_per_call", label="tokens per call (mean)")
+    plot_lines_over_rank(
+        three, right, by="method", value="tokens_per_call", label="tokens per call (mean)"
+    )

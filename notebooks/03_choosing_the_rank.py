@@ -34,9 +34,9 @@ for horizon in choice.rank:
     print(choice.sentence(horizon))
 
 # %% [markdown]
-# Tokens per call rise with every rank; what they are worth depends on what a call costs. Here calls are assumed to cost what
-# reading the weights of a 32-layer model costs, each component one more matrix of d × d per position. Replace it by a
-# measurement.
+# Tokens per call rise with every rank; what they are worth depends on what a call costs. Here calls
+# are assumed to cost what reading the weights of a 32-layer model costs, each component one more
+# matrix of d × d per position. Replace it by a measurement.
 
 # %%
 latency = memory_bound_latency(plain_step=0.02, layers=32)
@@ -52,11 +52,14 @@ pd.DataFrame(
 # %%
 with house_style():
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-    plot_tokens_per_call(choice.table.query("horizon == 3"), left, recommended=choice.rank[3], horizon=3)
+    plot_tokens_per_call(
+        choice.table.query("horizon == 3"), left, recommended=choice.rank[3], horizon=3
+    )
     plot_speedup(choices["throughput"].table, right)
 
 # %% [markdown]
-# What each doubling gains on the same contexts, and the smallest gain these contexts could have shown:
+# What each doubling gains on the same contexts, and the smallest gain these contexts could have
+# shown:
 
 # %%
 paired_gains(code).round(4)
@@ -66,6 +69,6 @@ paired_gains(code).round(4)
 
 # %%
 needed = needed_ranks(code)
-needed.groupby("horizon")[["needed_rank", "joint_entropy_nats", "total_correlation_nats"]].corr(method="spearman")[
-    "needed_rank"
-]
+needed.groupby("horizon")[["needed_rank", "joint_entropy_nats", "total_correlation_nats"]].corr(
+    method="spearman"
+)["needed_rank"]

@@ -16,8 +16,9 @@
 # %% [markdown]
 # # 04 Where tokens per call are lost: the waterfall
 #
-# An exact draft of n tokens earns n tokens per call. A rank-r draft earns less (rank), a fit by divergence less than one by
-# tokens per call (objective), and a learned head less than a fit to every context (learning).
+# An exact draft of n tokens earns n tokens per call. A rank-r draft earns less (rank), a fit by
+# divergence less than one by tokens per call (objective), and a learned head less than a fit to
+# every context (learning).
 
 # %%
 from pathlib import Path
@@ -45,13 +46,21 @@ if stored.is_file():
     waterfall = pd.read_parquet(stored)
     panels = list(waterfall.groupby(["model", "anchored"]))
     with house_style():
-        figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3.5), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(4 * len(panels), 3.5), squeeze=False, layout="constrained"
+        )
         for ax, ((model, anchored), rows) in zip(axes[0], panels, strict=True):
-            plot_losses_over_rank(rows, ax).set_title(f"{model}, {'anchored' if anchored else 'unanchored'}")
+            plot_losses_over_rank(rows, ax).set_title(
+                f"{model}, {'anchored' if anchored else 'unanchored'}"
+            )
     best = waterfall.loc[waterfall.groupby("model")["learned"].idxmax()]
     with house_style():
-        figure, axes = plt.subplots(1, len(best), figsize=(5 * len(best), 3.5), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            1, len(best), figsize=(5 * len(best), 3.5), squeeze=False, layout="constrained"
+        )
         for ax, (_, row) in zip(axes[0], best.iterrows(), strict=True):
-            plot_waterfall(row, ax).set_title(f"{row['model']}, n = {row['horizon']}, rank {row['rank']}")
+            plot_waterfall(row, ax).set_title(
+                f"{row['model']}, n = {row['horizon']}, rank {row['rank']}"
+            )
 else:
     print("no table of a learned head is stored: the waterfall ends at the objective")

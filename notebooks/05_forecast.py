@@ -11,8 +11,9 @@
 # %% [markdown]
 # # 05 Decoding: forecast against measurement
 #
-# The forecast of tokens per call is a sum over the joint. Here it is held against drawing: the same draft, verified token by
-# token on random numbers, many times over. Where decoding with a learned head has been measured, its table is shown below.
+# The forecast of tokens per call is a sum over the joint. Here it is held against drawing: the same
+# draft, verified token by token on random numbers, many times over. Where decoding with a learned
+# head has been measured, its table is shown below.
 
 # %%
 from pathlib import Path

@@ -26,7 +26,10 @@ def survival(target: torch.Tensor, draft: torch.Tensor, rule: str) -> torch.Tens
     found = torch.zeros(n, dtype=torch.float64)
     for k in range(1, n + 1):
         for x in itertools.product(range(vocab), repeat=k):
-            p, q = ([law[t].item() for law, t in zip(conditionals(j, x), x, strict=True)] for j in (target, draft))
+            p, q = (
+                [law[t].item() for law, t in zip(conditionals(j, x), x, strict=True)]
+                for j in (target, draft)
+            )
             if rule == "token":
                 found[k - 1] += math.prod(map(min, p, q))
             elif rule == "coupling":
@@ -51,8 +54,11 @@ def told_the_first(target: torch.Tensor, draft: torch.Tensor, rule: str) -> torc
     return found
 
 
-def emitted_law(target: torch.Tensor, draft: torch.Tensor, rule: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Law of n+1 tokens a call emits, plain target sampling after the correction, and the law of the accepted length.
+def emitted_law(
+    target: torch.Tensor, draft: torch.Tensor, rule: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Law of n+1 tokens a call emits, plain target sampling after the correction, and the law of
+    the accepted length.
 
     `target` has n+1 axes, `draft` n. Every drafted path and every verdict is enumerated.
     """
@@ -71,7 +77,11 @@ def emitted_law(target: torch.Tensor, draft: torch.Tensor, rule: str) -> tuple[t
             for token in range(vocab):
                 emitted = (*path[:accepted], token)
                 there = target[emitted]
-                share = there / there.sum() if there.sum() > 0 else torch.full_like(there, 1 / there.numel())
+                share = (
+                    there / there.sum()
+                    if there.sum() > 0
+                    else torch.full_like(there, 1 / there.numel())
+                )
                 law[emitted] += stopped * outcome.next_token_probs[accepted, token] * share
     return law, lengths
 

@@ -24,20 +24,28 @@ def brute_force_joint(lm, context, horizon):
 
 
 def full_pass_joint(lm, context, horizon):
-    """The same for vocabularies where Python loops over all sequences would take minutes; returns the last conditionals too."""
+    """The same for vocabularies where Python loops over all sequences would take minutes; returns
+    the last conditionals too.
+    """
     vocab = lm.vocab_size
     joint, conditionals = torch.ones(1, dtype=torch.float64), []
     for depth in range(horizon):
-        prefixes = torch.tensor(list(itertools.product(range(vocab), repeat=depth)), dtype=torch.long).view(vocab**depth, depth)
+        prefixes = torch.tensor(
+            list(itertools.product(range(vocab), repeat=depth)), dtype=torch.long
+        ).view(vocab**depth, depth)
         rows = torch.cat([context.expand(len(prefixes), -1), prefixes], 1)
-        log_probs = torch.cat([lm.next_token_log_probs(part) for part in rows.split(64)]).double().cpu()
+        log_probs = (
+            torch.cat([lm.next_token_log_probs(part) for part in rows.split(64)]).double().cpu()
+        )
         conditionals.append(log_probs)
         joint = (joint[:, None] * log_probs.exp()).flatten()
     return joint.view((vocab,) * horizon), conditionals
 
 
 def brute_force_survival(joint, draft, rule, first_token, *, epsilon=0.3, delta=0.09):
-    """Survival by the definitions, over all sequences of two dense joints of positive probabilities."""
+    """Survival by the definitions, over all sequences of two dense joints of positive
+    probabilities.
+    """
     horizon, vocab = joint.ndim, joint.shape[0]
     if first_token == "target":
         axes = tuple(range(1, horizon))

@@ -29,19 +29,26 @@ MANIFEST = {
 def random_cp(batch, vocab, horizon, rank, seed=0, dtype=torch.float64) -> CPDistribution:
     generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(*batch, rank, generator=generator, dtype=dtype)
-    factors = [torch.rand(*batch, vocab, rank, generator=generator, dtype=dtype) ** 3 for _ in range(horizon)]
+    factors = [
+        torch.rand(*batch, vocab, rank, generator=generator, dtype=dtype) ** 3
+        for _ in range(horizon)
+    ]
     return normalised_cp(weights, factors)
 
 
 def study_table(gain, contexts=64, documents=32, noise=0.05, seed=0, horizon=3) -> pd.DataFrame:
-    """A study's table in which rank r reaches ``horizon - gain(r)`` tokens per call plus what is common to a context."""
+    """A study's table in which rank r reaches ``horizon - gain(r)`` tokens per call plus what is
+    common to a context.
+    """
     generator = np.random.default_rng(seed)
     rows = []
     for context in range(contexts):
         common = noise * generator.standard_normal()
         for rank in RANKS:
             for method, loss in (("em", 0.0), ("als", 0.1)):
-                value = horizon - gain(rank) - loss + common + 0.1 * noise * generator.standard_normal()
+                value = (
+                    horizon - gain(rank) - loss + common + 0.1 * noise * generator.standard_normal()
+                )
                 rows.append(
                     {
                         "model": "m",

@@ -18,16 +18,33 @@ def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
     return stopped.value.code or 0, out, err
 
 
-SMALL = ("--model", "tiny_models:bigram", "--contexts", 2, "--context-length", 4, "--methods", "em", "--workers", 1)
+SMALL = (
+    "--model",
+    "tiny_models:bigram",
+    "--contexts",
+    2,
+    "--context-length",
+    4,
+    "--methods",
+    "em",
+    "--workers",
+    1,
+)
 
 
 def test_a_study_ends_with_rank_table_and_report(monkeypatch, capsys, tmp_path):
-    status, out, err = run(monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2", "--out", tmp_path / "s")
+    status, out, err = run(
+        monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2", "--out", tmp_path / "s"
+    )
     assert status == 0, err
     assert re.search(r"horizon 2: rank (at least )?\d+, \d\.\d\d tokens per call", out)
-    assert (tmp_path / "s" / "table.parquet").is_file() and (tmp_path / "s" / "report.html").is_file()
+    assert (tmp_path / "s" / "table.parquet").is_file() and (
+        tmp_path / "s" / "report.html"
+    ).is_file()
     assert str(tmp_path / "s" / "report.html") in out
-    status, out, _ = run(monkeypatch, capsys, "report", tmp_path / "s", "--out", tmp_path / "again.html")
+    status, out, _ = run(
+        monkeypatch, capsys, "report", tmp_path / "s", "--out", tmp_path / "again.html"
+    )
     assert status == 0
     assert (tmp_path / "again.html").read_bytes() == (tmp_path / "s" / "report.html").read_bytes()
 
@@ -35,7 +52,18 @@ def test_a_study_ends_with_rank_table_and_report(monkeypatch, capsys, tmp_path):
 def test_a_models_folder_and_a_corpus_are_enough(monkeypatch, capsys, tmp_path):
     folder = random_llama_folder(tmp_path / "model")
     (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 20)
-    arguments = ("--model", folder, "--corpus", tmp_path / "text.txt", "--horizons", 2, "--ranks", "1,2", "--contexts", 2)
+    arguments = (
+        "--model",
+        folder,
+        "--corpus",
+        tmp_path / "text.txt",
+        "--horizons",
+        2,
+        "--ranks",
+        "1,2",
+        "--contexts",
+        2,
+    )
     status, out, err = run(
         monkeypatch,
         capsys,
@@ -56,15 +84,28 @@ def test_a_models_folder_and_a_corpus_are_enough(monkeypatch, capsys, tmp_path):
 
 def test_bytes_that_are_no_utf8_are_counted_and_told(monkeypatch, capsys, tmp_path):
     (tmp_path / "text.txt").write_bytes(b"abc\xff\xfedef" * 20)
-    model = ("--model", "tiny_models:characters", "--domain", f"odd={tmp_path / 'text.txt'}", "--ranks", "1,2", "--horizons", 2)
-    status, out, err = run(monkeypatch, capsys, "study", *SMALL[2:], *model, "--out", tmp_path / "s")
+    model = (
+        "--model",
+        "tiny_models:characters",
+        "--domain",
+        f"odd={tmp_path / 'text.txt'}",
+        "--ranks",
+        "1,2",
+        "--horizons",
+        2,
+    )
+    status, out, err = run(
+        monkeypatch, capsys, "study", *SMALL[2:], *model, "--out", tmp_path / "s"
+    )
     assert status == 0, err
     assert "domain odd: 1 documents, 40 bytes that were not UTF-8 replaced" in out
     assert "bits per byte" in out and re.search(r"r=1: \d\.\d\d \[\d\.\d\d, \d\.\d\d\]", out)
 
 
 def test_a_quiet_study_says_nothing(monkeypatch, capsys, tmp_path):
-    assert run(monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2", "--quiet", "--out", tmp_path / "s") == (0, "", "")
+    assert run(
+        monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2", "--quiet", "--out", tmp_path / "s"
+    ) == (0, "", "")
 
 
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(monkeypatch, capsys, tmp_path):
@@ -114,9 +155,20 @@ def test_bad_input_is_one_line_and_status_two(monkeypatch, capsys, tmp_path, arg
 def test_an_empty_corpus_and_a_folder_without_a_model_are_refused(monkeypatch, capsys, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "nothing").mkdir()
-    status, _, err = run(monkeypatch, capsys, "study", *SMALL, "--corpus", tmp_path / "empty.txt", "--out", tmp_path / "s")
+    status, _, err = run(
+        monkeypatch,
+        capsys,
+        "study",
+        *SMALL,
+        "--corpus",
+        tmp_path / "empty.txt",
+        "--out",
+        tmp_path / "s",
+    )
     assert status == 2 and "the corpus is empty" in err
-    status, _, err = run(monkeypatch, capsys, "study", "--model", tmp_path / "nothing", "--out", tmp_path / "s")
+    status, _, err = run(
+        monkeypatch, capsys, "study", "--model", tmp_path / "nothing", "--out", tmp_path / "s"
+    )
     assert status == 2 and "holds no model" in err
 
 
@@ -131,6 +183,8 @@ def test_failed_cells_are_counted_and_the_status_is_one(monkeypatch, capsys, tmp
         return real(joint, rank, method, **options)
 
     monkeypatch.setattr("cpmtp.study.rows.fit", fails_at_two)
-    status, out, err = run(monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2,4", "--out", tmp_path / "s")
+    status, out, err = run(
+        monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2,4", "--out", tmp_path / "s"
+    )
     assert status == 1
     assert "4 of 12 cells failed" in err and "report" in out

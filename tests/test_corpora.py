@@ -34,7 +34,9 @@ def test_the_split_is_by_document_and_does_not_depend_on_the_others(code):
     names = {d.name for d in held_out}
     assert names.isdisjoint(d.name for d in training)
     assert 0.02 < len(held_out) / len(code) < 0.08
-    assert {d.name for d in split_held_out(code[::2])[1]} == {d.name for d in code[::2] if d.name in names}
+    assert {d.name for d in split_held_out(code[::2])[1]} == {
+        d.name for d in code[::2] if d.name in names
+    }
 
 
 def test_bytes_that_are_no_utf8_are_counted_and_replaced(tmp_path):

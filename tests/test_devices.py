@@ -23,14 +23,21 @@ VOCAB = 9
 
 
 @pytest.fixture(
-    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+        ),
+    ]
 )
 def device(request) -> str:
     return request.param
 
 
 def a_model(device: str, dtype: torch.dtype = torch.float64) -> HuggingFaceLanguageModel:
-    return HuggingFaceLanguageModel(new_llama(VOCAB, width=96, layers=2, window=64, seed=0).to(device, dtype))
+    return HuggingFaceLanguageModel(
+        new_llama(VOCAB, width=96, layers=2, window=64, seed=0).to(device, dtype)
+    )
 
 
 def a_head(lm: HuggingFaceLanguageModel, *, anchored: bool = True) -> CPHead:
@@ -50,7 +57,9 @@ def test_fits_agree(device, method):
     probs = exact_joint(a_model("cpu"), torch.tensor([1, 2]), 3).probs
     settings = {"method": method, "seed": 0, "max_iterations": 8, "restarts": 1}
     found, expected = (fit(JointDistribution(probs.to(d)), 2, **settings) for d in (device, "cpu"))
-    torch.testing.assert_close(found.distribution.to_tensor().cpu(), expected.distribution.to_tensor(), atol=1e-8, rtol=0)
+    torch.testing.assert_close(
+        found.distribution.to_tensor().cpu(), expected.distribution.to_tensor(), atol=1e-8, rtol=0
+    )
 
 
 def test_implied_acceptance_agrees(device):
@@ -58,7 +67,9 @@ def test_implied_acceptance_agrees(device):
     draft = fit(joint, 2, seed=0).distribution
     expected = implied_acceptance(joint, draft, rule="block").tokens_per_call
     moved = type(draft)(draft.weights.to(device), [factor.to(device) for factor in draft.factors])
-    found = implied_acceptance(JointDistribution(joint.probs.to(device)), moved, rule="block").tokens_per_call
+    found = implied_acceptance(
+        JointDistribution(joint.probs.to(device)), moved, rule="block"
+    ).tokens_per_call
     assert found == pytest.approx(expected, abs=1e-12)
 
 
@@ -68,7 +79,11 @@ def test_head_losses_agree(device, objective):
     for place in (device, "cpu"):
         lm = a_model(place)
         tokens = torch.randint(VOCAB, (2, 20), generator=torch.Generator().manual_seed(1)).to(place)
-        values.append(head_loss(a_head(lm), lm.hidden_states(tokens), tokens, lm.unembed, objective=objective).loss.cpu())
+        values.append(
+            head_loss(
+                a_head(lm), lm.hidden_states(tokens), tokens, lm.unembed, objective=objective
+            ).loss.cpu()
+        )
     torch.testing.assert_close(*values, atol=1e-9, rtol=0)
 
 
@@ -88,7 +103,9 @@ def test_a_seed_decodes_the_same_text_and_the_forecast_is_the_same(device, ancho
         prompts = [torch.tensor([1, 2]), torch.tensor([4, 5])]
         out = speculative_generate(lm, head, prompts, max_new_tokens=20, seed=7)
         texts.append([row.tolist() for row in out.token_ids])
-        forecasts.append(forecast_cycles(lm, head, torch.stack(out.sequences).cpu(), start=2).tokens_per_call)
+        forecasts.append(
+            forecast_cycles(lm, head, torch.stack(out.sequences).cpu(), start=2).tokens_per_call
+        )
     assert texts[0] == texts[1]
     assert forecasts[0] == pytest.approx(forecasts[1], abs=1e-9)
 

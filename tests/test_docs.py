@@ -1,4 +1,6 @@
-"""Links inside the documentation lead somewhere, its examples run, and its results are those of the stored tables."""
+"""Links inside the documentation lead somewhere, its examples run, and its results are those of the
+stored tables.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,15 @@ def test_documents_named_by_others_exist(root):
     for page in pages(root):
         for name in _ROLE.findall(page.read_text("utf-8")):
             folder = root if name.startswith("notebooks/") else root / "docs"
-            assert (folder / f"{name}.md").exists() or (folder / f"{name}.ipynb").exists(), f"{page.name}: {name}"
+            assert (folder / f"{name}.md").exists() or (folder / f"{name}.ipynb").exists(), (
+                f"{page.name}: {name}"
+            )
 
 
 def test_every_page_is_in_the_table_of_contents(root):
-    listed = set(re.findall(r"^[\w/]+$", (root / "docs" / "index.md").read_text("utf-8"), flags=re.MULTILINE))
+    listed = set(
+        re.findall(r"^[\w/]+$", (root / "docs" / "index.md").read_text("utf-8"), flags=re.MULTILINE)
+    )
     assert {page.stem for page in (root / "docs").glob("*.md")} - {"index"} <= listed
     assert {f"notebooks/{page.stem}" for page in (root / "notebooks").glob("*.ipynb")} <= listed
 
@@ -65,8 +71,12 @@ def test_the_page_on_heads_runs(root, monkeypatch):
 
 def test_the_results_are_those_of_the_stored_tables(root, tmp_path):
     runpy.run_path(str(root / "docs" / "make_results.py"))["main"](tmp_path)
-    assert (tmp_path / "results.md").read_text("utf-8") == (root / "docs" / "results.md").read_text("utf-8")
-    assert {f.name for f in (tmp_path / "figures").iterdir()} <= {f.name for f in (root / "docs" / "figures").iterdir()}
+    assert (tmp_path / "results.md").read_text("utf-8") == (root / "docs" / "results.md").read_text(
+        "utf-8"
+    )
+    assert {f.name for f in (tmp_path / "figures").iterdir()} <= {
+        f.name for f in (root / "docs" / "figures").iterdir()
+    }
 
 
 class _Links(HTMLParser):
@@ -86,8 +96,19 @@ def test_the_documentation_builds_without_a_warning_and_no_link_in_it_is_dead(ro
     pytest.importorskip("sphinx")
     pytest.importorskip("myst_nb")
     pytest.importorskip("sphinxcontrib.bibtex")
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-d", str(tmp_path / "trees")]
-    done = subprocess.run([*command, str(root / "docs"), str(tmp_path / "html")], capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-d",
+        str(tmp_path / "trees"),
+    ]
+    done = subprocess.run(
+        [*command, str(root / "docs"), str(tmp_path / "html")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = {}
     for file in (tmp_path / "html").rglob("*.html"):

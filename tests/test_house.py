@@ -14,21 +14,39 @@ import pytest
 
 import cpmtp
 
-BASIS = ["whole_files", "resampling", "sampling_law", "language_model", "tree_attention", "pretrained", "corpora"]
+BASIS = [
+    "whole_files",
+    "resampling",
+    "sampling_law",
+    "language_model",
+    "tree_attention",
+    "pretrained",
+    "corpora",
+]
 BASIS += ["joint_distribution", "prefix_tree", "latency"]
 FLOORS = [[name] for name in [*BASIS, "drafts", "acceptance", "decomposition"]]
-FLOORS += [["study", "heads"], ["training", "decoding"], ["forecasting"], ["ranking"], ["report"], ["validation"]]
+FLOORS += [
+    ["study", "heads"],
+    ["training", "decoding"],
+    ["forecasting"],
+    ["ranking"],
+    ["report"],
+    ["validation"],
+]
 FLOORS += [["commands"], ["cli"]]
 NARROWER = {"ranking": {"latency", "resampling"}, "report": {"ranking", "latency"}}
 
 
 def allowed(name: str) -> set[str]:
-    """Rooms that the room ``name`` may import: those on the floors below, or the few it is held to."""
+    """Rooms that ``name`` may import: those on the floors below, or the few it is held to."""
     floor = next(k for k, rooms in enumerate(FLOORS) if name in rooms)
     return NARROWER.get(name, {room for rooms in FLOORS[:floor] for room in rooms})
 
 
-TOUCHED_BY = {"tensorly": {"decomposition/als.py", "drafts/cp_distribution.py"}, "matplotlib": {"report/plots.py"}}
+TOUCHED_BY = {
+    "tensorly": {"decomposition/als.py", "drafts/cp_distribution.py"},
+    "matplotlib": {"report/plots.py"},
+}
 
 
 def _files(root):
@@ -83,7 +101,9 @@ def _circles(edges: dict[str, set[str]]) -> list[str]:
     """Modules that import themselves through others."""
     reached = {name: set(used) for name, used in edges.items()}
     for _ in edges:
-        reached = {name: used.union(*(reached[other] for other in used)) for name, used in reached.items()}
+        reached = {
+            name: used.union(*(reached[other] for other in used)) for name, used in reached.items()
+        }
     return sorted(name for name, used in reached.items() if name in used)
 
 
@@ -94,7 +114,10 @@ def test_no_files_import_each_other_in_a_circle(root):
 def test_the_face_loads_what_it_names_and_nothing_else_imports_it(root):
     for path in _files(root):
         if path.name != "__init__.py" and path.parent != root / "cpmtp" / "commands":
-            assert not re.search(r"^(import cpmtp$|from cpmtp import)", path.read_text(), re.MULTILINE) or path.stem == "cli"
+            assert (
+                not re.search(r"^(import cpmtp$|from cpmtp import)", path.read_text(), re.MULTILINE)
+                or path.stem == "cli"
+            )
 
 
 @pytest.mark.parametrize("library", sorted(TOUCHED_BY))
@@ -125,12 +148,16 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_the_library_prints_nothing(root):
     for path in _files(root):
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
-        assert path.name == "cli.py" or not any(getattr(c.func, "id", "") == "print" for c in calls), path
+        assert path.name == "cli.py" or not any(
+            getattr(c.func, "id", "") == "print" for c in calls
+        ), path
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
 def test_lint_and_format_are_clean(root, command):
-    done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=root, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "."], cwd=root, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -9,20 +9,29 @@ from hypothesis import strategies as st
 from reference_joint import brute_force_joint
 from tiny_models import BigramTable, BrokenModel, RecurrentModel
 
-from cpmtp.joint_distribution import JointDistribution, conditional_log_probs, conditional_probs, exact_joint
+from cpmtp.joint_distribution import (
+    JointDistribution,
+    conditional_log_probs,
+    conditional_probs,
+    exact_joint,
+)
 from cpmtp.language_model import MarkovLanguageModel, separated_hmm
 from cpmtp.sampling_law import SamplingLaw
 
 CONTEXT = torch.tensor([1, 0, 2])
 
 
-@pytest.mark.parametrize("lm", [BigramTable(5), RecurrentModel(4), separated_hmm(2, 4)], ids=["table", "lstm", "hmm"])
+@pytest.mark.parametrize(
+    "lm", [BigramTable(5), RecurrentModel(4), separated_hmm(2, 4)], ids=["table", "lstm", "hmm"]
+)
 @pytest.mark.parametrize("horizon", [1, 2, 3])
 def test_the_joint_of_any_model_with_two_names_is_the_chain_rule(lm, horizon):
     joint = exact_joint(lm, CONTEXT, horizon)
     assert joint.probs.dtype == torch.float64
     assert abs(joint.probs.sum().item() - 1) <= 1e-9
-    torch.testing.assert_close(joint.probs, brute_force_joint(lm, CONTEXT, horizon), atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(
+        joint.probs, brute_force_joint(lm, CONTEXT, horizon), atol=1e-7, rtol=1e-5
+    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -31,13 +40,20 @@ def test_the_marginal_of_a_longer_joint_is_the_shorter_joint(vocab, horizon, see
     lm = BigramTable(vocab, seed)
     context = torch.zeros(2, dtype=torch.long)
     longer, shorter = exact_joint(lm, context, horizon), exact_joint(lm, context, horizon - 1)
-    torch.testing.assert_close(longer.marginal(horizon - 1).probs, shorter.probs, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(
+        longer.marginal(horizon - 1).probs, shorter.probs, atol=1e-12, rtol=1e-9
+    )
 
 
 def test_an_empty_context_is_a_context():
     lm = BigramTable(4)
     joint = exact_joint(lm, torch.empty(0, dtype=torch.long), 2)
-    torch.testing.assert_close(joint.probs, brute_force_joint(lm, torch.empty(0, dtype=torch.long), 2), atol=1e-7, rtol=1e-5)
+    torch.testing.assert_close(
+        joint.probs,
+        brute_force_joint(lm, torch.empty(0, dtype=torch.long), 2),
+        atol=1e-7,
+        rtol=1e-5,
+    )
 
 
 def test_tokens_of_zero_probability_are_legal():
@@ -47,7 +63,9 @@ def test_tokens_of_zero_probability_are_legal():
     assert joint.probs[0].sum() == 0
 
 
-@pytest.mark.parametrize("law", [{"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.7}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "law", [{"temperature": 0.5}, {"top_k": 2}, {"top_p": 0.7}, {"temperature": 0.0}]
+)
 def test_processing_applies_to_every_conditional(law):
     lm = RecurrentModel(5)
     joint = exact_joint(lm, CONTEXT, 2, **law)
@@ -67,7 +85,9 @@ def test_probabilities_and_their_logarithms_agree():
     lm, continuations = RecurrentModel(5), torch.tensor([[0], [3]])
     for law in (SamplingLaw(), SamplingLaw(temperature=0.7, top_k=3)):
         probs = conditional_probs(lm, CONTEXT, continuations, law)
-        torch.testing.assert_close(probs, conditional_log_probs(lm, CONTEXT, continuations, law).exp())
+        torch.testing.assert_close(
+            probs, conditional_log_probs(lm, CONTEXT, continuations, law).exp()
+        )
 
 
 def test_progress_counts_every_prefix():
@@ -87,7 +107,10 @@ class Huge(BigramTable):
 
 
 def test_a_joint_beyond_memory_is_refused_before_any_work_and_says_what_to_do():
-    with pytest.raises(ValueError, match=r"horizon 4 over 150000 tokens needs .* GB; the limit is 4 GB: .*truncated_joint"):
+    with pytest.raises(
+        ValueError,
+        match=r"horizon 4 over 150000 tokens needs .* GB; the limit is 4 GB: .*truncated_joint",
+    ):
         exact_joint(Huge(), CONTEXT, 4)
     with pytest.raises(ValueError, match=r"needs 0?.*MB; the limit is .*truncated_joint"):
         exact_joint(BigramTable(64), CONTEXT, 3, max_bytes=1000)

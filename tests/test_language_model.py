@@ -57,7 +57,9 @@ def test_sampled_sequences_follow_the_chain_and_repeat_with_the_seed():
     drawn = sample_sequences(lm, 4000, 2, seed=3)
     assert torch.equal(drawn, sample_sequences(lm, 4000, 2, seed=3))
     assert (drawn[:, 0] == 0).all()
-    assert drawn[:, 1].double().mean().item() == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / 4000) ** 0.5)
+    assert drawn[:, 1].double().mean().item() == pytest.approx(
+        0.75, abs=4 * (0.75 * 0.25 / 4000) ** 0.5
+    )
 
 
 @pytest.mark.parametrize("model", [BigramTable(), RecurrentModel()])

@@ -8,13 +8,21 @@ import pytest
 import torch
 
 from cpmtp.acceptance.implied import AcceptanceProfile
-from cpmtp.latency import Forecast, LatencyModel, cost_per_million_tokens, predicted_speedup, tokens_until_paid
+from cpmtp.latency import (
+    Forecast,
+    LatencyModel,
+    cost_per_million_tokens,
+    predicted_speedup,
+    tokens_until_paid,
+)
 
 PROFILE = AcceptanceProfile(torch.tensor([1.0, 0.8, 0.5], dtype=torch.float64), "block", "target")
 
 
 def test_a_call_as_long_as_a_step_gains_its_tokens_per_call():
-    assert predicted_speedup(PROFILE, LatencyModel(0.01, 0.01), rank=8).speedup == pytest.approx(2.3)
+    assert predicted_speedup(PROFILE, LatencyModel(0.01, 0.01), rank=8).speedup == pytest.approx(
+        2.3
+    )
 
 
 def test_at_the_break_even_point_the_speedup_is_one():
@@ -26,7 +34,10 @@ def test_at_the_break_even_point_the_speedup_is_one():
 
 def test_a_higher_rank_costs_time_and_nothing_else():
     latency = LatencyModel(0.01, 0.01, 0.0, 0.001)
-    assert predicted_speedup(PROFILE, latency, rank=8).speedup < predicted_speedup(PROFILE, latency, rank=1).speedup
+    assert (
+        predicted_speedup(PROFILE, latency, rank=8).speedup
+        < predicted_speedup(PROFILE, latency, rank=1).speedup
+    )
 
 
 def test_twice_the_speed_halves_the_cost():
@@ -49,9 +60,16 @@ def test_training_is_paid_when_the_time_saved_is_the_time_spent():
         (lambda: LatencyModel(0.1, math.nan), "base nan"),
         (lambda: cost_per_million_tokens(0, 1), "tokens_per_second 0"),
         (lambda: cost_per_million_tokens(1, math.inf), "price_per_device_hour inf"),
-        (lambda: tokens_until_paid(Forecast(1.0, 2.0, 1.0), training_device_hours=-1), "training_device_hours -1"),
         (
-            lambda: predicted_speedup(AcceptanceProfile(torch.ones(2, 3), "block", "target"), LatencyModel(0.1, 0.1), rank=1),
+            lambda: tokens_until_paid(Forecast(1.0, 2.0, 1.0), training_device_hours=-1),
+            "training_device_hours -1",
+        ),
+        (
+            lambda: predicted_speedup(
+                AcceptanceProfile(torch.ones(2, 3), "block", "target"),
+                LatencyModel(0.1, 0.1),
+                rank=1,
+            ),
             "batch axes",
         ),
     ],

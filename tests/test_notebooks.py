@@ -9,7 +9,13 @@ import time
 import matplotlib
 import pytest
 
-NAMES = ("01_exact_joint", "02_decompositions", "03_choosing_the_rank", "04_waterfall", "05_forecast")
+NAMES = (
+    "01_exact_joint",
+    "02_decompositions",
+    "03_choosing_the_rank",
+    "04_waterfall",
+    "05_forecast",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

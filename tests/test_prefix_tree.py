@@ -23,16 +23,25 @@ def check_tree(tree: PrefixTree, joint, *, rtol: float = 1e-5) -> None:
         index = tuple(prefixes.T)
         assert len(prefixes.unique(dim=0)) == len(prefixes)
         torch.testing.assert_close(level.probs, joint.prefix_probs(k)[index], atol=1e-10, rtol=rtol)
-        torch.testing.assert_close(level.conditionals, joint.conditional_probs(k)[index], atol=1e-8, rtol=rtol)
+        torch.testing.assert_close(
+            level.conditionals, joint.conditional_probs(k)[index], atol=1e-8, rtol=rtol
+        )
         torch.testing.assert_close(tree.mass[k - 1], level.probs.sum().clamp(max=1.0))
-        laws = joint.conditional_probs(k)[tuple(tree.expanded_prefixes(k - 1).T)].view(-1, tree.vocab_size)
+        laws = joint.conditional_probs(k)[tuple(tree.expanded_prefixes(k - 1).T)].view(
+            -1, tree.vocab_size
+        )
         entropies = -torch.special.xlogy(laws, laws).sum(1)
         torch.testing.assert_close(level.parent_entropies, entropies, atol=1e-6, rtol=rtol)
     assert (tree.mass.diff() <= 1e-12).all()
 
 
 @settings(max_examples=30, deadline=None)
-@given(vocab=st.integers(2, 6), horizon=st.integers(1, 4), seed=st.integers(0, 99), nodes=st.integers(4, 200))
+@given(
+    vocab=st.integers(2, 6),
+    horizon=st.integers(1, 4),
+    seed=st.integers(0, 99),
+    nodes=st.integers(4, 200),
+)
 def test_what_is_kept_is_exact(vocab, horizon, seed, nodes):
     lm = BigramTable(vocab, seed)
     context = torch.zeros(2, dtype=torch.long)
@@ -41,7 +50,9 @@ def test_what_is_kept_is_exact(vocab, horizon, seed, nodes):
     assert tree.expanded_nodes <= nodes
 
 
-@pytest.mark.parametrize("law", [{"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 0.0}])
+@pytest.mark.parametrize(
+    "law", [{"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 0.0}]
+)
 def test_the_tree_of_a_processed_law_is_exact_under_that_law(law):
     lm = RecurrentModel(6)
     tree = truncated_joint(lm, CONTEXT, 3, mass=1.0, **law)
@@ -63,7 +74,9 @@ def test_the_wanted_mass_is_kept_without_much_more_work_than_needed(mass):
     tree = truncated_joint(lm, CONTEXT, 4, mass=mass)
     assert tree.mass[-1] >= mass
     joint = exact_joint(lm, CONTEXT, 4)
-    needed = int((joint.prefix_probs(3).flatten().sort(descending=True).values.cumsum(0) < mass).sum())
+    needed = int(
+        (joint.prefix_probs(3).flatten().sort(descending=True).values.cumsum(0) < mass).sum()
+    )
     assert tree.expanded_nodes <= 2 * needed + 64 + 4
 
 
@@ -94,7 +107,10 @@ def test_dropped_children_are_the_least_probable_and_count_as_lost():
 
 def test_more_nodes_keep_more_mass():
     lm = RecurrentModel(8)
-    masses = [truncated_joint(lm, CONTEXT, 4, mass=1.0, max_nodes=n).mass[-1].item() for n in (10, 50, 100, 585)]
+    masses = [
+        truncated_joint(lm, CONTEXT, 4, mass=1.0, max_nodes=n).mass[-1].item()
+        for n in (10, 50, 100, 585)
+    ]
     assert masses == sorted(masses)
     assert masses[-1] == pytest.approx(1.0, abs=1e-9)
 

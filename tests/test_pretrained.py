@@ -1,4 +1,6 @@
-"""The Hugging Face adapter: every architecture gives the joint that full forward passes give, fast where it can."""
+"""The Hugging Face adapter: every architecture gives the joint that full forward passes give, fast
+where it can.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ from transformers import (
 )
 
 from cpmtp.joint_distribution import exact_joint
-from cpmtp.pretrained import HuggingFaceLanguageModel, embedded_models, load_language_model, new_llama
+from cpmtp.pretrained import (
+    HuggingFaceLanguageModel,
+    embedded_models,
+    load_language_model,
+    new_llama,
+)
 
 CONTEXT = torch.tensor([3, 1, 4, 1, 5])
 SMALL = {"vocab_size": 11, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -37,7 +44,9 @@ SHARES = {"llama", "gpt2", "gpt_neox"}
 def random_model(kind: str, sharpness: float = 4.0) -> HuggingFaceLanguageModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind])
-    with torch.no_grad():  # freshly initialised models are all but uniform, which would hide mistakes
+    with (
+        torch.no_grad()
+    ):  # freshly initialised models are all but uniform, which would hide mistakes
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.mul_(sharpness)
@@ -69,10 +78,16 @@ def _worst_conditional(joint, conditionals, floor=-20.0):
 def test_a_shared_prefix_gives_what_each_branch_gives_alone(kind):
     lm = random_model(kind)
     continuations = torch.randint(11, (40, 3), generator=torch.Generator().manual_seed(1))
-    alone = torch.cat([lm.next_token_log_probs(torch.cat([CONTEXT, c])[None]) for c in continuations])
-    torch.testing.assert_close(lm.continuation_log_probs(CONTEXT, continuations), alone, atol=1e-4, rtol=1e-4)
+    alone = torch.cat(
+        [lm.next_token_log_probs(torch.cat([CONTEXT, c])[None]) for c in continuations]
+    )
+    torch.testing.assert_close(
+        lm.continuation_log_probs(CONTEXT, continuations), alone, atol=1e-4, rtol=1e-4
+    )
     lm.batch_tokens = 4  # however it is cut into passes
-    torch.testing.assert_close(lm.continuation_log_probs(CONTEXT, continuations), alone, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        lm.continuation_log_probs(CONTEXT, continuations), alone, atol=1e-4, rtol=1e-4
+    )
     assert lm.model.config._attn_implementation == "sdpa"
 
 
@@ -102,7 +117,10 @@ def test_a_half_precision_forward_pass_stays_near_and_sums_to_one():
 def test_contexts_and_horizons_beyond_the_window_are_refused():
     lm = random_model("llama")
     assert exact_joint(lm, torch.zeros(63, dtype=torch.long), 2).horizon == 2
-    with pytest.raises(ValueError, match=r"context of 64 tokens and horizon 2 run past the model's 64 positions: .* most 63"):
+    with pytest.raises(
+        ValueError,
+        match=r"context of 64 tokens and horizon 2 run past the model's 64 positions: .* most 63",
+    ):
         exact_joint(lm, torch.zeros(64, dtype=torch.long), 2)
 
 

@@ -14,7 +14,9 @@ from cpmtp.pretrained import embedded_heads, embedded_models, load_language_mode
 
 
 def _blocks(root, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (root / "README.md").read_text("utf-8"), flags=re.DOTALL)
+    return re.findall(
+        rf"```{language}\n(.*?)```", (root / "README.md").read_text("utf-8"), flags=re.DOTALL
+    )
 
 
 def test_the_python_in_the_readme_runs(root, capsys):
@@ -50,7 +52,9 @@ def test_embedded_heads_are_small_and_the_recommended_one_earns_more(model):
     for name, folder in embedded_heads(model).items():
         assert (folder / "model.safetensors").stat().st_size <= 8e6
         assert json.loads((folder / "recipe.json").read_text("utf-8"))["stages"]
-        earned[name] = held_out_survival(lm, CPHead.from_pretrained(folder).attach(lm), windows).sum(1).mean()
+        earned[name] = (
+            held_out_survival(lm, CPHead.from_pretrained(folder).attach(lm), windows).sum(1).mean()
+        )
     assert earned["recommended"] > earned["baseline"] + 0.3
 
 

@@ -41,4 +41,6 @@ def test_tree_attention_is_attention_along_each_branch(groups, at_once, monkeypa
         sees = torch.cat([torch.arange(seen), own])
         k, v = (part[0, :, sees].repeat_interleave(6 // groups, 0) for part in (key, value))
         law = (0.5 * query[0, :, token, None] * k).sum(-1).softmax(-1)
-        torch.testing.assert_close(found[0, token], (law[..., None] * v).sum(1), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            found[0, token], (law[..., None] * v).sum(1), atol=1e-5, rtol=1e-4
+        )

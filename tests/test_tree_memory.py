@@ -1,4 +1,6 @@
-"""A tree over 32,000 tokens needs memory in proportion to its expanded nodes, not to the vocabulary."""
+"""A tree over 32,000 tokens needs memory in proportion to its expanded nodes, not to the
+vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
 torch.set_num_threads(1)
 model = new_llama(32_000, width=96, layers=2, window=64, seed=0)
 # A head of its own, sharp enough for three nats of entropy, as real text has.
-model.lm_head.weight = torch.nn.Parameter(0.36 * torch.randn(32_000, 96, generator=torch.Generator().manual_seed(0)))
+generator = torch.Generator().manual_seed(0)
+model.lm_head.weight = torch.nn.Parameter(0.36 * torch.randn(32_000, 96, generator=generator))
 lm = HuggingFaceLanguageModel(model)
 context = torch.arange(16)
-truncated_joint(lm, context, 4, mass=1.0, max_nodes=1000, max_children=2)  # the model and one full batch
+# The model and one full batch.
+truncated_joint(lm, context, 4, mass=1.0, max_nodes=1000, max_children=2)
 # Not ru_maxrss, which a child inherits from whoever started it.
 peak = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 before = peak()
@@ -33,7 +37,8 @@ print(tree.expanded_nodes, tree.nbytes, peak() - before, tree.levels[0].parent_e
 def test_memory_is_in_proportion_to_the_expanded_nodes():
     grown = {}
     for nodes in (2000, 8000):
-        # With a fixed threshold the allocator gives freed tensors back at once: the peak is what is held, however scattered.
+        # With a fixed threshold the allocator gives freed tensors back at once: the peak is what is
+        # held, however scattered.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
         command = [sys.executable, "-c", GROW, str(nodes)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

@@ -15,10 +15,16 @@ class BigramTable:
     def __init__(self, vocab_size: int = 6, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
         self.vocab_size = vocab_size
-        self._table = torch.randn(vocab_size + 1, vocab_size, generator=generator).mul(2).log_softmax(-1)
+        self._table = (
+            torch.randn(vocab_size + 1, vocab_size, generator=generator).mul(2).log_softmax(-1)
+        )
 
     def next_token_log_probs(self, token_ids):
-        last = token_ids[:, -1] if token_ids.shape[1] else torch.full((len(token_ids),), self.vocab_size)
+        last = (
+            token_ids[:, -1]
+            if token_ids.shape[1]
+            else torch.full((len(token_ids),), self.vocab_size)
+        )
         return self._table[last]
 
 

@@ -1,7 +1,9 @@
-"""The rules' sums over sequences, position by position, in pieces that stay in the processor's cache.
+"""The rules' sums over sequences, position by position, in pieces that stay in the processor's
+cache.
 
-At position k everything is a table of prefixes of k-1 tokens (rows) by next tokens. A piece of rows of both laws is made once,
-serves all rules, and is gone: no rule walks over the joint by itself, and a CP draft's joint is never held at its own size.
+At position k everything is a table of prefixes of k-1 tokens (rows) by next tokens. A piece of rows
+of both laws is made once, serves all rules, and is gone: no rule walks over the joint by itself,
+and a CP draft's joint is never held at its own size.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ _PIECE = 1 << 16
 class _Step:
     """Both laws of the first k tokens, as rows of prefixes by next tokens.
 
-    The draft's rows are ``rows @ columns.mT`` (a CP distribution's rows carry its components) or, without columns, `rows`.
-    The leading axes are the batch's, and for an anchored draft the first token's, too.
+    The draft's rows are ``rows @ columns.mT`` (a CP distribution's rows carry its components) or,
+    without columns, `rows`. The leading axes are the batch's, and for an anchored draft the first
+    token's, too.
     """
 
     p: Float[Tensor, "*lead prefixes vocab"]
@@ -67,12 +70,21 @@ def survivals(
     epsilon: float,
     delta: float,
 ) -> dict[str, Float[Tensor, "*batch horizon"]]:
-    """``S_1 … S_n`` of each rule; arguments are taken to fit each other. The draft is put through `law`."""
+    """``S_1 … S_n`` of each rule; arguments are taken to fit each other. The draft is put through
+    `law`.
+    """
     batch, told = len(joint.batch_shape), first_token == "target"
     p = _prefix_laws(joint.probs, joint.horizon)
-    state = _State(tuple(r for r in rules if r != "greedy"), p[1] if told else p[0].unsqueeze(-1), epsilon, delta)
+    state = _State(
+        tuple(r for r in rules if r != "greedy"),
+        p[1] if told else p[0].unsqueeze(-1),
+        epsilon,
+        delta,
+    )
     greedy = _GreedyPath(p[1], batch, law, told) if "greedy" in rules else None
-    found: dict[str, list[Tensor]] = {rule: [torch.ones_like(p[0])] if told else [] for rule in rules}
+    found: dict[str, list[Tensor]] = {
+        rule: [torch.ones_like(p[0])] if told else [] for rule in rules
+    }
     steps = _told_steps(joint, draft, p) if told else _own_steps(joint, draft, p)
     for step in steps:
         last = len(found[rules[0]]) + 1 == joint.horizon
@@ -96,7 +108,8 @@ def _own_steps(joint: JointDistribution, draft, p: list[Tensor]) -> Iterator[_St
     batch = len(joint.batch_shape)
     if isinstance(draft, JointDistribution):
         yield from (
-            _Step(_table(a, batch), _table(b, batch), None) for a, b in _later(p, _prefix_laws(draft.probs, draft.horizon), 1)
+            _Step(_table(a, batch), _table(b, batch), None)
+            for a, b in _later(p, _prefix_laws(draft.probs, draft.horizon), 1)
         )
         return
     rows = draft.weights.unsqueeze(-2)
@@ -112,7 +125,10 @@ def _told_steps(joint: JointDistribution, draft, p: list[Tensor]) -> Iterator[_S
     anchored = draft.horizon == n - 1
     if isinstance(draft, JointDistribution):
         given = _times(first, draft.probs) if anchored else _given_first(draft, first)
-        yield from (_Step(_table(a, batch), _table(b, batch), None) for a, b in _later(p, _prefix_laws(given, n), 2))
+        yield from (
+            _Step(_table(a, batch), _table(b, batch), None)
+            for a, b in _later(p, _prefix_laws(given, n), 2)
+        )
         return
     rows = draft.weights if anchored else posterior_after_first(draft)
     rows = rows * first.unsqueeze(-1)
@@ -139,7 +155,8 @@ def _given_first(draft: JointDistribution, first: Tensor) -> Tensor:
     given = _times(ratio(first, own, otherwise=0.0), draft.probs)
     if bool((own > 0).all()):
         return given
-    # Where the draft gives the first token no mass there is no posterior: the prior, its law of the others, is used.
+    # Where the draft gives the first token no mass there is no posterior: the prior, its law of the
+    # others, is used.
     prior = draft.probs.sum(dim=-draft.horizon, keepdim=True)
     return torch.where(own.reshape(*own.shape, *(1,) * rest) > 0, given, _times(first, prior))
 
@@ -156,22 +173,33 @@ def _times(first: Tensor, rest: Tensor) -> Tensor:
 
 
 class _State:
-    """What the rules carry from one position to the next: a number per prefix each, shaped (*batch, prefixes)."""
+    """What the rules carry from one position to the next: a number per prefix each, shaped (*batch,
+    prefixes).
+    """
 
     def __init__(self, rules: tuple[str, ...], p: Tensor, epsilon: float, delta: float):
         self._rules, self._thresholds = rules, (epsilon, delta)
         self._p = self._q = p
-        self._kept = {rule: torch.ones_like(p, dtype=torch.bool) if rule == "typical" else p for rule in rules}
+        self._kept = {
+            rule: torch.ones_like(p, dtype=torch.bool) if rule == "typical" else p for rule in rules
+        }
 
-    def judged(self, step: _Step, batch: int, law: SamplingLaw, last: bool) -> tuple[dict[str, Tensor], _State]:
-        """Survival of one more position per rule, and the state after it (after the last one: worthless)."""
+    def judged(
+        self, step: _Step, batch: int, law: SamplingLaw, last: bool
+    ) -> tuple[dict[str, Tensor], _State]:
+        """Survival of one more position per rule, and the state after it (after the last one:
+        worthless).
+        """
         lead = step.p.shape[:-1]
         before = {name: value.reshape(lead) for name, value in self._scales().items()}
         grown: dict[str, list[Tensor]] = {name: [] for name in ("p", "q", *self._rules)}
         totals: dict[str, Tensor] = {}
         start = 0
         for p, q in step.pieces():
-            here = {name: value[..., start : start + p.shape[-2], None] for name, value in before.items()}
+            here = {
+                name: value[..., start : start + p.shape[-2], None]
+                for name, value in before.items()
+            }
             start += p.shape[-2]
             if not law.is_identity:
                 q = here["q"] * _processed(q, law)
@@ -196,7 +224,10 @@ class _State:
         if "token" in self._rules:
             # T_k = T_{k-1} min(p_k, q_k) = min(P_k T_{k-1}/P_{k-1}, Q_k T_{k-1}/Q_{k-1}).
             kept = self._kept["token"]
-            scales |= {"token_p": ratio(kept, self._p, otherwise=0.0), "token_q": ratio(kept, self._q, otherwise=0.0)}
+            scales |= {
+                "token_p": ratio(kept, self._p, otherwise=0.0),
+                "token_q": ratio(kept, self._q, otherwise=0.0),
+            }
         if "block" in self._rules:
             scales["block"] = ratio(self._kept["block"], self._p, otherwise=0.0)
         if "typical" in self._rules:
@@ -228,9 +259,13 @@ class _GreedyPath:
 
     def __init__(self, first: Tensor, batch: int, law: SamplingLaw, told: bool):
         self._batch, self._law = batch, law
-        self._prefix = first.argmax(-1) if told else torch.zeros_like(first[..., 0], dtype=torch.long)
+        self._prefix = (
+            first.argmax(-1) if told else torch.zeros_like(first[..., 0], dtype=torch.long)
+        )
         # The first token is the target's argmax, whatever mass the joint gives it.
-        self._mass = first.take_along_dim(self._prefix.unsqueeze(-1), -1).squeeze(-1) if told else None
+        self._mass = (
+            first.take_along_dim(self._prefix.unsqueeze(-1), -1).squeeze(-1) if told else None
+        )
         self._survived = torch.ones_like(first[..., 0])
 
     def judged(self, step: _Step) -> Tensor:
@@ -240,13 +275,17 @@ class _GreedyPath:
             self._survived = q.take_along_dim(token, -1).squeeze(-1)
             found = self._survived if self._mass is None else self._survived / self._mass
         else:
-            self._survived = found = self._survived * _processed(q, self._law).take_along_dim(token, -1).squeeze(-1)
+            self._survived = found = self._survived * _processed(q, self._law).take_along_dim(
+                token, -1
+            ).squeeze(-1)
         self._prefix = self._prefix * p.shape[-1] + token.squeeze(-1)
         return found
 
 
 def _processed(q: Tensor, law: SamplingLaw) -> Tensor:
-    """Conditionals of rows of a joint, put through the law; after a prefix without mass any law will do."""
+    """Conditionals of rows of a joint, put through the law; after a prefix without mass any law
+    will do.
+    """
     conditional = ratio(q, q.sum(-1, keepdim=True), otherwise=1 / q.shape[-1])
     return law.process(conditional / conditional.sum(-1, keepdim=True))
 

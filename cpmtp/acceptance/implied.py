@@ -1,7 +1,8 @@
 """The one definition of implied acceptance: what a draft earns against the exact joint.
 
-Survival ``S_k`` is the probability that the first k tokens of a block are emitted unchanged. Everything is a
-sum over sequences of at most two prefix laws, the target's and the draft's: only tensors of the joint's own size are held.
+Survival ``S_k`` is the probability that the first k tokens of a block are emitted unchanged.
+Everything is a sum over sequences of at most two prefix laws, the target's and the draft's: only
+tensors of the joint's own size are held.
 """
 
 from __future__ import annotations
@@ -45,30 +46,47 @@ class AcceptanceProfile:
 
     @property
     def tokens_per_call(self) -> float | Float[Tensor, "*batch"]:
-        """Expected tokens per forward pass of the target: ``sum S_k``, one more where the draft gives the first token."""
+        """Expected tokens per forward pass of the target: ``sum S_k``, one more where the draft
+        gives the first token.
+        """
         total = self.survival.sum(-1) + (self.first_token == "draft")
         return total if total.ndim else total.item()
 
     @property
     def conditional(self) -> Float[Tensor, "*batch horizon"]:
-        """``S_k / S_{k-1}``: acceptance of position k given that the ones before it survived; 0 where none did."""
+        """``S_k / S_{k-1}``: acceptance of position k given that the ones before it survived; 0
+        where none did.
+        """
         before = torch.cat([torch.ones_like(self.survival[..., :1]), self.survival[..., :-1]], -1)
-        return torch.where(before > 0, self.survival / before.clamp_min(torch.finfo(before.dtype).tiny), 0.0)
+        return torch.where(
+            before > 0, self.survival / before.clamp_min(torch.finfo(before.dtype).tiny), 0.0
+        )
 
     @property
     def iid_tokens_per_call(self) -> float | Float[Tensor, "*batch"]:
-        """The textbook approximation, which takes every position to be accepted with the first drafted one's probability."""
+        """The textbook approximation, which takes every position to be accepted with the first
+        drafted one's probability.
+        """
         drafted = self.survival.shape[-1] - (self.first_token == "target")
-        alpha = self.survival[..., min(self.survival.shape[-1] - drafted, self.survival.shape[-1] - 1)]
+        alpha = self.survival[
+            ..., min(self.survival.shape[-1] - drafted, self.survival.shape[-1] - 1)
+        ]
         total = sum((alpha**k for k in range(1, drafted + 1)), torch.ones_like(alpha))
         return total if total.ndim else total.item()
 
     def to_vllm_synthetic(self) -> str:
-        """JSON for vLLM's synthetic rejection sampling: one unconditional rate per drafted token (no batch axes)."""
+        """JSON for vLLM's synthetic rejection sampling: one unconditional rate per drafted token
+        (no batch axes).
+        """
         if self.survival.ndim != 1:
-            raise ValueError(f"rates of a batch of {tuple(self.survival.shape[:-1])}: average the survival or select one first")
+            raise ValueError(
+                f"rates of a batch of {tuple(self.survival.shape[:-1])}: average the survival or "
+                "select one first"
+            )
         rates = self.survival[1:] if self.first_token == "target" else self.survival
-        return json.dumps({"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates.tolist()})
+        return json.dumps(
+            {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates.tolist()}
+        )
 
 
 def implied_acceptance(
@@ -86,23 +104,28 @@ def implied_acceptance(
 ) -> AcceptanceProfile | AcceptanceInterval:
     """Survival and tokens per call that a draft earns against the exact joint.
 
-    With ``P`` the joint, ``Q`` the draft's joint (``P(x1) Q(x_2:k | x1)`` where the target gives the first token), and
-    ``p``, ``q`` their conditionals:
+    With ``P`` the joint, ``Q`` the draft's joint (``P(x1) Q(x_2:k | x1)`` where the target gives
+    the first token), and ``p``, ``q`` their conditionals:
 
     * ``token``: ``S_k = sum_x prod_{i<=k} min(p_i, q_i)``
     * ``block``: ``m_0 = 1, m_k = min(Q(x_1:k), m_{k-1} p_k), S_k = sum_x m_k``
     * ``coupling``: ``S_k = sum_x min(P(x_1:k), Q(x_1:k))``, the bound of every scheme
-    * ``greedy``: ``Q(y_1:k)`` on the path y of the target's argmaxes; with ``temperature=0`` the draft takes argmaxes, too
-    * ``typical`` (not lossless): ``Q[all p_i > min(epsilon, delta exp(-H_i))]``, H the entropy of the target's conditional
+    * ``greedy``: ``Q(y_1:k)`` on the path y of the target's argmaxes; with ``temperature=0`` the
+      draft takes argmaxes, too
+    * ``typical`` (not lossless): ``Q[all p_i > min(epsilon, delta exp(-H_i))]``, H the entropy of
+      the target's conditional
 
-    Under ``first_token="target"`` the rules judge positions 2 … n, given the first, and ``S_1 = 1``.
+    Under ``first_token="target"`` the rules judge positions 2 … n, given the first, and
+    ``S_1 = 1``.
 
     Parameters
     ----------
     joint : JointDistribution or PrefixTree
-        The target's law; temperature, top-k and top-p are part of it (see `exact_joint` and `truncated_joint`).
+        The target's law; temperature, top-k and top-p are part of it (see `exact_joint` and
+        `truncated_joint`).
     draft : CPDistribution, JointDistribution or LanguageModel
-        Over the joint's horizon; or anchored: with a further batch axis over the first token and horizon n-1.
+        Over the joint's horizon; or anchored: with a further batch axis over the first token and
+        horizon n-1.
     rule : {"token", "block", "coupling", "greedy", "typical"}
     first_token : {"target", "draft"}
     temperature, top_k, top_p
@@ -115,13 +138,14 @@ def implied_acceptance(
     Returns
     -------
     AcceptanceProfile or AcceptanceInterval
-        With the joint's batch axes; for a truncated joint, bounds that contain the exact values (see `certified_acceptance`).
+        With the joint's batch axes; for a truncated joint, bounds that contain the exact values
+        (see `certified_acceptance`).
 
     Raises
     ------
     ValueError
-        If a name is unknown, shapes do not match, an anchored draft is to give the first token, ``greedy`` comes with a
-        temperature above 0, or a language model comes without its context.
+        If a name is unknown, shapes do not match, an anchored draft is to give the first token,
+        ``greedy`` comes with a temperature above 0, or a language model comes without its context.
 
     References
     ----------
@@ -132,14 +156,31 @@ def implied_acceptance(
     >>> third = torch.tensor([1.0, 2.0], dtype=torch.float64) / 3
     >>> target = JointDistribution(torch.outer(third, third))
     >>> draft = CPDistribution(torch.ones(1, dtype=torch.float64), [third.flip(0)[:, None]] * 2)
-    >>> [round(9 * sum(implied_acceptance(target, draft, rule=rule, first_token="draft").survival.tolist()))
-    ...  for rule in ("token", "block", "coupling")]
+    >>> def ninths(rule):
+    ...     profile = implied_acceptance(target, draft, rule=rule, first_token="draft")
+    ...     return round(9 * profile.survival.sum().item())
+    >>> [ninths(rule) for rule in ("token", "block", "coupling")]
     [10, 11, 12]
     """
-    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "context": context}
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "context": context,
+    }
     if isinstance(joint, PrefixTree):
-        return certified_acceptance(joint, draft, rule=rule, first_token=first_token, epsilon=epsilon, delta=delta, **options)
-    return acceptance_profiles(joint, draft, (rule,), first_token=first_token, epsilon=epsilon, delta=delta, **options)[rule]
+        return certified_acceptance(
+            joint,
+            draft,
+            rule=rule,
+            first_token=first_token,
+            epsilon=epsilon,
+            delta=delta,
+            **options,
+        )
+    return acceptance_profiles(
+        joint, draft, (rule,), first_token=first_token, epsilon=epsilon, delta=delta, **options
+    )[rule]
 
 
 def acceptance_profiles(
@@ -155,32 +196,47 @@ def acceptance_profiles(
     epsilon: float = 0.3,
     delta: float = 0.09,
 ) -> dict[str, AcceptanceProfile]:
-    """The profiles of several rules with their common part computed once; parameters as for `implied_acceptance`."""
+    """The profiles of several rules with their common part computed once; parameters as for
+    `implied_acceptance`.
+    """
     rules = tuple(rules)
     _check_names(rules, first_token, temperature)
-    # Greedy matching judges argmaxes, which no temperature above zero moves; zero makes the draft take argmaxes, too.
+    # Greedy matching judges argmaxes, which no temperature above zero moves; zero makes the draft
+    # take argmaxes, too.
     law = SamplingLaw(1.0 if temperature is None else temperature, top_k, top_p)
     if isinstance(draft, LanguageModel):
         draft = _draft_of_model(joint, draft, context)
     _check_shapes(joint, draft, first_token)
     found = survivals(joint, draft, rules, first_token, law, epsilon=epsilon, delta=delta)
-    return {rule: AcceptanceProfile(survival, rule, first_token) for rule, survival in found.items()}
+    return {
+        rule: AcceptanceProfile(survival, rule, first_token) for rule, survival in found.items()
+    }
 
 
 def revealed_component_survival(
-    joint: JointDistribution, draft: CPDistribution, *, rule: str = "block", first_token: str = "target"
+    joint: JointDistribution,
+    draft: CPDistribution,
+    *,
+    rule: str = "block",
+    first_token: str = "target",
 ) -> Float[Tensor, " horizon"]:
-    """Survival when a path is verified against the component it was sampled from instead of the mixture.
+    """Survival when a path is verified against the component it was sampled from instead of the
+    mixture.
 
-    A counter-example, not a recommendation: it is lossless, since each component is a draft of its own, but earns less than the
-    mixture does under ``block``, and less the higher the rank.
+    A counter-example, not a recommendation: it is lossless, since each component is a draft of its
+    own, but earns less than the mixture does under ``block``, and less the higher the rank.
     """
     total = torch.zeros(joint.horizon, dtype=torch.float64)
     certain = torch.ones(1, dtype=draft.weights.dtype)
     if first_token == "draft":
         for a in range(draft.rank):
             component = CPDistribution(certain, [f[:, a : a + 1] for f in draft.factors])
-            total += draft.weights[a] * acceptance_profiles(joint, component, (rule,), first_token=first_token)[rule].survival
+            total += (
+                draft.weights[a]
+                * acceptance_profiles(joint, component, (rule,), first_token=first_token)[
+                    rule
+                ].survival
+            )
         return total
     given, first = joint.given_first_token(), joint.prefix_probs(1)
     posterior = posterior_after_first(draft)
@@ -193,12 +249,17 @@ def revealed_component_survival(
     return total
 
 
-def _draft_of_model(joint: JointDistribution, lm: LanguageModel, context: Tensor | None) -> JointDistribution:
+def _draft_of_model(
+    joint: JointDistribution, lm: LanguageModel, context: Tensor | None
+) -> JointDistribution:
     if context is None:
-        raise ValueError("a draft that is a language model needs context=, the token ids it continues")
+        raise ValueError(
+            "a draft that is a language model needs context=, the token ids it continues"
+        )
     if lm.vocab_size != joint.vocab_size:
         raise ValueError(
-            f"a draft over {lm.vocab_size} tokens for a target over {joint.vocab_size}: they must share a vocabulary"
+            f"a draft over {lm.vocab_size} tokens for a target over {joint.vocab_size}: they must "
+            "share a vocabulary"
         )
     return exact_joint(lm, context, joint.horizon)
 
@@ -209,10 +270,13 @@ def _check_names(rules: tuple[str, ...], first_token: str, temperature: float | 
         if rule not in known:
             raise ValueError(f"unknown rule {rule!r}: expected one of {', '.join(known)}")
     if first_token not in FIRST_TOKENS:
-        raise ValueError(f"unknown first_token {first_token!r}: expected one of {', '.join(FIRST_TOKENS)}")
+        raise ValueError(
+            f"unknown first_token {first_token!r}: expected one of {', '.join(FIRST_TOKENS)}"
+        )
     if "greedy" in rules and temperature is not None and temperature > 0:
         raise ValueError(
-            f"rule 'greedy' at temperature {temperature}: it is lossless at temperature 0 only; use token or block"
+            f"rule 'greedy' at temperature {temperature}: it is lossless at temperature 0 only; "
+            "use token or block"
         )
 
 
@@ -220,13 +284,18 @@ def _check_shapes(joint: JointDistribution, draft, first_token: str) -> None:
     n, batch = joint.horizon, tuple(joint.batch_shape)
     if draft.vocab_size != joint.vocab_size:
         raise ValueError(
-            f"a draft over {draft.vocab_size} tokens for a joint over {joint.vocab_size}: they must share a vocabulary"
+            f"a draft over {draft.vocab_size} tokens for a joint over {joint.vocab_size}: they "
+            "must share a vocabulary"
         )
     anchored = draft.horizon == n - 1 and tuple(draft.batch_shape) == (*batch, joint.vocab_size)
     if anchored and first_token == "draft":
-        raise ValueError("an anchored draft is told the first token and cannot give it: use first_token='target'")
+        raise ValueError(
+            "an anchored draft is told the first token and cannot give it: use first_token='target'"
+        )
     if not anchored and (draft.horizon != n or tuple(draft.batch_shape) != batch):
         raise ValueError(
-            f"a draft of horizon {draft.horizon} and batch {tuple(draft.batch_shape)} for a joint of horizon {n} and batch "
-            f"{batch}: expected the same, or anchored: horizon {n - 1} and batch {(*batch, joint.vocab_size)}"
+            f"a draft of horizon {draft.horizon} and batch {tuple(draft.batch_shape)} for a joint "
+            f"of horizon {n} and batch "
+            f"{batch}: expected the same, or anchored: horizon {n - 1} and batch "
+            f"{(*batch, joint.vocab_size)}"
         )

@@ -10,7 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cpmtp.drafts.draft_law import Draft, check_draft, draft_horizon, draft_next_token_law, is_anchored
+from cpmtp.drafts.draft_law import (
+    Draft,
+    check_draft,
+    draft_horizon,
+    draft_next_token_law,
+    is_anchored,
+)
 from cpmtp.joint_distribution import check_context, conditional_probs, prefixes_at_once
 from cpmtp.language_model import LanguageModel
 from cpmtp.sampling_law import SamplingLaw
@@ -25,7 +31,8 @@ class AcceptanceEstimate:
     Attributes
     ----------
     survival : (horizon,) float64 tensor
-        Unbiased estimates of the probability that the first k tokens of a block are emitted unchanged.
+        Unbiased estimates of the probability that the first k tokens of a block are emitted
+        unchanged.
     survival_error : (horizon,) float64 tensor
         Their standard errors.
     tokens_per_call : float
@@ -64,10 +71,12 @@ def estimate_acceptance(
 ) -> AcceptanceEstimate:
     """Estimate the acceptance of a draft from sequences drawn from the target.
 
-    ``S_k = E_P[prod_{i<=k} min(1, q_i / p_i)]`` for rule ``"token"`` and ``S_k = E_P[min_{0<=j<=k} Q(x_1:j) / P(x_1:j)]`` for
-    ``"block"``: both are means, over x drawn from the target, of numbers between 0 and 1. The interval is the normal one of
-    the mean number of tokens per sample, after adding ``z^2 / 2`` samples at each end of its range (Agresti and Coull's
-    interval, for any bounded number): where acceptance rests on texts too rare to be among the samples, it stays honest.
+    ``S_k = E_P[prod_{i<=k} min(1, q_i / p_i)]`` for rule ``"token"`` and
+    ``S_k = E_P[min_{0<=j<=k} Q(x_1:j) / P(x_1:j)]`` for ``"block"``: both are means, over x drawn
+    from the target, of numbers between 0 and 1. The interval is the normal one of the mean number
+    of tokens per sample, after adding ``z^2 / 2`` samples at each end of its range (Agresti and
+    Coull's interval, for any bounded number): where acceptance rests on texts too rare to be among
+    the samples, it stays honest.
 
     Parameters
     ----------
@@ -92,7 +101,8 @@ def estimate_acceptance(
     Raises
     ------
     ValueError
-        If an argument is out of range, the draft does not fit, or context and horizon exceed the model's window.
+        If an argument is out of range, the draft does not fit, or context and horizon exceed the
+        model's window.
 
     References
     ----------
@@ -110,39 +120,58 @@ def estimate_acceptance(
     horizon = draft_horizon(draft) if horizon is None else horizon
     if horizon is None or horizon < 1:
         raise ValueError(
-            f"horizon {horizon}: expected at least 1; a language model as draft has none of its own, so pass horizon="
+            f"horizon {horizon}: expected at least 1; a language model as draft has none of its "
+            "own, so pass horizon="
         )
     check_draft(draft, lm.vocab_size, horizon, first_token)
     check_context(lm, context, horizon)
-    _, target, drafted = _sampled_ratios(lm, draft, context, horizon, law, samples=samples, seed=seed)
+    _, target, drafted = _sampled_ratios(
+        lm, draft, context, horizon, law, samples=samples, seed=seed
+    )
     if first_token == "target":
         drafted[:, 0] = target[:, 0]
     ratios = drafted / target
-    running = ratios.clamp(max=1).cumprod(1) if rule == "token" else ratios.cumprod(1).cummin(1).values.clamp(max=1)
+    running = (
+        ratios.clamp(max=1).cumprod(1)
+        if rule == "token"
+        else ratios.cumprod(1).cummin(1).values.clamp(max=1)
+    )
     tokens = running.sum(1) + (first_token == "draft")
     return AcceptanceEstimate(
         survival=running.mean(0),
         survival_error=running.std(0) / math.sqrt(samples),
         tokens_per_call=float(tokens.mean()),
-        tokens_per_call_interval=_bounded_mean_interval(tokens, 1.0, horizon + (first_token == "draft"), confidence),
+        tokens_per_call_interval=_bounded_mean_interval(
+            tokens, 1.0, horizon + (first_token == "draft"), confidence
+        ),
         samples=samples,
         rule=rule,
         first_token=first_token,
     )
 
 
-def _bounded_mean_interval(values: Tensor, lowest: float, highest: float, confidence: float) -> tuple[float, float]:
-    """Interval of the mean of numbers known to lie in a range: also where their own spread misses what is rare."""
+def _bounded_mean_interval(
+    values: Tensor, lowest: float, highest: float, confidence: float
+) -> tuple[float, float]:
+    """Interval of the mean of numbers known to lie in a range: also where their own spread misses
+    what is rare.
+    """
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     added, count = z * z / 2, len(values) + z * z
     mean = (float(values.sum()) + added * (lowest + highest)) / count
-    squares = float((values - mean).square().sum()) + added * ((lowest - mean) ** 2 + (highest - mean) ** 2)
+    squares = float((values - mean).square().sum()) + added * (
+        (lowest - mean) ** 2 + (highest - mean) ** 2
+    )
     half = z * math.sqrt(squares) / count
     return max(mean - half, lowest), min(mean + half, highest)
 
 
-def _sampled_ratios(lm, draft, context, horizon, law, *, samples: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sequences from the target, and both laws' probability of each of their tokens given those before."""
+def _sampled_ratios(
+    lm, draft, context, horizon, law, *, samples: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequences from the target, and both laws' probability of each of their tokens given those
+    before.
+    """
     generator = torch.Generator().manual_seed(seed)
     draft_law = draft_next_token_law(draft, context, law)
     tokens = torch.zeros(samples, 0, dtype=torch.long)
@@ -150,7 +179,9 @@ def _sampled_ratios(lm, draft, context, horizon, law, *, samples: int, seed: int
     for depth in range(horizon):
         # Samples share prefixes: each is asked for once.
         prefixes, which = (
-            torch.unique(tokens, dim=0, return_inverse=True) if depth else (tokens[:1], torch.zeros(samples).long())
+            torch.unique(tokens, dim=0, return_inverse=True)
+            if depth
+            else (tokens[:1], torch.zeros(samples).long())
         )
         drawn = torch.empty(samples, dtype=torch.long)
         uniform = torch.rand(samples, generator=generator, dtype=torch.float64)
@@ -182,6 +213,8 @@ def _check_choices(samples: int, rule: str, confidence: float) -> None:
     if samples < 2:
         raise ValueError(f"samples {samples}: expected at least 2")
     if rule not in ("token", "block"):
-        raise ValueError(f"rule {rule!r}: only 'token' and 'block' can be estimated from samples of the target")
+        raise ValueError(
+            f"rule {rule!r}: only 'token' and 'block' can be estimated from samples of the target"
+        )
     if not 0 < confidence < 1:
         raise ValueError(f"confidence {confidence}: expected a number between 0 and 1")

@@ -1,4 +1,5 @@
-"""Acceptance from a truncated joint: a lower and an upper bound that certainly contain the exact value.
+"""Acceptance from a truncated joint: a lower and an upper bound that certainly contain the exact
+value.
 
 The proof is in ``docs/truncated_joints.md``.
 """
@@ -51,7 +52,9 @@ class AcceptanceInterval:
 
 @dataclass(frozen=True)
 class _Kept:
-    """Kept prefixes of one length, or some of them: the target's and the draft's probability, and what the rule accepts."""
+    """Kept prefixes of one length, or some of them: the target's and the draft's probability, and
+    what the rule accepts.
+    """
 
     target: Tensor
     draft: Tensor
@@ -76,25 +79,27 @@ def certified_acceptance(
 ) -> AcceptanceInterval:
     """Bounds of what `implied_acceptance` gives for the whole joint, from the kept prefixes alone.
 
-    The lower bound of ``S_k`` sums the rule's exact terms over the kept prefixes. The upper bound adds, for every place where
-    something was left out, the most that can be accepted below it: all that is accepted at an unexpanded prefix, and at
-    dropped children their mass under the rule. What is added is never more than ``min(1 - P(kept), 1 - Q(kept))`` for
-    ``token``, ``block`` and ``coupling``, nor than ``1 - Q(kept)`` for ``typical``; ``greedy`` is exact.
+    The lower bound of ``S_k`` sums the rule's exact terms over the kept prefixes. The upper bound
+    adds, for every place where something was left out, the most that can be accepted below it: all
+    that is accepted at an unexpanded prefix, and at dropped children their mass under the rule.
+    What is added is never more than ``min(1 - P(kept), 1 - Q(kept))`` for ``token``, ``block`` and
+    ``coupling``, nor than ``1 - Q(kept)`` for ``typical``; ``greedy`` is exact.
 
     Parameters
     ----------
     tree : PrefixTree
         The target's law; temperature, top-k and top-p are part of it (see `truncated_joint`).
     draft : CPDistribution, JointDistribution or LanguageModel
-        Over the tree's horizon; or anchored: with one batch axis over the first token and horizon n-1.
+        Over the tree's horizon; or anchored: with one batch axis over the first token and horizon
+        n-1.
     rule, first_token, temperature, top_k, top_p, context, epsilon, delta
         As for `implied_acceptance`.
 
     Raises
     ------
     ValueError
-        If a name is unknown, shapes do not match, an anchored draft is to give the first token, ``greedy`` comes with a
-        temperature above 0, or a language model comes without its context.
+        If a name is unknown, shapes do not match, an anchored draft is to give the first token,
+        ``greedy`` comes with a temperature above 0, or a language model comes without its context.
 
     References
     ----------
@@ -105,7 +110,8 @@ def certified_acceptance(
     >>> from cpmtp.language_model import separated_hmm
     >>> from cpmtp.prefix_tree import truncated_joint
     >>> lm, context = separated_hmm(2, 8), torch.tensor([0])
-    >>> bounds = certified_acceptance(truncated_joint(lm, context, 3, mass=0.8), lm, context=context)
+    >>> tree = truncated_joint(lm, context, 3, mass=0.8)
+    >>> bounds = certified_acceptance(tree, lm, context=context)
     >>> round(bounds.tokens_per_call_lower, 2), round(bounds.tokens_per_call_upper, 2)
     (2.81, 3.0)
     """
@@ -113,7 +119,8 @@ def certified_acceptance(
         raise ValueError(f"unknown rule {rule!r}: expected one of {', '.join(_RULES)}")
     if rule == "greedy" and temperature is not None and temperature > 0:
         raise ValueError(
-            f"rule 'greedy' at temperature {temperature}: it is lossless at temperature 0 only; use token or block"
+            f"rule 'greedy' at temperature {temperature}: it is lossless at temperature 0 only; "
+            "use token or block"
         )
     check_draft(draft, tree.vocab_size, tree.horizon, first_token)
     law = SamplingLaw(1.0 if temperature is None else temperature, top_k, top_p)
@@ -143,7 +150,10 @@ def _interval(walk: _Walk, first_token: str) -> AcceptanceInterval:
     kept, lost, bounds = _Kept(everything, everything, everything), 0.0, [(1.0, 1.0)]
     for length, level in enumerate(walk.tree.levels, 1):
         if length == 1 and first_token == "target":
-            kept, lost = _Kept(level.probs, level.probs, level.probs), max(1 - float(level.probs.sum()), 0.0)
+            kept, lost = (
+                _Kept(level.probs, level.probs, level.probs),
+                max(1 - float(level.probs.sum()), 0.0),
+            )
             bounds.append((1.0, 1.0))
             continue
         kept, left_out = _descend(walk, length, kept)
@@ -155,7 +165,9 @@ def _interval(walk: _Walk, first_token: str) -> AcceptanceInterval:
 
 
 def _descend(walk: _Walk, length: int, parents: _Kept) -> tuple[_Kept, float]:
-    """One token further: what is known of the kept children, and the most that is accepted where none are kept."""
+    """One token further: what is known of the kept children, and the most that is accepted where
+    none are kept.
+    """
     tree, level = walk.tree, walk.tree.levels[length - 1]
     owners, counts = level.parents.unique_consecutive(return_counts=True)
     without_children = torch.ones(len(parents.target), dtype=torch.bool)
@@ -187,7 +199,9 @@ def _accepted(rule: str, parent: _Kept, p: Tensor, q: Tensor, threshold: Tensor)
     return parent.accepted * q * (p > threshold)
 
 
-def _left_out(rule: str, parent: _Kept, row: Tensor, p: Tensor, q: Tensor, threshold: Tensor) -> Tensor:
+def _left_out(
+    rule: str, parent: _Kept, row: Tensor, p: Tensor, q: Tensor, threshold: Tensor
+) -> Tensor:
     """The most that the rule accepts of each node's dropped children together."""
     p_dropped = (1 - _sum_by(row, p, len(parent.target))).clamp_min(0)
     q_dropped = (1 - _sum_by(row, q, len(parent.target))).clamp_min(0)
@@ -198,7 +212,9 @@ def _left_out(rule: str, parent: _Kept, row: Tensor, p: Tensor, q: Tensor, thres
     if rule == "coupling":
         return torch.minimum(parent.target * p_dropped, parent.draft * q_dropped)
     # No dropped child is more probable than a kept sibling, nor than all dropped ones together.
-    highest = torch.full_like(p_dropped, torch.inf).scatter_reduce(0, row, p, "amin").minimum(p_dropped)
+    highest = (
+        torch.full_like(p_dropped, torch.inf).scatter_reduce(0, row, p, "amin").minimum(p_dropped)
+    )
     return parent.accepted * q_dropped * (highest > threshold)
 
 

@@ -14,14 +14,15 @@ _TWO_SIDED = 1.96
 
 
 def expected_interval(path: str | Path, **keys: object) -> tuple[float, float]:
-    """The forecast's interval of tokens per call, from a table (Parquet or CSV) with `forecast_low` and `forecast_high`.
+    """The forecast's interval of tokens per call, from a table (Parquet or CSV) with `forecast_low`
+    and `forecast_high`.
 
     Parameters
     ----------
     path : path
     keys
-        Values of `model`, `rank`, `anchored`, `rule`, `temperature`; those that the table has must match. `head` decides
-        where a table has several such heads.
+        Values of `model`, `rank`, `anchored`, `rule`, `temperature`; those that the table has must
+        match. `head` decides where a table has several such heads.
 
     Raises
     ------
@@ -47,10 +48,11 @@ def expected_interval(path: str | Path, **keys: object) -> tuple[float, float]:
 
 
 def drift_warning(stats: GenerationStats, low: float, high: float) -> str | None:
-    """What is wrong where the measured tokens per call, with their own uncertainty, lie outside the forecast's interval.
+    """What is wrong where the measured tokens per call, with their own uncertainty, lie outside the
+    forecast's interval.
 
-    The uncertainty is 1.96 standard errors over cycles; cycles of one text are alike, so that short runs warn too early rather
-    than too late.
+    The uncertainty is 1.96 standard errors over cycles; cycles of one text are alike, so that short
+    runs warn too early rather than too late.
 
     Examples
     --------
@@ -70,4 +72,7 @@ def drift_warning(stats: GenerationStats, low: float, high: float) -> str | None
     if mean + half >= low and mean - half <= high:
         return None
     side = "below" if mean < low else "above"
-    return f"tokens per call {mean:.3f} ± {half:.3f} over {int(cycles)} cycles, {side} the forecast of {low:.3f} to {high:.3f}"
+    return (
+        f"tokens per call {mean:.3f} ± {half:.3f} over {int(cycles)} cycles, {side} the "
+        f"forecast of {low:.3f} to {high:.3f}"
+    )

@@ -1,8 +1,10 @@
-"""Lossless self-speculative decoding: one forward pass of the target per cycle, whose law is left as it is.
+"""Lossless self-speculative decoding: one forward pass of the target per cycle, whose law is left
+as it is.
 
-The cycle: the token y that the last call ended with is known; the head drafts the n - 1 tokens after it from
-``Q(x_2:n | y)``; one forward pass of the target over ``[y, x_2, …, x_n]`` gives its laws after each of them; verification
-accepts a beginning of the draft and draws one more token, which is the next cycle's y.
+The cycle: the token y that the last call ended with is known; the head drafts the n - 1 tokens
+after it from ``Q(x_2:n | y)``; one forward pass of the target over ``[y, x_2, …, x_n]`` gives its
+laws after each of them; verification accepts a beginning of the draft and draws one more token,
+which is the next cycle's y.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from cpmtp.heads.cp_head import CPHead
 from cpmtp.sampling_law import SamplingLaw
 
 RULES = ("token", "block", "greedy")
-# A draft for models without hidden states: the text so far, its last token being x_1, to the law of x_2 … x_n.
+# A draft for models without hidden states: the text so far, its last token being x_1, to the law of
+# x_2 … x_n.
 ContextDraft = Callable[[Tensor], CPDistribution]
 
 
@@ -75,8 +78,9 @@ def speculative_generate(
     lm : HuggingFaceLanguageModel or LanguageModel
         The target.
     draft : CPHead, callable or None
-        A head of this target; or, for any target, a function of the text so far (time,), the known token being its last,
-        to the CP distribution of the tokens after it. None: plain decoding, one token per call, through the same loop.
+        A head of this target; or, for any target, a function of the text so far (time,), the known
+        token being its last, to the CP distribution of the tokens after it. None: plain decoding,
+        one token per call, through the same loop.
     token_ids : (time,) long tensor, or several
         A prompt of at least one token, or a batch of prompts, whose lengths may differ.
     max_new_tokens : int
@@ -90,15 +94,16 @@ def speculative_generate(
     stop_strings : sequence of str
         A row ends with the token that completes one of them.
     callback : callable, optional
-        Called with (row, new tokens) before a block is released; returning False withholds it and ends the row.
+        Called with (row, new tokens) before a block is released; returning False withholds it and
+        ends the row.
     monitor : path, optional
         A file to which every cycle appends a line of JSON.
 
     Raises
     ------
     ValueError
-        If a prompt is empty or runs past the model's window, a name is unknown, ``greedy`` comes with a temperature above 0,
-        or the head belongs to another model.
+        If a prompt is empty or runs past the model's window, a name is unknown, ``greedy`` comes
+        with a temperature above 0, or the head belongs to another model.
 
     References
     ----------
@@ -109,18 +114,22 @@ def speculative_generate(
     >>> from cpmtp.language_model import separated_hmm
     >>> from cpmtp.drafts.cp_distribution import CPDistribution
     >>> uniform = CPDistribution(torch.ones(1), [torch.full((4, 1), 0.25)] * 2)
-    >>> out = speculative_generate(separated_hmm(2, 4), lambda text: uniform, torch.tensor([0]), max_new_tokens=5)
+    >>> lm, prompt = separated_hmm(2, 4), torch.tensor([0])
+    >>> out = speculative_generate(lm, lambda text: uniform, prompt, max_new_tokens=5)
     >>> len(out.token_ids), 1 <= out.stats.tokens_per_call <= 3
     (5, True)
     """
     law = SamplingLaw(temperature, top_k, top_p)
     single = isinstance(token_ids, Tensor) and token_ids.ndim == 1
-    prompts: list[Tensor] = [token_ids] if isinstance(token_ids, Tensor) and single else list(token_ids)
+    prompts: list[Tensor] = (
+        [token_ids] if isinstance(token_ids, Tensor) and single else list(token_ids)
+    )
     _check(lm, prompts, rule, law, max_new_tokens)
     if isinstance(draft, CPHead):
         if not hasattr(lm, "hidden_states"):
             raise ValueError(
-                "a head needs hidden states, which this language model has not: give a function of the text instead"
+                "a head needs hidden states, which this language model has not: give a function "
+                "of the text instead"
             )
         draft.attach(lm)
     run = _Run(lm, draft, law, "token" if rule == "greedy" else rule, seed, prompts, max_new_tokens)
@@ -135,17 +144,23 @@ def speculative_generate(
     return Generation(new[0] if single else new, list(prompts), stats)
 
 
-def custom_generate(lm: Any, draft: CPHead, *, rule: str = "block", seed: int = 0) -> Callable[..., Tensor]:
-    """For transformers: ``model.generate(ids, custom_generate=custom_generate(lm, head), do_sample=True)``.
+def custom_generate(
+    lm: Any, draft: CPHead, *, rule: str = "block", seed: int = 0
+) -> Callable[..., Tensor]:
+    """For transformers:
+    ``model.generate(ids, custom_generate=custom_generate(lm, head), do_sample=True)``.
 
-    Temperature, top-k, top-p, the number of new tokens and the end-of-text token are read from the generation config; beams and
-    a repetition penalty are a ValueError; other logits processors and stopping criteria are not applied.
+    Temperature, top-k, top-p, the number of new tokens and the end-of-text token are read from the
+    generation config; beams and a repetition penalty are a ValueError; other logits processors and
+    stopping criteria are not applied.
     """
 
     def decode(model, input_ids, *, generation_config, **unused) -> Tensor:
         config = generation_config
         if (config.num_beams or 1) > 1 or (config.repetition_penalty or 1.0) != 1.0:
-            raise ValueError("self-speculative decoding knows no beams and no repetition penalty: leave them out")
+            raise ValueError(
+                "self-speculative decoding knows no beams and no repetition penalty: leave them out"
+            )
         eos = config.eos_token_id
         eos = eos[0] if isinstance(eos, list) else eos
         out = speculative_generate(
@@ -154,14 +169,18 @@ def custom_generate(lm: Any, draft: CPHead, *, rule: str = "block", seed: int = 
             list(input_ids.cpu()),
             max_new_tokens=config.max_length - input_ids.shape[1],
             rule=rule,
-            temperature=(1.0 if config.temperature is None else config.temperature) if config.do_sample else 0.0,
+            temperature=(1.0 if config.temperature is None else config.temperature)
+            if config.do_sample
+            else 0.0,
             top_k=(config.top_k or None) if config.do_sample else None,
             top_p=config.top_p if config.do_sample else None,
             seed=seed,
             eos_token_id=None if eos is None else int(eos),
         )
         fill = config.pad_token_id if config.pad_token_id is not None else (eos or 0)
-        return torch.nn.utils.rnn.pad_sequence(out.sequences, batch_first=True, padding_value=int(fill)).to(input_ids.device)
+        return torch.nn.utils.rnn.pad_sequence(
+            out.sequences, batch_first=True, padding_value=int(fill)
+        ).to(input_ids.device)
 
     return decode
 
@@ -190,9 +209,20 @@ class _Endings:
 class _Run:
     """The state of the loop: what each row has, knows and is waiting for."""
 
-    def __init__(self, lm, draft, law: SamplingLaw, rule: str, seed: int, prompts: list[Tensor], max_new_tokens: int):
+    def __init__(
+        self,
+        lm,
+        draft,
+        law: SamplingLaw,
+        rule: str,
+        seed: int,
+        prompts: list[Tensor],
+        max_new_tokens: int,
+    ):
         self.draft, self.law, self.rule, self.limit = draft, law, rule, max_new_tokens
-        self.target = CachedTarget(lm) if hasattr(lm, "model") and hasattr(lm, "unembed") else PlainTarget(lm)
+        self.target = (
+            CachedTarget(lm) if hasattr(lm, "model") and hasattr(lm, "unembed") else PlainTarget(lm)
+        )
         self.known = torch.empty(0)
         self.hidden: Tensor | None = None
         self.prompts, self.generator = prompts, torch.Generator().manual_seed(seed)
@@ -214,7 +244,9 @@ class _Run:
 
     def cycle(self) -> None:
         begun = self._now()
-        longest = min(max(self.limit - len(self.new[row]) for row in self.running) - 1, self._room())
+        longest = min(
+            max(self.limit - len(self.new[row]) for row in self.running) - 1, self._room()
+        )
         weights, factors = self._draft_factors(longest)
         length = factors.shape[1]
         uniform = self._uniform(len(self.known), length + 3)
@@ -230,18 +262,29 @@ class _Run:
         self.known = following
         counts, drawn, ends = accepted.tolist(), path.tolist(), following.tolist()
         # A row that has ended is carried along where it ended.
-        self.target.keep(torch.tensor([count + 1 if row in self.running else 0 for row, count in enumerate(counts)]))
+        self.target.keep(
+            torch.tensor(
+                [count + 1 if row in self.running else 0 for row, count in enumerate(counts)]
+            )
+        )
         rows = sorted(self.running)
-        # What goes beyond a row's last wanted token is not emitted: the row's draft might as well have been shorter.
+        # What goes beyond a row's last wanted token is not emitted: the row's draft might as well
+        # have been shorter.
         emitted = {row: min(counts[row], self.limit - len(self.new[row]) - 1) for row in rows}
         self._release({row: [*drawn[row][: counts[row]], ends[row]] for row in rows})
-        stages = {"draft": drafted - begun, "target": judged - drafted, "verification": verified - judged}
+        stages = {
+            "draft": drafted - begun,
+            "target": judged - drafted,
+            "verification": verified - judged,
+        }
         stages["rest"] = time.perf_counter() - verified
         self.recorder.horizon = max(self.recorder.horizon, length + 1)
         self.recorder.cycle(emitted, stages)
 
     def _draft_factors(self, longest: int) -> tuple[Tensor, Tensor]:
-        """Weights (batch, rank) and factors (batch, length, rank, vocab), float64, of at most `longest` tokens."""
+        """Weights (batch, rank) and factors (batch, length, rank, vocab), float64, of at most
+        `longest` tokens.
+        """
         if self.draft is None or longest < 1:
             one = torch.ones(len(self.known), 1, dtype=torch.float64, device=self.known.device)
             return one, one.new_ones(len(one), 0, 1, 1)
@@ -250,7 +293,10 @@ class _Run:
             factors = factors[:, :longest]
         else:
             assert not isinstance(self.draft, CPHead)  # _check refuses a head without hidden states
-            texts = [torch.cat([p, torch.tensor(n, dtype=torch.long)]) for p, n in zip(self.prompts, self.new, strict=True)]
+            texts = [
+                torch.cat([p, torch.tensor(n, dtype=torch.long)])
+                for p, n in zip(self.prompts, self.new, strict=True)
+            ]
             laws = [self.draft(text) for text in texts]
             weights = torch.stack([d.weights for d in laws])
             factors = torch.stack([torch.stack([f.mT for f in d.factors[:longest]]) for d in laws])
@@ -259,7 +305,9 @@ class _Run:
 
     def _uniform(self, *shape: int) -> Tensor:
         """From the generator on the CPU, so that a seed means the same on every device."""
-        return torch.rand(*shape, generator=self.generator, dtype=torch.float64).to(self.target.device)
+        return torch.rand(*shape, generator=self.generator, dtype=torch.float64).to(
+            self.target.device
+        )
 
     def _now(self) -> float:
         """The clock, after what a device has been given is done: a stage's time is its own."""
@@ -277,7 +325,9 @@ class _Run:
         """Drafted tokens for which the model still has positions, after the known one."""
         if self.window is None:
             return self.limit
-        return self.window - max(len(self.prompts[row]) + len(self.new[row]) for row in self.running)
+        return self.window - max(
+            len(self.prompts[row]) + len(self.new[row]) for row in self.running
+        )
 
     def _release(self, blocks: dict[int, list[int]]) -> None:
         for row, block in blocks.items():
@@ -290,30 +340,48 @@ class _Run:
                 self.running.discard(row)
 
 
-def _sample_path(weights: Tensor, factors: Tensor, law: SamplingLaw, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens (batch, length) drawn from the mixture, and the processed next-token laws (batch, length, vocab) along them."""
+def _sample_path(
+    weights: Tensor, factors: Tensor, law: SamplingLaw, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Tokens (batch, length) drawn from the mixture, and the processed next-token laws (batch,
+    length, vocab) along them.
+    """
     if not factors.shape[1]:
-        return factors.new_zeros(len(weights), 0, dtype=torch.long), factors.new_zeros(len(weights), 0, 1)
-    return _sample_at_once(weights, factors, uniform) if law.is_identity else _sample_in_turn(weights, factors, law, uniform)
+        return factors.new_zeros(len(weights), 0, dtype=torch.long), factors.new_zeros(
+            len(weights), 0, 1
+        )
+    return (
+        _sample_at_once(weights, factors, uniform)
+        if law.is_identity
+        else _sample_in_turn(weights, factors, law, uniform)
+    )
 
 
 def _sample_at_once(weights: Tensor, factors: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """A component, then all its tokens; what they are verified against is the mixture's law, as if nobody had seen which."""
+    """A component, then all its tokens; what they are verified against is the mixture's law, as if
+    nobody had seen which.
+    """
     length, rows = factors.shape[1], torch.arange(len(weights), device=weights.device)
     path = _draw(factors[rows, :, _draw(weights, uniform[:, length])], uniform[:, :length])
-    chosen = factors.gather(-1, path[:, :, None, None].expand(-1, -1, factors.shape[2], 1)).squeeze(-1)
+    chosen = factors.gather(-1, path[:, :, None, None].expand(-1, -1, factors.shape[2], 1)).squeeze(
+        -1
+    )
     posterior = torch.cat([weights[:, None], weights[:, None] * chosen[:, :-1].cumprod(1)], 1)
     posterior = posterior / posterior.sum(-1, keepdim=True)
     return path, (posterior.unsqueeze(-2) @ factors).squeeze(-2)
 
 
-def _sample_in_turn(weights: Tensor, factors: Tensor, law: SamplingLaw, uniform: Tensor) -> tuple[Tensor, Tensor]:
+def _sample_in_turn(
+    weights: Tensor, factors: Tensor, law: SamplingLaw, uniform: Tensor
+) -> tuple[Tensor, Tensor]:
     """One token after another: a processed law is no mixture of processed components."""
     path, laws = [], []
     for k in range(factors.shape[1]):
         q = law.process((weights.unsqueeze(-2) @ factors[:, k]).squeeze(-2))
         token = _draw(q, uniform[:, k])
-        weights = weights * factors[:, k].gather(-1, token[:, None, None].expand(-1, factors.shape[2], 1)).squeeze(-1)
+        weights = weights * factors[:, k].gather(
+            -1, token[:, None, None].expand(-1, factors.shape[2], 1)
+        ).squeeze(-1)
         weights = weights / weights.sum(-1, keepdim=True)
         path.append(token)
         laws.append(q)
@@ -321,7 +389,11 @@ def _sample_in_turn(weights: Tensor, factors: Tensor, law: SamplingLaw, uniform:
 
 
 def _judge(
-    p: Float[Tensor, "batch positions vocab"], q: Tensor, path: Tensor, rule: str, uniform: Float[Tensor, "batch 2"]
+    p: Float[Tensor, "batch positions vocab"],
+    q: Tensor,
+    path: Tensor,
+    rule: str,
+    uniform: Float[Tensor, "batch 2"],
 ) -> tuple[Tensor, Tensor]:
     """How many drafted tokens each row keeps, and the token after them."""
     if path.shape[1] == 0:
@@ -334,7 +406,9 @@ def _judge(
     return accepted, _draw(torch.where(whole[:, None], p[:, -1], correction), uniform[:, 1])
 
 
-def _draw(probs: Float[Tensor, "*batch n"], uniform: Float[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
+def _draw(
+    probs: Float[Tensor, "*batch n"], uniform: Float[Tensor, "*batch"]
+) -> Int[Tensor, "*batch"]:
     """By inversion; never an entry of zero probability, however the sums are rounded."""
     totals = probs.cumsum(-1)
     total = totals[..., -1:]
@@ -347,18 +421,27 @@ def _check(lm, prompts: list[Tensor], rule: str, law: SamplingLaw, max_new_token
     if rule not in RULES:
         raise ValueError(f"unknown rule {rule!r}: choose one of {', '.join(RULES)}")
     if rule == "greedy" and law.temperature > 0:
-        raise ValueError(f"rule 'greedy' at temperature {law.temperature}: it follows the argmax, so temperature must be 0")
+        raise ValueError(
+            f"rule 'greedy' at temperature {law.temperature}: it follows the argmax, so "
+            "temperature must be 0"
+        )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens {max_new_tokens}: expected at least 0")
     if not prompts or any(p.ndim != 1 or not len(p) for p in prompts):
-        raise ValueError("an empty prompt: give at least one token (the start-of-text token, if nothing else)")
+        raise ValueError(
+            "an empty prompt: give at least one token (the start-of-text token, if nothing else)"
+        )
     for prompt in prompts:
         if not 0 <= int(prompt.min()) <= int(prompt.max()) < lm.vocab_size:
-            raise ValueError(f"prompt tokens must be in [0, {lm.vocab_size}): got {int(prompt.min())} to {int(prompt.max())}")
+            raise ValueError(
+                f"prompt tokens must be in [0, {lm.vocab_size}): got {int(prompt.min())} to "
+                f"{int(prompt.max())}"
+            )
     window = getattr(lm, "max_context", None)
     longest = max(len(p) for p in prompts)
     if window is not None and longest + max_new_tokens > window:
         raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones run past the model's {window} positions: "
+            f"a prompt of {longest} tokens and {max_new_tokens} new ones run past the model's "
+            f"{window} positions: "
             f"shorten the prompt or ask for at most {max(window - longest, 0)}"
         )

@@ -22,7 +22,8 @@ class GenerationStats:
     accepted_counts : tuple of int
         How many cycles of a row accepted exactly 0, 1, … drafted tokens.
     tokens_per_call : float
-        Pooled over rows: tokens emitted by cycles over cycles of rows (the reading of the prompts is no cycle).
+        Pooled over rows: tokens emitted by cycles over cycles of rows (the reading of the prompts
+        is no cycle).
     tokens_per_call_by_row : tuple of float
     seconds : float
         The whole run.
@@ -68,7 +69,9 @@ class Recorder:
     latencies: list[float] = field(default_factory=list)
 
     def cycle(self, accepted: dict[int, int], stages: dict[str, float]) -> None:
-        """`accepted` maps the rows that are still running to their number of accepted drafted tokens."""
+        """`accepted` maps the rows that are still running to their number of accepted drafted
+        tokens.
+        """
         self.calls += 1
         self.accepted.append([accepted.get(row, -1) for row in range(self.rows)])
         for name, seconds in stages.items():

@@ -1,4 +1,6 @@
-"""The target inside the decoding loop: laws of the next tokens after a few more, and a cache that forgets the rejected ones."""
+"""The target inside the decoding loop: laws of the next tokens after a few more, and a cache that
+forgets the rejected ones.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from cpmtp.language_model import LanguageModel
 class CachedTarget:
     """A Hugging Face model with its key/value cache; one forward pass per call of `extend`.
 
-    Rows of a batch keep different numbers of tokens. Rejected tokens of the longest-keeping row are cropped from the cache;
-    the others' stay where they are, masked out.
+    Rows of a batch keep different numbers of tokens. Rejected tokens of the longest-keeping row are
+    cropped from the cache; the others' stay where they are, masked out.
     """
 
     def __init__(self, lm: Any):
@@ -29,7 +31,9 @@ class CachedTarget:
         self._only_unembeds = False
 
     def begin(self, prompts: Sequence[Int[Tensor, " time"]]) -> tuple[Tensor, Tensor]:
-        """Read the prompts; scores (batch, vocab) after each and the hidden state (batch, hidden) they come from."""
+        """Read the prompts; scores (batch, vocab) after each and the hidden state (batch, hidden)
+        they come from.
+        """
         lengths = torch.tensor([len(p) for p in prompts])
         longest = int(lengths.max())
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -39,16 +43,21 @@ class CachedTarget:
         self._mask = (steps >= (longest - lengths)[:, None]).long() if len(prompts) > 1 else None
         positions = (steps - (longest - lengths)[:, None]).clamp_min(0)
         scores, hidden = self._forward(tokens, positions)
-        # Some models cap or scale what they unembed; where this one does not, later calls need not ask for hidden states.
+        # Some models cap or scale what they unembed; where this one does not, later calls need not
+        # ask for hidden states.
         self._only_unembeds = torch.equal(self._lm.unembed(hidden), scores)
         self._positions, self._added = lengths, 0
         return scores[:, -1], hidden[:, -1]
 
     def extend(self, tokens: Int[Tensor, "batch count"]) -> tuple[Tensor, Tensor]:
-        """Scores (batch, count, vocab), the log-probabilities but for a constant, after each token; hidden states."""
+        """Scores (batch, count, vocab), the log-probabilities but for a constant, after each token;
+        hidden states.
+        """
         count = tokens.shape[1]
         if self._mask is not None:
-            self._mask = torch.cat([self._mask, torch.ones(len(tokens), count, dtype=torch.long)], 1)
+            self._mask = torch.cat(
+                [self._mask, torch.ones(len(tokens), count, dtype=torch.long)], 1
+            )
         positions = self._positions[:, None] + torch.arange(count)
         if self._lm.max_context is not None:  # a row that has ended may stand at the last one
             positions = positions.clamp_max(self._lm.max_context - 1)
@@ -71,7 +80,11 @@ class CachedTarget:
         lm, device = self._lm, self._lm.device
         # Without padding the model's own causal path is the fast one.
         mask = None if self._mask is None or bool(self._mask.all()) else self._mask.to(device)
-        inputs: dict[str, Any] = {"input_ids": tokens.to(device), "position_ids": positions.to(device), "attention_mask": mask}
+        inputs: dict[str, Any] = {
+            "input_ids": tokens.to(device),
+            "position_ids": positions.to(device),
+            "attention_mask": mask,
+        }
         inputs |= {"past_key_values": self._cache, "use_cache": True}
         if self._only_unembeds:
             hidden = lm.model.base_model(**inputs).last_hidden_state
@@ -94,13 +107,25 @@ class PlainTarget:
     def extend(self, tokens: Int[Tensor, "batch count"]) -> tuple[Tensor, None]:
         laws = []
         for row, text in enumerate(self._texts):
-            laws.append(torch.stack([self._law(torch.cat([text, tokens[row, : k + 1]])) for k in range(tokens.shape[1])]))
-        self._texts = [torch.cat([text, more]) for text, more in zip(self._texts, tokens, strict=True)]
+            laws.append(
+                torch.stack(
+                    [
+                        self._law(torch.cat([text, tokens[row, : k + 1]]))
+                        for k in range(tokens.shape[1])
+                    ]
+                )
+            )
+        self._texts = [
+            torch.cat([text, more]) for text, more in zip(self._texts, tokens, strict=True)
+        ]
         self._added = tokens.shape[1]
         return torch.stack(laws), None
 
     def keep(self, counts: Int[Tensor, " batch"]) -> None:
-        self._texts = [text[: len(text) - self._added + int(c)] for text, c in zip(self._texts, counts, strict=True)]
+        self._texts = [
+            text[: len(text) - self._added + int(c)]
+            for text, c in zip(self._texts, counts, strict=True)
+        ]
 
     def _law(self, text: Tensor) -> Float[Tensor, " vocab"]:
         return self._lm.next_token_log_probs(text[None])[0]

@@ -1,4 +1,6 @@
-"""The fit of what a draft is for: tokens per call itself, uphill from an expectation-maximisation fit."""
+"""The fit of what a draft is for: tokens per call itself, uphill from an expectation-maximisation
+fit.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def acceptance_runs(
     max_iterations: int,
     tolerance: float,
 ) -> Runs:
-    """L-BFGS on minus the tokens per call, in the logits of weights and factors; no run ends below its start.
+    """L-BFGS on minus the tokens per call, in the logits of weights and factors; no run ends below
+    its start.
 
     The objective is a sum of minima, smooth almost everywhere: a step is taken only where it gains.
 
@@ -48,7 +51,9 @@ def acceptance_runs(
         mixtures = from_logits(logits, start)
         draft = CPDistribution(mixtures.weights, mixtures.factors.mT.unbind(1))
         targets = JointDistribution(joint.probs[owner[runs]], joint.horizon)
-        lost = -acceptance_profiles(targets, draft, (rule,), first_token=first_token)[rule].survival.sum(-1)
+        lost = -acceptance_profiles(targets, draft, (rule,), first_token=first_token)[
+            rule
+        ].survival.sum(-1)
         (gradient,) = torch.autograd.grad(lost.sum(), logits)
         return lost.detach(), gradient
 
@@ -60,10 +65,18 @@ def acceptance_runs(
     def curvature(logits: Tensor) -> Tensor:
         return logit_curvature(logits, start)
 
-    minima = minimise(evaluate, to_logits(start), curvature=curvature, max_passes=max_iterations, tolerance=tolerance)
+    minima = minimise(
+        evaluate,
+        to_logits(start),
+        curvature=curvature,
+        max_passes=max_iterations,
+        tolerance=tolerance,
+    )
     # A draft that gives the first token earns the target's own token after the block as well.
     bonus = float(first_token == "draft")
     traces = [[value - bonus for value in trace] for trace in minima.traces]
     converged = torch.tensor(minima.converged, device=owner.device)
     iterations = torch.tensor([len(trace) - 1 for trace in traces])
-    return Runs.of(from_logits(minima.points, start), minima.values - bonus, converged, iterations, traces)
+    return Runs.of(
+        from_logits(minima.points, start), minima.values - bonus, converged, iterations, traces
+    )

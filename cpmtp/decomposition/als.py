@@ -21,7 +21,9 @@ from cpmtp.drafts.cp_distribution import normalised_cp
 
 @dataclass(frozen=True)
 class _RawFit:
-    """TensorLy's answer: signed or non-negative weights (rank,) and factors, with the errors after each iteration."""
+    """TensorLy's answer: signed or non-negative weights (rank,) and factors, with the errors after
+    each iteration.
+    """
 
     weights: np.ndarray
     factors: list[np.ndarray]
@@ -29,7 +31,14 @@ class _RawFit:
 
 
 def squared_error_runs(
-    probs: Tensor, rank: int, method: str, *, restarts: int, seed: int, max_iterations: int, tolerance: float
+    probs: Tensor,
+    rank: int,
+    method: str,
+    *,
+    restarts: int,
+    seed: int,
+    max_iterations: int,
+    tolerance: float,
 ) -> Runs:
     """Fit every joint of `probs` (items, vocab, …, vocab), one restart after another.
 
@@ -38,12 +47,18 @@ def squared_error_runs(
     runs = []
     for item in probs.double().cpu():
         for restart in range(restarts):
-            start_seed = int(torch.randint(1 << 31, (1,), generator=restart_generator(seed, restart)))
-            runs.append(_one_run(item.numpy(), rank, method, (start_seed, max_iterations, tolerance)))
+            start_seed = int(
+                torch.randint(1 << 31, (1,), generator=restart_generator(seed, restart))
+            )
+            runs.append(
+                _one_run(item.numpy(), rank, method, (start_seed, max_iterations, tolerance))
+            )
     mixtures, numbers, errors, failures = zip(*runs, strict=True)
     table = torch.tensor(numbers, dtype=torch.float64)
     return Runs(
-        Mixtures(torch.cat([m.weights for m in mixtures]), torch.cat([m.factors for m in mixtures])),
+        Mixtures(
+            torch.cat([m.weights for m in mixtures]), torch.cat([m.factors for m in mixtures])
+        ),
         objective=table[:, 0],
         converged=torch.tensor([0 < len(e) < max_iterations for e in errors]),
         iterations=torch.tensor([len(e) for e in errors]),
@@ -54,7 +69,9 @@ def squared_error_runs(
 
 
 def _one_run(probs: np.ndarray, rank: int, method: str, settings: tuple[int, int, float]):
-    """Mixture, (objective, raw relative error, negative mass, mass deficit), error trace, reason of failure."""
+    """Mixture, (objective, raw relative error, negative mass, mass deficit), error trace, reason of
+    failure.
+    """
     try:
         # TensorLy warns and divides by zero on its way to an answer that is checked below.
         with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -63,13 +80,22 @@ def _one_run(probs: np.ndarray, rank: int, method: str, settings: tuple[int, int
         if not all(np.isfinite(f).all() for f in [raw.weights, *raw.factors]):
             raise FloatingPointError("TensorLy returned NaN or infinite factors")
         mixture = _projected(probs, raw) if method == "als" else _renormalised(raw)
-        error = _relative_error(probs, mixture.weights[0].numpy(), list(mixture.factors[0].mT.numpy()))
+        error = _relative_error(
+            probs, mixture.weights[0].numpy(), list(mixture.factors[0].mT.numpy())
+        )
         return mixture, (error, *_raw_numbers(probs, raw)), raw.errors, ""
     except (np.linalg.LinAlgError, ArithmeticError, ValueError, IndexError) as error:
-        return _marginal_product(probs, rank), (math.inf,) + (math.nan,) * 3, [], f"{type(error).__name__}: {error}"
+        return (
+            _marginal_product(probs, rank),
+            (math.inf,) + (math.nan,) * 3,
+            [],
+            f"{type(error).__name__}: {error}",
+        )
 
 
-def _decompose(probs: np.ndarray, rank: int, method: str, settings: tuple[int, int, float]) -> _RawFit:
+def _decompose(
+    probs: np.ndarray, rank: int, method: str, settings: tuple[int, int, float]
+) -> _RawFit:
     seed, max_iterations, tolerance = settings
     solver = {"als": parafac, "hals": non_negative_parafac_hals, "mu": non_negative_parafac}[method]
     # The backend is global state: set for this thread and put back.
@@ -83,23 +109,34 @@ def _decompose(probs: np.ndarray, rank: int, method: str, settings: tuple[int, i
             random_state=np.random.RandomState(seed),
             return_errors=True,
         )
-    return _RawFit(np.asarray(weights, np.float64), [np.asarray(f, np.float64) for f in factors], [float(e) for e in errors])
+    return _RawFit(
+        np.asarray(weights, np.float64),
+        [np.asarray(f, np.float64) for f in factors],
+        [float(e) for e in errors],
+    )
 
 
 def _projected(probs: np.ndarray, raw: _RawFit) -> Mixtures:
-    """Flip signs per component, clip, normalise columns, refit the weights by non-negative least squares."""
+    """Flip signs per component, clip, normalise columns, refit the weights by non-negative least
+    squares.
+    """
     factors = [np.maximum(f, 0.0) for f in _with_signs_aligned(raw)]
     sums = [f.sum(0) for f in factors]
     alive = np.prod([s > 0 for s in sums], axis=0).astype(bool)
     if not alive.any():
         raise FloatingPointError("nothing of the fit is left after clipping negative factors")
-    factors = [np.where(alive, f / np.where(alive, s, 1.0), 1.0 / len(f)) for f, s in zip(factors, sums, strict=True)]
+    factors = [
+        np.where(alive, f / np.where(alive, s, 1.0), 1.0 / len(f))
+        for f, s in zip(factors, sums, strict=True)
+    ]
     weights = np.where(alive, _refitted_weights(probs, factors, alive), 0.0)
     return _mixture(weights, factors)
 
 
 def _with_signs_aligned(raw: _RawFit) -> list[np.ndarray]:
-    """Each factor column made mostly positive; a component that is negative then is negative in its last factor."""
+    """Each factor column made mostly positive; a component that is negative then is negative in its
+    last factor.
+    """
     factors, sign = [], np.sign(raw.weights) + (raw.weights == 0)
     for factor in raw.factors:
         side = np.where(factor.sum(0) < 0, -1.0, 1.0)
@@ -109,14 +146,20 @@ def _with_signs_aligned(raw: _RawFit) -> list[np.ndarray]:
     return factors
 
 
-def _refitted_weights(probs: np.ndarray, factors: list[np.ndarray], alive: np.ndarray) -> np.ndarray:
-    """``argmin_{w >= 0} ||P - sum_a w_a A_1[:, a] o … o A_n[:, a]||`` from the normal equations' square root."""
+def _refitted_weights(
+    probs: np.ndarray, factors: list[np.ndarray], alive: np.ndarray
+) -> np.ndarray:
+    """``argmin_{w >= 0} ||P - sum_a w_a A_1[:, a] o … o A_n[:, a]||`` from the normal equations'
+    square root.
+    """
     gram = np.prod([f.T @ f for f in factors], axis=0) * np.outer(alive, alive)
     projection = _contract_all(probs, factors) * alive
     values, vectors = np.linalg.eigh(gram)
     kept = values > values[-1] * 1e-12
     root = np.sqrt(values[kept])
-    weights, _ = scipy.optimize.nnls(root[:, None] * vectors[:, kept].T, vectors[:, kept].T @ projection / root)
+    weights, _ = scipy.optimize.nnls(
+        root[:, None] * vectors[:, kept].T, vectors[:, kept].T @ projection / root
+    )
     if not weights.sum() > 0:
         raise FloatingPointError("non-negative least squares left no component any weight")
     return weights

@@ -11,11 +11,13 @@ from cpmtp.decomposition.expectation import Mixtures
 from cpmtp.decomposition.starts import stacked_marginals
 from cpmtp.joint_distribution import JointDistribution
 
-# The rarest tokens are left out of the core as long as their probabilities at all positions sum to less than this share of
-# the joint's entropy in nats: what is lost is small beside what there is to fit. On the embedded models' joints of three of
-# 104 tokens half the tokens stay, with some 99.5 % of the mass, and a sweep costs a sixth.
+# The rarest tokens are left out of the core as long as their probabilities at all positions sum to
+# less than this share of the joint's entropy in nats: what is lost is small beside what there is to
+# fit. On the embedded models' joints of three of 104 tokens half the tokens stay, with some 99.5 %
+# of the mass, and a sweep costs a sixth.
 _LOST_PER_NAT = 2e-3
-# Below this many entries a sweep costs next to nothing, and a batch of whole joints is the faster way.
+# Below this many entries a sweep costs next to nothing, and a batch of whole joints is the faster
+# way.
 _CORE_FROM = 200_000
 
 
@@ -48,7 +50,9 @@ class Core:
         return cls(JointDistribution((kept / kept.sum())[None], joint.horizon), tokens, marginals)
 
     def lifted(self, mixtures: Mixtures) -> Mixtures:
-        """Mixtures over all tokens: each left-out token gets its marginal probability in every component."""
+        """Mixtures over all tokens: each left-out token gets its marginal probability in every
+        component.
+        """
         runs, _, rank, _ = mixtures.factors.shape
         factors = self.marginals[:, :, None].expand(runs, -1, rank, -1).clone()
         kept = self.marginals[..., self.tokens].sum(-1)[:, :, None, None]

@@ -1,4 +1,6 @@
-"""The step that every Kullback-Leibler fit shares: expected component counts, from three matrix products at any horizon."""
+"""The step that every Kullback-Leibler fit shares: expected component counts, from three matrix
+products at any horizon.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from torch import Tensor
 
 from cpmtp.joint_distribution import JointDistribution
 
-# Entries of the joint in flight: quotients of a block this large stay in a core's cache between the three products.
+# Entries of the joint in flight: quotients of a block this large stay in a core's cache between the
+# three products.
 _CPU_BLOCK = 1 << 18
 _CUDA_BLOCK = 1 << 28
 # Below any probability a float64 joint can hold to some digits; keeps 0 / 0 at 0.
@@ -41,12 +44,17 @@ class Mixtures:
 
     def replaced(self, index: Tensor, other: Mixtures) -> Mixtures:
         """A copy with the runs at `index` (long or bool) taken from `other`."""
-        return Mixtures(self.weights.index_put((index,), other.weights), self.factors.index_put((index,), other.factors))
+        return Mixtures(
+            self.weights.index_put((index,), other.weights),
+            self.factors.index_put((index,), other.factors),
+        )
 
 
 def joined(parts: list[Mixtures]) -> Mixtures:
     """All runs of several mixtures, one after another."""
-    return Mixtures(torch.cat([part.weights for part in parts]), torch.cat([part.factors for part in parts]))
+    return Mixtures(
+        torch.cat([part.weights for part in parts]), torch.cat([part.factors for part in parts])
+    )
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,8 @@ class Targets:
     owner : (runs,) tensor
         Which joint each run is fitted to.
     scratch : (2, block) tensor
-        Room for one block's model and quotients, kept from sweep to sweep: fresh pages cost more than the arithmetic.
+        Room for one block's model and quotients, kept from sweep to sweep: fresh pages cost more
+        than the arithmetic.
     horizon, vocab : int
     """
 
@@ -101,7 +110,9 @@ class Targets:
 
     @classmethod
     def of(cls, joint: JointDistribution, runs_per_item: int = 1) -> Targets:
-        """Targets of a joint (batch axes flattened), each repeated for `runs_per_item` consecutive runs."""
+        """Targets of a joint (batch axes flattened), each repeated for `runs_per_item` consecutive
+        runs.
+        """
         vocab, horizon = joint.vocab_size, joint.horizon
         head = horizon // 2
         matrices = joint.probs.double().reshape(-1, vocab**head, vocab ** (horizon - head))
@@ -125,13 +136,16 @@ class CountingTargets(Protocol):
     def __getitem__(self, runs) -> CountingTargets: ...
 
 
-def expected_counts(targets: Targets | CountingTargets, mixtures: Mixtures, *, with_kl: bool = True) -> Counts:
+def expected_counts(
+    targets: Targets | CountingTargets, mixtures: Mixtures, *, with_kl: bool = True
+) -> Counts:
     """The E step of latent class analysis for every run, and the KL divergence it started from.
 
-    With ``L[a] = w_a A_1[a] (x) ... (x) A_h[a]`` and ``R[a] = A_{h+1}[a] (x) ... (x) A_n[a]`` (outer products over the two
-    halves of the positions), the model is ``L^T R``, the quotients are ``T = P / (L^T R)``, and the counts of the two halves
-    are ``L * (R T^T)`` and ``R * (L T)``: three matrix products with the joint, in blocks of rows, so nothing as large as the
-    joint is allocated.
+    With ``L[a] = w_a A_1[a] (x) ... (x) A_h[a]`` and ``R[a] = A_{h+1}[a] (x) ... (x) A_n[a]``
+    (outer products over the two halves of the positions), the model is ``L^T R``, the quotients are
+    ``T = P / (L^T R)``, and the counts of the two halves are ``L * (R T^T)`` and ``R * (L T)``:
+    three matrix products with the joint, in blocks of rows, so nothing as large as the joint is
+    allocated.
 
     Parameters
     ----------
@@ -140,7 +154,8 @@ def expected_counts(targets: Targets | CountingTargets, mixtures: Mixtures, *, w
     mixtures : Mixtures
         As many runs as the targets.
     with_kl : bool
-        False leaves the divergences NaN: a logarithm per entry of the joint is a quarter of a sweep.
+        False leaves the divergences NaN: a logarithm per entry of the joint is a quarter of a
+        sweep.
 
     References
     ----------
@@ -163,14 +178,24 @@ def expected_counts(targets: Targets | CountingTargets, mixtures: Mixtures, *, w
     left_counts = _position_sums(left_pull, head, targets.vocab)
     right_counts = _position_sums(right_pull, targets.horizon - head, targets.vocab)
     factors = torch.cat([left_counts, right_counts], 1)
-    return Counts(left_pull.sum(-1), factors, targets.negative_entropy[targets.owner] - log_likelihood)
+    return Counts(
+        left_pull.sum(-1), factors, targets.negative_entropy[targets.owner] - log_likelihood
+    )
 
 
-def _pull(targets: Targets, halves: tuple[Tensor, Tensor], pulls: tuple[Tensor, Tensor], with_kl: bool) -> Tensor:
-    """Fill ``R T^T`` and ``L T`` of a few runs; ``sum P log(L^T R)`` where it is asked for, else zero."""
+def _pull(
+    targets: Targets, halves: tuple[Tensor, Tensor], pulls: tuple[Tensor, Tensor], with_kl: bool
+) -> Tensor:
+    """Fill ``R T^T`` and ``L T`` of a few runs; ``sum P log(L^T R)`` where it is asked for, else
+    zero.
+    """
     left, right = halves
     log_likelihood = left.new_zeros(len(left))
-    probs = targets.matrices[targets.owner] if len(left) > 1 else targets.matrices[int(targets.owner[0])][None]
+    probs = (
+        targets.matrices[targets.owner]
+        if len(left) > 1
+        else targets.matrices[int(targets.owner[0])][None]
+    )
     row_step = max(_block(left) // (len(left) * right.shape[-1]), 1)
     for start in range(0, left.shape[-1], row_step):
         rows = slice(start, start + row_step)
@@ -185,7 +210,9 @@ def _pull(targets: Targets, halves: tuple[Tensor, Tensor], pulls: tuple[Tensor, 
     return log_likelihood
 
 
-def outer_products(factors: Float[Tensor, "runs positions rank vocab"]) -> Float[Tensor, "runs rank sequences"]:
+def outer_products(
+    factors: Float[Tensor, "runs positions rank vocab"],
+) -> Float[Tensor, "runs rank sequences"]:
     """``A_1[a] (x) ... (x) A_m[a]`` for every component; the first position varies slowest."""
     product = factors.new_ones(len(factors), factors.shape[2], 1)
     for position in range(factors.shape[1]):

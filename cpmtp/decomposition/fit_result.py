@@ -18,36 +18,42 @@ FAILED = "failed"
 class FitResult:
     """A proper CP distribution and what it took to get there.
 
-    For a joint with batch axes every number is a (*batch,) tensor, and `status` and `message` are tuples of strings in the
-    order of the flattened batch; for a single joint they are plain Python values. An anchored fit is one answer per joint.
+    For a joint with batch axes every number is a (*batch,) tensor, and `status` and `message` are
+    tuples of strings in the order of the flattened batch; for a single joint they are plain Python
+    values. An anchored fit is one answer per joint.
 
     Attributes
     ----------
     distribution : CPDistribution
         Of the best restart. Anchored: batch axis (vocab,) over the first token and horizon n-1.
     objective : float or tensor
-        Minimised value at `distribution`. ``em``, ``gradient``: KL divergence in nats; ``als``, ``hals``, ``mu``: relative
-        Frobenius error; ``acceptance``: minus the tokens per call.
+        Minimised value at `distribution`. ``em``, ``gradient``: KL divergence in nats; ``als``,
+        ``hals``, ``mu``: relative Frobenius error; ``acceptance``: minus the tokens per call.
     converged : bool or tensor
         Whether the best restart met its stopping rule before its last iteration.
     iterations : int or tensor
-        Of the best restart: passes over the joint (TensorLy methods: their outer iterations). Trials of starts and passes over
-        a large joint's core are not counted.
+        Of the best restart: passes over the joint (TensorLy methods: their outer iterations).
+        Trials of starts and passes over a large joint's core are not counted.
     seconds : float
         Wall-clock time of the whole fit, all batch entries and restarts together.
     status : str or tuple of str
-        ``"ok"``, ``"not_converged"``, or ``"failed"``: then `distribution` is the product of the joint's marginals.
+        ``"ok"``, ``"not_converged"``, or ``"failed"``: then `distribution` is the product of the
+        joint's marginals.
     message : str or tuple of str
         Why, in words; empty when there is nothing to say.
     raw_relative_error, negative_mass, mass_deficit : float or tensor
-        Of a squared-error fit before it was made a distribution: its relative Frobenius error, the sum of the magnitudes of
-        its negative entries, and one minus the sum of all entries. NaN where not meant.
+        Of a squared-error fit before it was made a distribution: its relative Frobenius error, the
+        sum of the magnitudes of its negative entries, and one minus the sum of all entries. NaN
+        where not meant.
     restart_objectives : (*batch, restarts) tensor
-        Objective of every restart (infinite if it failed): their spread shows how ill-posed the fit is.
+        Objective of every restart (infinite if it failed): their spread shows how ill-posed the fit
+        is.
     restart_match_scores : (*batch, restarts) tensor
-        `factor_match_score` of every restart with the best one: below 1 the components are no property of the joint.
+        `factor_match_score` of every restart with the best one: below 1 the components are no
+        property of the joint.
     trace : tuple of float or of tuples
-        Objective after each recorded iteration of the best restart (empty where a method keeps none).
+        Objective after each recorded iteration of the best restart (empty where a method keeps
+        none).
     method : str
     """
 

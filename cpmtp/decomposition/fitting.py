@@ -18,10 +18,11 @@ from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import DEFAULT_MAX_BYTES, JointDistribution
 from cpmtp.prefix_tree import PrefixTree
 
-# First tokens below this probability get the product of their marginals in an anchored fit: all together they
-# cannot change tokens per call in its fifth digit.
+# First tokens below this probability get the product of their marginals in an anchored fit: all
+# together they cannot change tokens per call in its fifth digit.
 NOTICEABLE_MASS = 1e-8
-# Most passes over the joint (TensorLy methods: outer iterations) and the gain below which a run stops.
+# Most passes over the joint (TensorLy methods: outer iterations) and the gain below which a run
+# stops.
 _DEFAULT_EFFORT = {
     "als": (50, 1e-6),
     "hals": (50, 1e-6),
@@ -54,26 +55,27 @@ def fit(
     Parameters
     ----------
     joint : JointDistribution or PrefixTree
-        With batch axes, every entry is fitted by itself in one go. A truncated joint is fitted by ``em`` to its kept
-        prefixes; the objective is then a lower bound of ``KL(P || Q)``.
+        With batch axes, every entry is fitted by itself in one go. A truncated joint is fitted by
+        ``em`` to its kept prefixes; the objective is then a lower bound of ``KL(P || Q)``.
     rank : int
         Number of components.
     method : {"em", "gradient", "acceptance", "als", "hals", "mu"}
-        ``em`` and ``gradient`` minimise ``KL(P || Q)`` in nats, ``acceptance`` minus the tokens per call (from an ``em`` fit,
-        and never worse than it), the others the squared error.
+        ``em`` and ``gradient`` minimise ``KL(P || Q)`` in nats, ``acceptance`` minus the tokens per
+        call (from an ``em`` fit, and never worse than it), the others the squared error.
     restarts : int
-        The best answer is returned. For all but the squared-error methods each restart is the best of four random starts
-        after twelve sweeps of ``em``; large joints are fitted on their noticeable tokens first.
+        The best answer is returned. For all but the squared-error methods each restart is the best
+        of four random starts after twelve sweeps of ``em``; large joints are fitted on their
+        noticeable tokens first.
     seed : int
         Restart k begins at the same point whatever the number of restarts and the batch.
     anchored : bool
-        Fit the law of the remaining n-1 tokens for every first token of noticeable mass (the product of its marginals
-        otherwise): n of at least 3.
+        Fit the law of the remaining n-1 tokens for every first token of noticeable mass (the
+        product of its marginals otherwise): n of at least 3.
     max_iterations : int, optional
         Most passes over the joint (TensorLy methods: outer iterations).
     tolerance : float, optional
-        ``em``, ``gradient``: gain in nats over ten passes below which a run stops; ``acceptance``: the same in tokens per
-        call; others: TensorLy's ``tol``.
+        ``em``, ``gradient``: gain in nats over ten passes below which a run stops; ``acceptance``:
+        the same in tokens per call; others: TensorLy's ``tol``.
     load_balancing : float
         ``gradient`` only: strength of a pull towards equal weights.
     rule, first_token : str
@@ -82,8 +84,8 @@ def fit(
     Raises
     ------
     ValueError
-        If rank or restarts is below 1, the method, rule or first token is unknown, or a horizon below 3 is to be fitted
-        anchored.
+        If rank or restarts is below 1, the method, rule or first token is unknown, or a horizon
+        below 3 is to be fitted anchored.
 
     Examples
     --------
@@ -94,7 +96,14 @@ def fit(
     >>> result.status, result.objective < 1e-6
     ('ok', True)
     """
-    plan = plan_of(joint, method, max_iterations=max_iterations, tolerance=tolerance, restarts=restarts, seed=seed)
+    plan = plan_of(
+        joint,
+        method,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        restarts=restarts,
+        seed=seed,
+    )
     plan = replace(plan, load_balancing=load_balancing, rule=rule, first_token=first_token)
     check(joint, rank, plan, anchored)
     started = time.perf_counter()
@@ -136,7 +145,8 @@ def plan_of(
 
 @dataclass(frozen=True)
 class Problem:
-    """What is fitted: the joint's entries, or, anchored, the laws after each first token of noticeable mass.
+    """What is fitted: the joint's entries, or, anchored, the laws after each first token of
+    noticeable mass.
 
     Attributes
     ----------
@@ -157,14 +167,19 @@ class Problem:
         given = joint.given_first_token() if anchored else joint
         shape = (-1, *(joint.vocab_size,) * given.horizon)
         flat = JointDistribution(given.probs.reshape(shape), given.horizon)
-        noticed = (joint.prefix_probs(1).reshape(-1) > NOTICEABLE_MASS).nonzero().squeeze(1) if anchored else None
+        noticed = (
+            (joint.prefix_probs(1).reshape(-1) > NOTICEABLE_MASS).nonzero().squeeze(1)
+            if anchored
+            else None
+        )
         return cls(joint, flat, noticed)
 
     def solve(self, rank: int, plan: Plan, warm: Mixtures | None = None) -> Solved:
         """Best runs of the fitted entries."""
         if self.noticed is None:
             return solve(self.flat, rank, plan, warm)
-        # What follows a known first token is all the draft's: its tokens per call are those of a drafted first token.
+        # What follows a known first token is all the draft's: its tokens per call are those of a
+        # drafted first token.
         given = JointDistribution(self.flat.probs[self.noticed], self.flat.horizon)
         return solve(given, rank, replace(plan, first_token="draft"), warm)
 
@@ -173,7 +188,9 @@ class Problem:
         if self.noticed is not None:
             first = self.joint.prefix_probs(1).reshape(-1)
             others = marginal_products(self.flat, solved.best.mixtures.weights.shape[1])
-            solved = _pooled(first, self.noticed, solved, others.replaced(self.noticed, solved.best.mixtures))
+            solved = _pooled(
+                first, self.noticed, solved, others.replaced(self.noticed, solved.best.mixtures)
+            )
         batch_shape = tuple(self.joint.batch_shape)
         lead = batch_shape if self.noticed is None else (*batch_shape, self.joint.vocab_size)
         return _result(batch_shape, lead, method, solved, started)
@@ -200,20 +217,32 @@ def _pooled(first: Tensor, noticed: Tensor, solved: Solved, mixtures: Mixtures) 
         objective=(share * spread(best.objective, 0.0)).sum(1),
         converged=spread(best.converged, True).all(1),
         iterations=spread(best.iterations, 0).amax(1),
-        failures=tuple(next(filter(None, failures[i * shape[1] : (i + 1) * shape[1]]), "") for i in range(shape[0])),
+        failures=tuple(
+            next(filter(None, failures[i * shape[1] : (i + 1) * shape[1]]), "")
+            for i in range(shape[0])
+        ),
         traces=((),) * shape[0],
         raw=(share[..., None] * spread(best.raw, 0.0)).sum(1),
     )
-    weighted = ((share[..., None] * spread(table, 0.0)).sum(1) for table in (solved.objectives, solved.matches))
+    weighted = (
+        (share[..., None] * spread(table, 0.0)).sum(1)
+        for table in (solved.objectives, solved.matches)
+    )
     return Solved(summary, *weighted)
 
 
 def _fit_tree(tree: PrefixTree, rank: int, anchored: bool, plan: Plan) -> Solved:
     """Sparse expectation-maximisation over the kept prefixes."""
     cells, vocab = tree_cells(tree), tree.vocab_size
-    first = torch.zeros(vocab + 1, dtype=torch.float64).index_add_(0, cells.tokens[:, 0], cells.weights)[:-1]
+    first = torch.zeros(vocab + 1, dtype=torch.float64).index_add_(
+        0, cells.tokens[:, 0], cells.weights
+    )[:-1]
     noticed = (first > NOTICEABLE_MASS).nonzero().squeeze(1)
-    items = tuple(first_token_cells(cells, token) for token in noticed.tolist()) if anchored else (cells,)
+    items = (
+        tuple(first_token_cells(cells, token) for token in noticed.tolist())
+        if anchored
+        else (cells,)
+    )
     marginals = torch.stack([cell_marginals(item, vocab) for item in items])
     solved = solve_counting(lambda runs: TreeTargets.of(items, vocab, runs), marginals, rank, plan)
     if not anchored:
@@ -222,13 +251,18 @@ def _fit_tree(tree: PrefixTree, rank: int, anchored: bool, plan: Plan) -> Solved
     return _pooled(first, noticed, solved, others.replaced(noticed, solved.best.mixtures))
 
 
-def _result(batch_shape: tuple[int, ...], lead: tuple[int, ...], method: str, solved: Solved, started: float) -> FitResult:
+def _result(
+    batch_shape: tuple[int, ...], lead: tuple[int, ...], method: str, solved: Solved, started: float
+) -> FitResult:
     """The answer for joints of these batch axes, with a distribution of the leading axes `lead`."""
     best = solved.best
     weights, factors = best.mixtures.weights, best.mixtures.factors
     columns = tuple(f.mT.reshape(*lead, *f.mT.shape[1:]).contiguous() for f in factors.unbind(1))
     distribution = CPDistribution(weights.reshape(*lead, -1), columns)
-    status, message = zip(*(_status(f, c) for f, c in zip(best.failures, best.converged.tolist(), strict=True)), strict=True)
+    status, message = zip(
+        *(_status(f, c) for f, c in zip(best.failures, best.converged.tolist(), strict=True)),
+        strict=True,
+    )
     batched = len(batch_shape) > 0
 
     def shaped(values: Tensor):
@@ -254,9 +288,15 @@ def _result(batch_shape: tuple[int, ...], lead: tuple[int, ...], method: str, so
 
 def _status(failure: str, converged: bool) -> tuple[str, str]:
     if failure:
-        return FAILED, f"{failure}; the product of the marginals is returned: lower the rank or use em"
+        return (
+            FAILED,
+            f"{failure}; the product of the marginals is returned: lower the rank or use em",
+        )
     if not converged:
-        return NOT_CONVERGED, "stopped at the last iteration allowed: raise max_iterations for a closer fit"
+        return (
+            NOT_CONVERGED,
+            "stopped at the last iteration allowed: raise max_iterations for a closer fit",
+        )
     return OK, ""
 
 
@@ -276,7 +316,8 @@ def check(joint: JointDistribution | PrefixTree, rank: int, plan: Plan, anchored
         raise ValueError(f"restarts {plan.restarts}: expected at least 1")
     if anchored and joint.horizon < 3:
         raise ValueError(
-            f"an anchored fit of horizon {joint.horizon}: expected at least 3; drop anchored, or raise the horizon"
+            f"an anchored fit of horizon {joint.horizon}: expected at least 3; drop anchored, or "
+            "raise the horizon"
         )
     if plan.method == "acceptance":
         _check_goal(plan, anchored)
@@ -284,16 +325,22 @@ def check(joint: JointDistribution | PrefixTree, rank: int, plan: Plan, anchored
 
 def _check_goal(plan: Plan, anchored: bool) -> None:
     if plan.rule not in ("token", "block", "coupling"):
-        raise ValueError(f"rule {plan.rule!r}: tokens per call can be maximised under token, block or coupling")
+        raise ValueError(
+            f"rule {plan.rule!r}: tokens per call can be maximised under token, block or coupling"
+        )
     if plan.first_token not in ("target", "draft"):
         raise ValueError(f"first_token {plan.first_token!r}: expected 'target' or 'draft'")
     if anchored and plan.first_token == "draft":
-        raise ValueError("an anchored draft is told the first token and cannot give it: use first_token='target'")
+        raise ValueError(
+            "an anchored draft is told the first token and cannot give it: use first_token='target'"
+        )
 
 
 def _check_tree(tree: PrefixTree, rank: int, method: str, anchored: bool) -> None:
     if method != "em":
-        raise ValueError(f"method {method!r} on a truncated joint: only 'em' fits one; use it, or an exact joint")
+        raise ValueError(
+            f"method {method!r} on a truncated joint: only 'em' fits one; use it, or an exact joint"
+        )
     needed = 8 * rank * tree.vocab_size**2 * (tree.horizon - 1)
     if anchored and needed > DEFAULT_MAX_BYTES:
         raise ValueError(

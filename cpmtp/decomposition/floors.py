@@ -1,4 +1,6 @@
-"""What no CP distribution of a given rank can beat, so that a reader sees how much a fit can still gain."""
+"""What no CP distribution of a given rank can beat, so that a reader sees how much a fit can still
+gain.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from torch import Tensor
 
 from cpmtp.joint_distribution import JointDistribution
 
-# An unfolding whose shorter side is longer than this is left out: its singular values would take minutes, and the floor
-# holds without it.
+# An unfolding whose shorter side is longer than this is left out: its singular values would take
+# minutes, and the floor holds without it.
 _LONGEST_SIDE = 2048
 
 
@@ -30,7 +32,8 @@ class RankFloors:
     kl_nats : (*batch, ranks) tensor
         The largest of the three below, at least 0.
     kl_from_total_correlation : (*batch, ranks) tensor
-        ``TC - (n-1) log r``, ``TC = sum_i H(x_i) - H(x)``; the least possible divergence itself at r = 1.
+        ``TC - (n-1) log r``, ``TC = sum_i H(x_i) - H(x)``; the least possible divergence itself at
+        r = 1.
     kl_from_mutual_information : (*batch, ranks) tensor
         ``max over splits I(block; block) - log r``.
     kl_from_unfoldings : (*batch, ranks) tensor
@@ -76,7 +79,9 @@ def rank_floors(joint: JointDistribution, ranks: Sequence[int]) -> RankFloors:
     shape = (*joint.batch_shape, len(ranks))
     flat = joint.probs.reshape(-1, *(joint.vocab_size,) * joint.horizon).double()
     rows = [_entry_floors(probs, ranks) for probs in flat]
-    error, correlation, information, unfolding = (torch.stack(column).reshape(shape) for column in zip(*rows, strict=True))
+    error, correlation, information, unfolding = (
+        torch.stack(column).reshape(shape) for column in zip(*rows, strict=True)
+    )
     largest = torch.maximum(torch.maximum(correlation, information), unfolding).clamp_min(0.0)
     return RankFloors(tuple(ranks), error, largest, correlation, information, unfolding)
 
@@ -85,10 +90,15 @@ def _entry_floors(probs: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor, 
     horizon, entropy = probs.ndim, _entropy(probs)
     logs = torch.tensor([math.log(rank) for rank in ranks], dtype=torch.float64)
     singles = [_entropy(_marginal(probs, (i,))) for i in range(horizon)]
-    information, tails = [torch.zeros((), dtype=torch.float64)], [torch.zeros(len(ranks), dtype=torch.float64)]
+    information, tails = (
+        [torch.zeros((), dtype=torch.float64)],
+        [torch.zeros(len(ranks), dtype=torch.float64)],
+    )
     for block in _splits(horizon):
         rest = tuple(i for i in range(horizon) if i not in block)
-        information.append(_entropy(_marginal(probs, block)) + _entropy(_marginal(probs, rest)) - entropy)
+        information.append(
+            _entropy(_marginal(probs, block)) + _entropy(_marginal(probs, rest)) - entropy
+        )
         rows = probs.shape[0] ** len(block)
         if rows <= _LONGEST_SIDE:
             energy = torch.linalg.svdvals(probs.permute(*block, *rest).reshape(rows, -1)).square()
@@ -104,7 +114,9 @@ def _entry_floors(probs: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor, 
 
 def _splits(horizon: int) -> list[tuple[int, ...]]:
     """One block, the shorter, of every split of the positions into two."""
-    blocks = [block for size in range(1, horizon // 2 + 1) for block in combinations(range(horizon), size)]
+    blocks = [
+        block for size in range(1, horizon // 2 + 1) for block in combinations(range(horizon), size)
+    ]
     return [block for block in blocks if 2 * len(block) < horizon or 0 in block]
 
 

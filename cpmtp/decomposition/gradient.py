@@ -12,20 +12,28 @@ from cpmtp.decomposition.expectation import Mixtures, Targets, expected_counts
 from cpmtp.decomposition.quasi_newton import minimise
 from cpmtp.decomposition.solution import Runs
 
-# Logits of a start's zeros: probability e^-40, from where a gradient can still bring an expert back.
+# Logits of a start's zeros: probability e^-40, from where a gradient can still bring an expert
+# back.
 _LOWEST_LOGIT = -40.0
-# Logits of rarer tokens are treated like those of this probability: their curvature says nothing about a whole step.
+# Logits of rarer tokens are treated like those of this probability: their curvature says nothing
+# about a whole step.
 _LEAST_CURVATURE = 1e-8
 
 
 def gradient_runs(
-    targets: Targets, start: Mixtures, *, max_iterations: int, tolerance: float, load_balancing: float = 0.0
+    targets: Targets,
+    start: Mixtures,
+    *,
+    max_iterations: int,
+    tolerance: float,
+    load_balancing: float = 0.0,
 ) -> Runs:
     """Fit every run from `start` by L-BFGS; each run on its own.
 
-    The gradient of the KL divergence in the logits is model minus expected counts, ``w_a - n_a`` and ``n_a A_i - N_i``, so one
-    pass of the expectation step gives both value and gradient and no tape is kept. Steps are scaled by the probabilities
-    ``w_a`` and ``w_a A_i``, with which the gradients of rare tokens vanish; without history such a step is close to one of
+    The gradient of the KL divergence in the logits is model minus expected counts, ``w_a - n_a``
+    and ``n_a A_i - N_i``, so one pass of the expectation step gives both value and gradient and no
+    tape is kept. Steps are scaled by the probabilities ``w_a`` and ``w_a A_i``, with which the
+    gradients of rare tokens vanish; without history such a step is close to one of
     expectation-maximisation.
 
     Parameters
@@ -35,8 +43,8 @@ def gradient_runs(
     tolerance : float
         A run stops when ten passes have gained less than this (nats).
     load_balancing : float
-        Adds ``load_balancing * sum_a w_a log(r w_a)`` (nats), zero at equal weights: the part of the mixture-of-experts
-        literature's loss that a single context leaves.
+        Adds ``load_balancing * sum_a w_a log(r w_a)`` (nats), zero at equal weights: the part of
+        the mixture-of-experts literature's loss that a single context leaves.
 
     References
     ----------
@@ -49,13 +57,21 @@ def gradient_runs(
         weight_gradient = mixtures.weights - counts.weights
         factor_gradient = mixtures.factors * counts.weights[:, None, :, None] - counts.factors
         value, value_gradient = _imbalance(mixtures.weights)
-        gradient = torch.cat([weight_gradient + load_balancing * value_gradient, factor_gradient.flatten(1)], 1)
+        gradient = torch.cat(
+            [weight_gradient + load_balancing * value_gradient, factor_gradient.flatten(1)], 1
+        )
         return counts.kl + load_balancing * value, gradient
 
     def curvature(logits: Tensor) -> Tensor:
         return logit_curvature(logits, start)
 
-    minima = minimise(evaluate, to_logits(start), curvature=curvature, max_passes=max_iterations, tolerance=tolerance)
+    minima = minimise(
+        evaluate,
+        to_logits(start),
+        curvature=curvature,
+        max_passes=max_iterations,
+        tolerance=tolerance,
+    )
     best = from_logits(minima.points, start)
     converged = torch.tensor(minima.converged, device=best.weights.device)
     iterations = torch.tensor([len(trace) - 1 for trace in minima.traces])
@@ -66,7 +82,13 @@ def gradient_runs(
 def to_logits(mixtures: Mixtures) -> Float[Tensor, "runs size"]:
     """Weights' logits, then all factors' logits."""
     lowest = math.exp(_LOWEST_LOGIT)
-    return torch.cat([mixtures.weights.clamp_min(lowest).log(), mixtures.factors.clamp_min(lowest).log().flatten(1)], 1)
+    return torch.cat(
+        [
+            mixtures.weights.clamp_min(lowest).log(),
+            mixtures.factors.clamp_min(lowest).log().flatten(1),
+        ],
+        1,
+    )
 
 
 def from_logits(logits: Float[Tensor, "runs size"], like: Mixtures) -> Mixtures:
@@ -76,14 +98,20 @@ def from_logits(logits: Float[Tensor, "runs size"], like: Mixtures) -> Mixtures:
     return Mixtures(logits[:, :rank].softmax(-1), factors.softmax(-1))
 
 
-def logit_curvature(logits: Float[Tensor, "runs size"], like: Mixtures) -> Float[Tensor, "runs size"]:
-    """Diagonal of the complete data's Fisher information: the probabilities of components, and of tokens with components."""
+def logit_curvature(
+    logits: Float[Tensor, "runs size"], like: Mixtures
+) -> Float[Tensor, "runs size"]:
+    """Diagonal of the complete data's Fisher information: the probabilities of components, and of
+    tokens with components.
+    """
     mixtures = from_logits(logits, like)
     tokens = mixtures.weights[:, None, :, None] * mixtures.factors
     return torch.cat([mixtures.weights, tokens.flatten(1)], 1).clamp_min(_LEAST_CURVATURE)
 
 
-def _imbalance(weights: Float[Tensor, "runs rank"]) -> tuple[Float[Tensor, " runs"], Float[Tensor, "runs rank"]]:
+def _imbalance(
+    weights: Float[Tensor, "runs rank"],
+) -> tuple[Float[Tensor, " runs"], Float[Tensor, "runs rank"]]:
     """``KL(w || uniform)`` and its gradient in the logits of w."""
     scores = torch.log(weights.clamp_min(1e-300) * weights.shape[1])
     value = (weights * scores).sum(1)

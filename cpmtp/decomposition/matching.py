@@ -1,4 +1,6 @@
-"""How alike two fits are component by component: a fit whose restarts disagree has no components to interpret."""
+"""How alike two fits are component by component: a fit whose restarts disagree has no components to
+interpret.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from cpmtp.drafts.cp_distribution import CPDistribution
 
 
 def factor_match_score(first: CPDistribution, second: CPDistribution) -> float:
-    """Mean over the best one-to-one matching of components of ``(1 - |w - v| / max(w, v)) prod_i cos(A_i, B_i)``.
+    """Mean over the best one-to-one matching of components of
+    ``(1 - |w - v| / max(w, v)) prod_i cos(A_i, B_i)``.
 
     Between 0 and 1; 1 only for the same components up to their order.
 
@@ -30,15 +33,19 @@ def factor_match_score(first: CPDistribution, second: CPDistribution) -> float:
     --------
     >>> half = torch.tensor([0.5, 0.5], dtype=torch.float64)
     >>> dist = CPDistribution(half, [torch.eye(2, dtype=torch.float64)] * 2)
-    >>> factor_match_score(dist, CPDistribution(half, [torch.eye(2, dtype=torch.float64).flip(1)] * 2))
+    >>> swapped = CPDistribution(half, [torch.eye(2, dtype=torch.float64).flip(1)] * 2)
+    >>> factor_match_score(dist, swapped)
     1.0
     """
     shapes = [(tuple(d.batch_shape), d.rank, d.horizon, d.vocab_size) for d in (first, second)]
     if shapes[0] != shapes[1] or shapes[0][0]:
         raise ValueError(
-            f"fits of (batch, rank, horizon, vocabulary) {shapes[0]} and {shapes[1]}: expected equal ones, no batch"
+            f"fits of (batch, rank, horizon, vocabulary) {shapes[0]} and {shapes[1]}: expected "
+            "equal ones, no batch"
         )
-    return _score(*(Mixtures(d.weights[None], torch.stack(list(d.factors)).mT[None]) for d in (first, second)))
+    return _score(
+        *(Mixtures(d.weights[None], torch.stack(list(d.factors)).mT[None]) for d in (first, second))
+    )
 
 
 def run_match_scores(runs: Runs, chosen: Int[Tensor, " items"], runs_per_item: int) -> Tensor:

@@ -34,8 +34,9 @@ def fit_path(
 ) -> tuple[FitResult, ...]:
     """One fit per rank in increasing order; the objective never rises with the rank.
 
-    Every rank is fitted from its own random starts and from the fit of the rank below with its heaviest components split.
-    Should all of them end above the rank below, that fit is kept, some of its components counted twice.
+    Every rank is fitted from its own random starts and from the fit of the rank below with its
+    heaviest components split. Should all of them end above the rank below, that fit is kept, some
+    of its components counted twice.
 
     Parameters
     ----------
@@ -64,10 +65,20 @@ def fit_path(
     True
     """
     if method not in KL_METHODS:
-        raise ValueError(f"method {method!r}: a path needs one that can start from a fit: {', '.join(KL_METHODS)}")
+        raise ValueError(
+            f"method {method!r}: a path needs one that can start from a fit: "
+            f"{', '.join(KL_METHODS)}"
+        )
     if not ranks:
         raise ValueError("no ranks: expected at least one")
-    plan = plan_of(joint, method, max_iterations=max_iterations, tolerance=tolerance, restarts=restarts, seed=seed)
+    plan = plan_of(
+        joint,
+        method,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        restarts=restarts,
+        seed=seed,
+    )
     check(joint, min(ranks), plan, anchored)
     problem, results = Problem.of(joint, anchored), []
     below: Solved | None = None
@@ -81,30 +92,41 @@ def fit_path(
 
 
 def _grown(mixtures: Mixtures, rank: int, seed: int) -> Mixtures:
-    """Components added until there are `rank`: disturbed copies of the heaviest, which give half their weight."""
+    """Components added until there are `rank`: disturbed copies of the heaviest, which give half
+    their weight.
+    """
     grown = mixtures
     generator = restart_generator(seed, rank)
     while grown.weights.shape[1] < rank:
         count = min(rank - grown.weights.shape[1], grown.weights.shape[1])
         shape = (*grown.factors.shape[1:2], count, grown.factors.shape[-1])
-        noise = torch.rand(shape, generator=generator, dtype=torch.float64).clamp_min(1e-12).log().neg() ** _SPLIT_SHARPNESS
+        noise = (
+            torch.rand(shape, generator=generator, dtype=torch.float64).clamp_min(1e-12).log().neg()
+            ** _SPLIT_SHARPNESS
+        )
         grown = _split(grown, count, noise.to(mixtures.factors) + 0.02)
     return grown
 
 
 def _split(mixtures: Mixtures, count: int, change: Tensor) -> Mixtures:
-    """The `count` heaviest components halved; the second halves' factors times `change`, normalised."""
+    """The `count` heaviest components halved; the second halves' factors times `change`,
+    normalised.
+    """
     heaviest = mixtures.weights.topk(count).indices
     half = mixtures.weights.gather(1, heaviest) / 2
     weights = torch.cat([mixtures.weights.scatter(1, heaviest, half), half], 1)
-    index = heaviest[:, None, :, None].expand(-1, mixtures.factors.shape[1], -1, mixtures.factors.shape[3])
+    index = heaviest[:, None, :, None].expand(
+        -1, mixtures.factors.shape[1], -1, mixtures.factors.shape[3]
+    )
     children = mixtures.factors.gather(2, index) * change
     children = children / children.sum(-1, keepdim=True)
     return Mixtures(weights, torch.cat([mixtures.factors, children], 2))
 
 
 def _better(best: Runs, below: Runs) -> Runs:
-    """The runs of the higher rank, or the lower rank's fit with components counted twice where they are worse."""
+    """The runs of the higher rank, or the lower rank's fit with components counted twice where they
+    are worse.
+    """
     worse = best.objective > below.objective
     if not bool(worse.any()):
         return best

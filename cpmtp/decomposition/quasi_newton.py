@@ -20,7 +20,9 @@ _LONGEST_STEP = 4.0
 
 @dataclass(frozen=True)
 class Minima:
-    """Best points found: (runs, size), values (runs,), whether each stopped gaining, and its values after every pass."""
+    """Best points found: (runs, size), values (runs,), whether each stopped gaining, and its values
+    after every pass.
+    """
 
     points: Float[Tensor, "runs size"]
     values: Float[Tensor, " runs"]
@@ -44,8 +46,8 @@ def minimise(
         ``(runs, points) -> (values, gradients)`` for the given run numbers, each run on its own.
     start : (runs, size) tensor
     curvature : callable
-        ``points -> (runs, size)``: a positive guess at the diagonal of each Hessian, up to a factor. The history begins from
-        its inverse at every step.
+        ``points -> (runs, size)``: a positive guess at the diagonal of each Hessian, up to a
+        factor. The history begins from its inverse at every step.
     max_passes : int
         Most evaluations of each run.
     tolerance : float
@@ -56,7 +58,11 @@ def minimise(
     nocedal2006numerical
     """
     alive = torch.arange(len(start), device=start.device)
-    points, values, converged = start.clone(), start.new_full((len(start),), torch.inf), [False] * len(start)
+    points, values, converged = (
+        start.clone(),
+        start.new_full((len(start),), torch.inf),
+        [False] * len(start),
+    )
     traces: tuple[list[float], ...] = tuple([] for _ in range(len(start)))
     x = start
     f, g = evaluate(alive, x)
@@ -66,7 +72,10 @@ def minimise(
         ended = record_passes([traces[run] for run in alive.tolist()], f.tolist(), spent, tolerance)
         for run, end in zip(alive.tolist(), ended, strict=True):
             converged[run] = end
-        going = [not end and len(traces[run]) <= max_passes for end, run in zip(ended, alive.tolist(), strict=True)]
+        going = [
+            not end and len(traces[run]) <= max_passes
+            for end, run in zip(ended, alive.tolist(), strict=True)
+        ]
         if not any(going):
             return Minima(points, values, tuple(converged), traces)
         keep = torch.tensor(going, device=start.device)
@@ -79,7 +88,9 @@ def minimise(
 
 @dataclass(frozen=True)
 class _History:
-    """The last steps, gradient changes and their reciprocal products (zero where a pair is of no use)."""
+    """The last steps, gradient changes and their reciprocal products (zero where a pair is of no
+    use).
+    """
 
     steps: list[Tensor]
     changes: list[Tensor]
@@ -88,7 +99,12 @@ class _History:
     def kept(self, keep: Tensor) -> _History:
         if bool(keep.all()):
             return self
-        return _History(*([values[keep] for values in field] for field in (self.steps, self.changes, self.reciprocals)))
+        return _History(
+            *(
+                [values[keep] for values in field]
+                for field in (self.steps, self.changes, self.reciprocals)
+            )
+        )
 
     def extended(self, step: Tensor, change: Tensor) -> _History:
         product = (step * change).sum(1)
@@ -98,10 +114,12 @@ class _History:
         return _History(*(field[-_MEMORY:] for field in pairs))
 
     def direction(self, gradient: Tensor, curvature: Tensor) -> Tensor:
-        """The two-loop recursion; downhill for every run, and nowhere longer than the longest step."""
+        """The two-loop recursion; downhill for every run, never longer than the longest step."""
         q, scale = gradient, gradient.new_ones(len(gradient), 1)
         factors = []
-        for step, change, reciprocal in zip(*map(reversed, (self.steps, self.changes, self.reciprocals)), strict=True):
+        for step, change, reciprocal in zip(
+            *map(reversed, (self.steps, self.changes, self.reciprocals)), strict=True
+        ):
             factors.append((reciprocal * (step * q).sum(1))[:, None])
             q = q - factors[-1] * change
         for change, reciprocal in zip(self.changes, self.reciprocals, strict=True):
@@ -109,7 +127,9 @@ class _History:
             length = (change.square() / curvature).sum(1)
             scale = torch.where(newest, 1 / (reciprocal * length).clamp_min(1e-300)[:, None], scale)
         q = scale * q / curvature
-        for step, change, reciprocal, factor in zip(self.steps, self.changes, self.reciprocals, reversed(factors), strict=True):
+        for step, change, reciprocal, factor in zip(
+            self.steps, self.changes, self.reciprocals, reversed(factors), strict=True
+        ):
             q = q + step * (factor - (reciprocal * (change * q).sum(1))[:, None])
         uphill = (q * gradient).sum(1, keepdim=True) <= 0
         q = torch.where(uphill, gradient / curvature, q)
@@ -117,7 +137,7 @@ class _History:
 
 
 def _backtrack(evaluate, alive: Tensor, point: tuple[Tensor, Tensor, Tensor], direction: Tensor):
-    """Halve each run's step until its value falls enough; a run that finds none stays where it is."""
+    """Shrink each run's step until its value falls enough; a run that finds none stays put."""
     x, f, g = (values.clone() for values in point)
     slope = (direction * g).sum(1)
     searching, size, spent = torch.arange(len(x), device=x.device), torch.ones_like(f), [0] * len(x)

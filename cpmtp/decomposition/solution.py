@@ -38,15 +38,28 @@ class Runs:
     raw: Tensor
 
     @classmethod
-    def of(cls, mixtures: Mixtures, objective: Tensor, converged: Tensor, iterations: Tensor, traces) -> Runs:
+    def of(
+        cls, mixtures: Mixtures, objective: Tensor, converged: Tensor, iterations: Tensor, traces
+    ) -> Runs:
         """Runs of a method that does not fail and has no raw answer."""
         raw = torch.full((len(objective), 3), torch.nan, dtype=torch.float64)
-        return cls(mixtures, objective, converged, iterations, ("",) * len(objective), tuple(map(tuple, traces)), raw)
+        return cls(
+            mixtures,
+            objective,
+            converged,
+            iterations,
+            ("",) * len(objective),
+            tuple(map(tuple, traces)),
+            raw,
+        )
 
     def __getitem__(self, index: Tensor) -> Runs:
         """The runs at `index` (long)."""
         chosen = index.tolist()
-        failures, traces = tuple(self.failures[i] for i in chosen), tuple(self.traces[i] for i in chosen)
+        failures, traces = (
+            tuple(self.failures[i] for i in chosen),
+            tuple(self.traces[i] for i in chosen),
+        )
         numbers = (self.objective[index], self.converged[index], self.iterations[index])
         return Runs(self.mixtures[index], *numbers, failures, traces, self.raw[index])
 
@@ -56,18 +69,23 @@ class Runs:
         return table.argmin(1) + runs_per_item * torch.arange(len(table), device=table.device)
 
 
-# Gains are compared over this many passes: a single pass of a fit that still moves can gain almost nothing.
+# Gains are compared over this many passes: a single pass of a fit that still moves can gain almost
+# nothing.
 _WINDOW = 10
-# Near a perfect fit the gain must also be small beside what is left, down to what float64 sums resolve.
+# Near a perfect fit the gain must also be small beside what is left, down to what float64 sums
+# resolve.
 _SHARE = 1e-3
 _RESOLUTION = 1e-10
 
 
-def record_passes(traces: list[list[float]], values: list[float], spent: list[int], tolerance: float) -> list[bool]:
-    """Append each run's objective, once for every pass it took; whether the run has stopped gaining.
+def record_passes(
+    traces: list[list[float]], values: list[float], spent: list[int], tolerance: float
+) -> list[bool]:
+    """Append each run's objective, once for every pass it took; whether the run has stopped
+    gaining.
 
-    It has when ten passes gained less than `tolerance` (the objective's unit) and less than a thousandth of a positive
-    objective.
+    It has when ten passes gained less than `tolerance` (the objective's unit) and less than a
+    thousandth of a positive objective.
     """
     for trace, value, passes in zip(traces, values, spent, strict=True):
         trace.extend([value] * passes)

@@ -21,8 +21,9 @@ from cpmtp.joint_distribution import JointDistribution
 SQUARED_ERROR_METHODS = ("als", "hals", "mu")
 KL_METHODS = ("em", "gradient", "acceptance")
 METHODS = (*SQUARED_ERROR_METHODS, *KL_METHODS)
-# Starts tried for a few sweeps for each restart: the best of four ends 3 to 5 % lower (code and prose joints, ranks 4 to 32)
-# for a third more sweeps. Half of them begin from marginals, half from fibres; sparse joints know no fibres.
+# Starts tried for a few sweeps for each restart: the best of four ends 3 to 5 % lower (code and
+# prose joints, ranks 4 to 32) for a third more sweeps. Half of them begin from marginals, half from
+# fibres; sparse joints know no fibres.
 _TRIALS = 4
 
 
@@ -65,11 +66,17 @@ class Solved:
     @classmethod
     def of(cls, runs: Runs, runs_per_item: int) -> Solved:
         chosen = runs.best_of(runs_per_item)
-        return cls(runs[chosen], runs.objective.reshape(-1, runs_per_item), run_match_scores(runs, chosen, runs_per_item))
+        return cls(
+            runs[chosen],
+            runs.objective.reshape(-1, runs_per_item),
+            run_match_scores(runs, chosen, runs_per_item),
+        )
 
 
 def solve(joint: JointDistribution, rank: int, plan: Plan, warm: Mixtures | None = None) -> Solved:
-    """Fit every entry of a joint with one batch axis, from random starts and, if given, from one more start each."""
+    """Fit every entry of a joint with one batch axis, from random starts and, if given, from one
+    more start each.
+    """
     if plan.method in SQUARED_ERROR_METHODS:
         runs = squared_error_runs(
             joint.probs,
@@ -86,19 +93,27 @@ def solve(joint: JointDistribution, rank: int, plan: Plan, warm: Mixtures | None
 
 
 def solve_counting(make_targets, marginals: Tensor, rank: int, plan: Plan) -> Solved:
-    """The same by ``em`` for targets that count for themselves: `make_targets` gives them for a number of runs per item."""
+    """The same by ``em`` for targets that count for themselves: `make_targets` gives them for a
+    number of runs per item.
+    """
     trials = _trials(rank)
     targets: CountingTargets = make_targets(plan.restarts * trials)
     starts = disturbed_marginals(marginals, rank, plan.restarts * trials, plan.seed)
     chosen, start = promising(targets, starts, trials)
-    runs = em_runs(targets[chosen], start, max_iterations=plan.max_iterations, tolerance=plan.tolerance)
+    runs = em_runs(
+        targets[chosen], start, max_iterations=plan.max_iterations, tolerance=plan.tolerance
+    )
     return Solved.of(runs, plan.restarts)
 
 
-def _started(joint: JointDistribution, rank: int, plan: Plan, warm: Mixtures | None) -> tuple[Targets, Mixtures, int]:
+def _started(
+    joint: JointDistribution, rank: int, plan: Plan, warm: Mixtures | None
+) -> tuple[Targets, Mixtures, int]:
     """Targets and a start for every run, and the number of runs per entry."""
     if has_core(joint):
-        parts = [_core_starts(Core.of(JointDistribution(probs)), rank, plan) for probs in joint.probs]
+        parts = [
+            _core_starts(Core.of(JointDistribution(probs)), rank, plan) for probs in joint.probs
+        ]
         targets, start = Targets.of(joint, plan.restarts), joined(parts)
     else:
         targets, start = _selected(joint, rank, plan)
@@ -122,17 +137,28 @@ def _tried(joint: JointDistribution, rank: int, plan: Plan) -> Mixtures:
     if rank == 1:
         return random_starts(joint, rank, plan.restarts, plan.seed)
     half = _TRIALS // 2
-    kinds = [make(joint, rank, plan.restarts * half, plan.seed) for make in (random_starts, fibre_starts)]
+    kinds = [
+        make(joint, rank, plan.restarts * half, plan.seed) for make in (random_starts, fibre_starts)
+    ]
     weights = torch.cat([kind.weights.unflatten(0, (-1, half)) for kind in kinds], 1).flatten(0, 1)
-    return Mixtures(weights, torch.cat([kind.factors.unflatten(0, (-1, half)) for kind in kinds], 1).flatten(0, 1))
+    return Mixtures(
+        weights,
+        torch.cat([kind.factors.unflatten(0, (-1, half)) for kind in kinds], 1).flatten(0, 1),
+    )
 
 
 def _core_starts(core: Core, rank: int, plan: Plan) -> Mixtures:
-    """The same on a joint's core, and on to convergence there: by gradients for `gradient`, otherwise by `em`."""
+    """The same on a joint's core, and on to convergence there: by gradients for `gradient`,
+    otherwise by `em`.
+    """
     targets, start = _selected(core.joint, rank, plan)
     if plan.method == "gradient":
         return core.lifted(_gradient(targets, start, plan).mixtures)
-    return core.lifted(em_runs(targets, start, max_iterations=plan.max_iterations, tolerance=plan.tolerance).mixtures)
+    return core.lifted(
+        em_runs(
+            targets, start, max_iterations=plan.max_iterations, tolerance=plan.tolerance
+        ).mixtures
+    )
 
 
 def _trials(rank: int) -> int:
@@ -157,10 +183,16 @@ def _kl_runs(joint: JointDistribution, targets: Targets, start: Mixtures, plan: 
         return em_runs(targets, start, max_iterations=passes, tolerance=tolerance)
     nearest = em_runs(targets, start, max_iterations=2 * passes, tolerance=tolerance)
     goal = (plan.rule, plan.first_token)
-    return acceptance_runs(joint, targets.owner, nearest.mixtures, goal, max_iterations=passes, tolerance=tolerance)
+    return acceptance_runs(
+        joint, targets.owner, nearest.mixtures, goal, max_iterations=passes, tolerance=tolerance
+    )
 
 
 def _gradient(targets: Targets, start: Mixtures, plan: Plan) -> Runs:
     return gradient_runs(
-        targets, start, max_iterations=plan.max_iterations, tolerance=plan.tolerance, load_balancing=plan.load_balancing
+        targets,
+        start,
+        max_iterations=plan.max_iterations,
+        tolerance=plan.tolerance,
+        load_balancing=plan.load_balancing,
     )

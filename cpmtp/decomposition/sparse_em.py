@@ -1,4 +1,6 @@
-"""The expectation step on a truncated joint: sums over kept n-grams instead of matrix products with all of them."""
+"""The expectation step on a truncated joint: sums over kept n-grams instead of matrix products with
+all of them.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from torch import Tensor
 from cpmtp.decomposition.expectation import Counts, Mixtures
 from cpmtp.prefix_tree import PrefixTree
 
-# The most probable prefixes that a fit looks at one by one; the mass of the others counts for the prefixes they extend.
+# The most probable prefixes that a fit looks at one by one; the mass of the others counts for the
+# prefixes they extend.
 _MOST_CELLS = 1 << 17
 _CELLS_AT_ONCE = 1 << 14
 _TINY = 1e-290
@@ -21,7 +24,8 @@ _ROUNDING = 1e-14
 
 @dataclass(frozen=True)
 class Cells:
-    """A law over prefixes of mixed lengths: each stands for all its continuations that are not listed themselves.
+    """A law over prefixes of mixed lengths: each stands for all its continuations that are not
+    listed themselves.
 
     Attributes
     ----------
@@ -39,8 +43,8 @@ class Cells:
 class TreeTargets:
     """Truncated joints as targets of a fit.
 
-    The objective is ``sum_cells w log(w / Q(prefix))``: never above ``KL(P || Q)``, because a coarser view of two laws brings
-    them nearer, and equal to it for a tree of everything.
+    The objective is ``sum_cells w log(w / Q(prefix))``: never above ``KL(P || Q)``, because a
+    coarser view of two laws brings them nearer, and equal to it for a tree of everything.
 
     Attributes
     ----------
@@ -69,14 +73,28 @@ class TreeTargets:
     def expected_counts(self, mixtures: Mixtures) -> Counts:
         """The expectation step for every run, and the objective it started from."""
         counts = [self._count(int(item), mixtures[run]) for run, item in enumerate(self.owner)]
-        return Counts(*(torch.stack(fields) for fields in zip(*(vars(c).values() for c in counts), strict=True)))
+        return Counts(
+            *(
+                torch.stack(fields)
+                for fields in zip(*(vars(c).values() for c in counts), strict=True)
+            )
+        )
 
     def _count(self, item: int, mixture: Mixtures) -> Counts:
         cells = self.items[item]
-        # A token's probabilities in all components lie side by side; the token beyond the end has ones.
-        factors = torch.cat([mixture.factors.mT, mixture.factors.new_ones(*mixture.factors.mT[:, :1].shape)], 1)
-        pulls, weights, log_likelihood = torch.zeros_like(factors), torch.zeros_like(mixture.weights), 0.0
-        for tokens, mass in zip(cells.tokens.split(_CELLS_AT_ONCE), cells.weights.split(_CELLS_AT_ONCE), strict=True):
+        # A token's probabilities in all components lie side by side; the token beyond the end has
+        # ones.
+        factors = torch.cat(
+            [mixture.factors.mT, mixture.factors.new_ones(*mixture.factors.mT[:, :1].shape)], 1
+        )
+        pulls, weights, log_likelihood = (
+            torch.zeros_like(factors),
+            torch.zeros_like(mixture.weights),
+            0.0,
+        )
+        for tokens, mass in zip(
+            cells.tokens.split(_CELLS_AT_ONCE), cells.weights.split(_CELLS_AT_ONCE), strict=True
+        ):
             share = mixture.weights.expand(len(tokens), -1).clone()
             for factor, token in zip(factors, tokens.T, strict=True):
                 share *= factor.index_select(0, token)
@@ -87,11 +105,16 @@ class TreeTargets:
             for pull, token in zip(pulls, tokens.T, strict=True):
                 pull.index_add_(0, token, share)
         negative_entropy = float(torch.special.xlogy(cells.weights, cells.weights).sum())
-        return Counts(weights, pulls[:, :-1].mT, torch.tensor(negative_entropy - log_likelihood, dtype=weights.dtype))
+        return Counts(
+            weights,
+            pulls[:, :-1].mT,
+            torch.tensor(negative_entropy - log_likelihood, dtype=weights.dtype),
+        )
 
 
 def tree_cells(tree: PrefixTree, most: int = _MOST_CELLS) -> Cells:
-    """The kept prefixes of a tree as cells: each with its probability less that of its own kept continuations.
+    """The kept prefixes of a tree as cells: each with its probability less that of its own kept
+    continuations.
 
     Examples
     --------

@@ -10,7 +10,8 @@ from cpmtp.joint_distribution import JointDistribution
 
 # Share of a start that is the plain marginal: every component can reach every possible token.
 _BACKGROUND = 0.02
-# Exponential noise to this power: components that differ a lot at the start end in better optima (measured against 1, 2, 4).
+# Exponential noise to this power: components that differ a lot at the start end in better optima
+# (measured against 1, 2, 4).
 _SHARPNESS = 3.0
 # The same share in starts from fibres.
 _FIBRE_BACKGROUND = 0.05
@@ -19,14 +20,16 @@ _AT_ONCE = 1 << 22
 
 
 def restart_generator(seed: int, restart: int) -> torch.Generator:
-    """Random numbers of one restart: the same whatever the number of restarts and joints beside it."""
+    """Random numbers of one restart: the same however many restarts and joints are beside it."""
     return torch.Generator().manual_seed((seed * 1_000_003 + restart) % (1 << 63))
 
 
 def random_starts(joint: JointDistribution, rank: int, restarts: int, seed: int) -> Mixtures:
-    """Equal weights and the joint's marginals, disturbed by exponential noise; (items * restarts) runs.
+    """Equal weights and the joint's marginals, disturbed by exponential noise; (items * restarts)
+    runs.
 
-    The noise depends on seed and restart alone, so a joint's fit does not depend on what else is in its batch.
+    The noise depends on seed and restart alone, so a joint's fit does not depend on what else is in
+    its batch.
     """
     return disturbed_marginals(stacked_marginals(joint), rank, restarts, seed)
 
@@ -35,7 +38,9 @@ def disturbed_marginals(marginals: Tensor, rank: int, restarts: int, seed: int) 
     """The same from the marginals themselves, (items, horizon, vocab)."""
     items, horizon, vocab = marginals.shape
     shape = (horizon, rank, vocab)
-    noise = torch.stack([_exponential(shape, restart_generator(seed, restart)) for restart in range(restarts)])
+    noise = torch.stack(
+        [_exponential(shape, restart_generator(seed, restart)) for restart in range(restarts)]
+    )
     disturbed = marginals[:, None, :, None, :] * (noise.to(marginals) ** _SHARPNESS + _BACKGROUND)
     factors = (disturbed / disturbed.sum(-1, keepdim=True)).reshape(items * restarts, *shape)
     return Mixtures(factors.new_full((items * restarts, rank), 1 / rank), factors)
@@ -44,34 +49,47 @@ def disturbed_marginals(marginals: Tensor, rank: int, restarts: int, seed: int) 
 def fibre_starts(joint: JointDistribution, rank: int, restarts: int, seed: int) -> Mixtures:
     """Components around sequences of the joint's own; (items * restarts) runs.
 
-    `rank` sequences are drawn without replacement, with probabilities in proportion to the square roots of theirs. Factor i
-    of a component is the law of x_i where all other tokens are as in its sequence (the joint's fibre through it), with a
-    little of the marginal. A peaked joint has most of its mass in few sequences, and starts from marginals give them to all
-    components alike.
+    `rank` sequences are drawn without replacement, with probabilities in proportion to the square
+    roots of theirs. Factor i of a component is the law of x_i where all other tokens are as in its
+    sequence (the joint's fibre through it), with a little of the marginal. A peaked joint has most
+    of its mass in few sequences, and starts from marginals give them to all components alike.
     """
     marginals = stacked_marginals(joint)
     flat = joint.probs.double().reshape(len(marginals), -1)
     generators = [restart_generator(seed, -1 - restart) for restart in range(restarts)]
-    parts = [_fibres(flat, _drawn_sequences(flat, rank, generator), marginals) for generator in generators]
+    parts = [
+        _fibres(flat, _drawn_sequences(flat, rank, generator), marginals)
+        for generator in generators
+    ]
     weights = torch.stack([part.weights for part in parts], 1).flatten(0, 1)
     return Mixtures(weights, torch.stack([part.factors for part in parts], 1).flatten(0, 1))
 
 
 def _drawn_sequences(flat: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """Numbers of `rank` sequences of each item, (items, rank): an exponential race at the square roots of their masses."""
-    keys, numbers = flat.new_empty(len(flat), 0), torch.empty(len(flat), 0, dtype=torch.long, device=flat.device)
+    """Numbers of `rank` sequences of each item, (items, rank): an exponential race at the square
+    roots of their masses.
+    """
+    keys, numbers = (
+        flat.new_empty(len(flat), 0),
+        torch.empty(len(flat), 0, dtype=torch.long, device=flat.device),
+    )
     for start in range(0, flat.shape[1], _AT_ONCE):
         part = flat[:, start : start + _AT_ONCE]
         times = _exponential((part.shape[1],), generator).to(flat).clamp_min_(1e-12)
         here = (part / times.square()).topk(min(rank, part.shape[1]), 1)
-        keys, numbers = torch.cat([keys, here.values], 1), torch.cat([numbers, here.indices + start], 1)
+        keys, numbers = (
+            torch.cat([keys, here.values], 1),
+            torch.cat([numbers, here.indices + start], 1),
+        )
     order = keys.topk(min(rank, keys.shape[1]), 1).indices
     # A rank above the number of sequences: some components begin alike.
     return numbers.gather(1, order)[:, torch.arange(rank, device=flat.device) % order.shape[1]]
 
 
 def _fibres(flat: Tensor, sequences: Tensor, marginals: Tensor) -> Mixtures:
-    """One run per item: weights by the roots of the sequences' probabilities, factors along the fibres."""
+    """One run per item: weights by the roots of the sequences' probabilities, factors along the
+    fibres.
+    """
     items, horizon, vocab = marginals.shape
     factors = []
     for position in range(horizon):
@@ -89,12 +107,16 @@ def _fibres(flat: Tensor, sequences: Tensor, marginals: Tensor) -> Mixtures:
 
 def stacked_marginals(joint: JointDistribution) -> Tensor:
     """The law of each position, (items, horizon, vocab), float64, summing to one exactly."""
-    stacked = torch.stack(joint.marginals(), -2).double().reshape(-1, joint.horizon, joint.vocab_size)
+    stacked = (
+        torch.stack(joint.marginals(), -2).double().reshape(-1, joint.horizon, joint.vocab_size)
+    )
     return stacked / stacked.sum(-1, keepdim=True)
 
 
 def marginal_products(joint: JointDistribution, rank: int) -> Mixtures:
-    """The product of the marginals, `rank` equal components: the answer of last resort; one run per joint."""
+    """The product of the marginals, `rank` equal components: the answer of last resort; one run per
+    joint.
+    """
     return repeated_marginals(stacked_marginals(joint), rank)
 
 

@@ -1,4 +1,6 @@
-"""The canonical polyadic (CP) distribution: a mixture of product distributions. The one place CP algebra lives."""
+"""The canonical polyadic (CP) distribution: a mixture of product distributions. The one place CP
+algebra lives.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ _SIMPLEX_TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class CPDistribution:
-    """``Q(x) = sum_a w_a prod_i A_i[x_i, a]`` with the weights and every factor column on the simplex.
+    """``Q(x) = sum_a w_a prod_i A_i[x_i, a]`` with the weights and every factor column on the
+    simplex.
 
     Attributes
     ----------
@@ -27,7 +30,8 @@ class CPDistribution:
     Raises
     ------
     ValueError
-        If shapes do not match, or an entry is negative, not finite, or a column does not sum to one (within 1e-5).
+        If shapes do not match, or an entry is negative, not finite, or a column does not sum to one
+        (within 1e-5).
 
     Examples
     --------
@@ -52,7 +56,9 @@ class CPDistribution:
         expected = (*self.weights.shape[:-1], self.factors[0].shape[-2], self.weights.shape[-1])
         for position, factor in enumerate(self.factors):
             if tuple(factor.shape) != expected:
-                raise ValueError(f"factor {position} has shape {tuple(factor.shape)}: expected {expected}")
+                raise ValueError(
+                    f"factor {position} has shape {tuple(factor.shape)}: expected {expected}"
+                )
             _check_simplex(factor.detach(), -2, f"the columns of factor {position}")
         _check_simplex(self.weights.detach(), -1, "the weights")
 
@@ -97,7 +103,9 @@ class CPDistribution:
         rows = self.weights.unsqueeze(-2) * self.factors[0]
         for factor in self.factors[1 : length - 1]:
             rows = (rows.unsqueeze(-2) * factor.unsqueeze(-3)).flatten(-3, -2)
-        return (rows @ self.factors[length - 1].mT).reshape(*self.batch_shape, *(self.vocab_size,) * length)
+        return (rows @ self.factors[length - 1].mT).reshape(
+            *self.batch_shape, *(self.vocab_size,) * length
+        )
 
     def marginal(self, length: int) -> CPDistribution:
         """The CP distribution of the first `length` tokens."""
@@ -116,7 +124,8 @@ class CPDistribution:
         return total
 
     def log_prob(self, tokens: Int[Tensor, "... length"]) -> Float[Tensor, "..."]:
-        """Log-probability (nats) that the next tokens begin with `tokens`, of any length up to the horizon.
+        """Log-probability (nats) that the next tokens begin with `tokens`, of any length up to the
+        horizon.
 
         The leading axes of `tokens` are the batch axes followed by any others.
         """
@@ -138,24 +147,38 @@ class CPDistribution:
         """
         self._check_tokens(prefix)
         if prefix.shape[-1] >= self.horizon:
-            raise ValueError(f"a prefix of {prefix.shape[-1]} tokens leaves nothing of a horizon of {self.horizon}")
+            raise ValueError(
+                f"a prefix of {prefix.shape[-1]} tokens leaves nothing of a horizon of "
+                f"{self.horizon}"
+            )
         return CPDistribution(self._posterior(prefix), self.factors[prefix.shape[-1] :])
 
-    def next_token_probs(self, prefix: Int[Tensor, "*batch length"]) -> Float[Tensor, "*batch vocab"]:
-        """The law of the token after `prefix` (may be empty): factors mixed by the posterior weights."""
+    def next_token_probs(
+        self, prefix: Int[Tensor, "*batch length"]
+    ) -> Float[Tensor, "*batch vocab"]:
+        """The law of the token after `prefix` (may be empty): factors mixed by the posterior
+        weights.
+        """
         self._check_tokens(prefix)
         if prefix.shape[-1] >= self.horizon:
-            raise ValueError(f"a prefix of {prefix.shape[-1]} tokens leaves nothing of a horizon of {self.horizon}")
+            raise ValueError(
+                f"a prefix of {prefix.shape[-1]} tokens leaves nothing of a horizon of "
+                f"{self.horizon}"
+            )
         posterior = self._posterior(prefix)
         return (self.factors[prefix.shape[-1]] @ posterior.unsqueeze(-1)).squeeze(-1)
 
-    def sample(self, count: int, *, generator: torch.Generator | None = None, seed: int = 0) -> Int[Tensor, "..."]:
+    def sample(
+        self, count: int, *, generator: torch.Generator | None = None, seed: int = 0
+    ) -> Int[Tensor, "..."]:
         """Draw `count` sequences, (*batch, count, horizon).
 
         Draws from `generator`, or from a new one made of `seed`.
         """
         generator = generator or torch.Generator(self.weights.device).manual_seed(seed)
-        component = _draw(self.weights.unsqueeze(-2).expand(*self.batch_shape, count, self.rank), generator)
+        component = _draw(
+            self.weights.unsqueeze(-2).expand(*self.batch_shape, count, self.rank), generator
+        )
         tokens = []
         for factor in self.factors:
             index = component.unsqueeze(-1).expand(*component.shape, self.vocab_size)
@@ -167,8 +190,12 @@ class CPDistribution:
         from tensorly.cp_tensor import CPTensor
 
         if self.batch_shape:
-            raise ValueError(f"TensorLy has no batch axes: select one of {tuple(self.batch_shape)} first")
-        return CPTensor((self.weights.detach().cpu().numpy(), [f.detach().cpu().numpy() for f in self.factors]))
+            raise ValueError(
+                f"TensorLy has no batch axes: select one of {tuple(self.batch_shape)} first"
+            )
+        return CPTensor(
+            (self.weights.detach().cpu().numpy(), [f.detach().cpu().numpy() for f in self.factors])
+        )
 
     def _posterior(self, prefix: Tensor) -> Tensor:
         scores = self.weights.log().expand(*prefix.shape[:-1], self.rank)
@@ -186,23 +213,40 @@ class CPDistribution:
         if not self.batch_shape:
             return factor[tokens]
         batch = len(self.batch_shape)
-        flat = tokens.reshape(*self.batch_shape, -1) if tokens.ndim > batch else tokens.unsqueeze(-1)
+        flat = (
+            tokens.reshape(*self.batch_shape, -1) if tokens.ndim > batch else tokens.unsqueeze(-1)
+        )
         rows = factor.gather(-2, flat.unsqueeze(-1).expand(*flat.shape, self.rank))
         return rows.reshape(*tokens.shape, self.rank)
 
     def _lead(self, values: Tensor, tokens: Tensor) -> Tensor:
         extra = tokens.ndim - 1 - len(self.batch_shape)
-        return values.reshape(*self.batch_shape, *(1,) * max(extra, 0), self.rank) if self.batch_shape else values
+        return (
+            values.reshape(*self.batch_shape, *(1,) * max(extra, 0), self.rank)
+            if self.batch_shape
+            else values
+        )
 
     def _check_tokens(self, tokens: Tensor) -> None:
         if tokens.is_floating_point() or tokens.ndim == 0:
-            raise ValueError(f"tokens of {tokens.dtype} and shape {tuple(tokens.shape)}: expected integer ids, (…, length)")
+            raise ValueError(
+                f"tokens of {tokens.dtype} and shape {tuple(tokens.shape)}: expected integer ids, "
+                "(…, length)"
+            )
         if tokens.shape[-1] > self.horizon:
-            raise ValueError(f"{tokens.shape[-1]} tokens for a horizon of {self.horizon}: give at most that many")
+            raise ValueError(
+                f"{tokens.shape[-1]} tokens for a horizon of {self.horizon}: give at most that many"
+            )
         if tuple(tokens.shape[: len(self.batch_shape)]) != tuple(self.batch_shape):
-            raise ValueError(f"tokens of shape {tuple(tokens.shape)}: their leading axes must be {tuple(self.batch_shape)}")
+            raise ValueError(
+                f"tokens of shape {tuple(tokens.shape)}: their leading axes must be "
+                f"{tuple(self.batch_shape)}"
+            )
         if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
-            raise ValueError(f"tokens must be in [0, {self.vocab_size}): got {int(tokens.min())} to {int(tokens.max())}")
+            raise ValueError(
+                f"tokens must be in [0, {self.vocab_size}): got {int(tokens.min())} to "
+                f"{int(tokens.max())}"
+            )
 
 
 def normalised_cp(weights: Tensor, factors: list[Tensor]) -> CPDistribution:
@@ -213,7 +257,9 @@ def normalised_cp(weights: Tensor, factors: list[Tensor]) -> CPDistribution:
     columns = []
     for factor in factors:
         sums = factor.sum(-2, keepdim=True)
-        columns.append(torch.where(sums > 0, factor / torch.where(sums > 0, sums, 1.0), 1.0 / factor.shape[-2]))
+        columns.append(
+            torch.where(sums > 0, factor / torch.where(sums > 0, sums, 1.0), 1.0 / factor.shape[-2])
+        )
         weights = weights * sums.squeeze(-2)
     total = weights.sum(-1, keepdim=True)
     if not bool((total > 0).all()) or not bool(torch.isfinite(total).all()):
@@ -221,7 +267,9 @@ def normalised_cp(weights: Tensor, factors: list[Tensor]) -> CPDistribution:
     return CPDistribution(weights / total, tuple(columns))
 
 
-def khatri_rao(factors: list[Float[Tensor, "*batch vocab rank"]]) -> Float[Tensor, "*batch rows rank"]:
+def khatri_rao(
+    factors: list[Float[Tensor, "*batch vocab rank"]],
+) -> Float[Tensor, "*batch rows rank"]:
     """Columnwise Kronecker product, first factor slowest: (…, prod of vocab, rank)."""
     product = factors[0]
     for factor in factors[1:]:
@@ -231,7 +279,9 @@ def khatri_rao(factors: list[Float[Tensor, "*batch vocab rank"]]) -> Float[Tenso
 
 def from_numpy(weights: np.ndarray, factors: list[np.ndarray]) -> tuple[Tensor, list[Tensor]]:
     """NumPy arrays to float64 tensors."""
-    return torch.from_numpy(np.asarray(weights, np.float64)), [torch.from_numpy(np.array(f, np.float64)) for f in factors]
+    return torch.from_numpy(np.asarray(weights, np.float64)), [
+        torch.from_numpy(np.array(f, np.float64)) for f in factors
+    ]
 
 
 def _draw(probs: Tensor, generator: torch.Generator) -> Tensor:
@@ -244,4 +294,7 @@ def _check_simplex(values: Tensor, dim: int, what: str) -> None:
     if not bool((values >= 0).all()):
         raise ValueError(f"{what} must be non-negative and finite: found a negative entry or NaN")
     if not bool(((total - 1).abs() <= _SIMPLEX_TOLERANCE).all()):
-        raise ValueError(f"{what} must sum to 1: a sum is off by {(total - 1).abs().max().item():.3g}; normalise them first")
+        raise ValueError(
+            f"{what} must sum to 1: a sum is off by {(total - 1).abs().max().item():.3g}; "
+            "normalise them first"
+        )

@@ -13,7 +13,8 @@ from torch import Tensor
 from cpmtp.drafts.cp_distribution import CPDistribution, khatri_rao
 from cpmtp.joint_distribution import JointDistribution
 
-# Entries of the joint compared at once: the working set is a few blocks of this size, however large the joint.
+# Entries of the joint compared at once: the working set is a few blocks of this size, however large
+# the joint.
 _BLOCK = 1 << 18
 
 
@@ -40,21 +41,22 @@ class Divergences:
 
 
 def divergences(joint: JointDistribution, draft: CPDistribution | JointDistribution) -> Divergences:
-    """Kullback-Leibler divergence, total variation, relative Frobenius error and Hellinger distance of Q from P.
+    """Kullback-Leibler divergence, total variation, relative Frobenius error and Hellinger distance
+    of Q from P.
 
     Parameters
     ----------
     joint : JointDistribution
         The target P, with or without batch axes.
     draft : CPDistribution or JointDistribution
-        The draft Q over the same tokens and batch axes; or an anchored one: one batch axis (vocab,) more and horizon n-1,
-        whose joint law is ``P(x1) Q_{x1}(x_2:n)``.
+        The draft Q over the same tokens and batch axes; or an anchored one: one batch axis (vocab,)
+        more and horizon n-1, whose joint law is ``P(x1) Q_{x1}(x_2:n)``.
 
     Returns
     -------
     Divergences
-        Floats for an unbatched joint, (*batch,) tensors otherwise. Never NaN: a zero of P adds nothing to the KL divergence,
-        a zero of Q where P is positive makes it infinite.
+        Floats for an unbatched joint, (*batch,) tensors otherwise. Never NaN: a zero of P adds
+        nothing to the KL divergence, a zero of Q where P is positive makes it infinite.
 
     Raises
     ------
@@ -70,7 +72,8 @@ def divergences(joint: JointDistribution, draft: CPDistribution | JointDistribut
     >>> from cpmtp.drafts.cp_distribution import CPDistribution
     >>> joint = JointDistribution(torch.tensor([[0.5, 0.0], [0.0, 0.5]], dtype=torch.float64))
     >>> half = torch.full((2, 1), 0.5, dtype=torch.float64)
-    >>> result = divergences(joint, CPDistribution(torch.ones(1, dtype=torch.float64), [half, half]))
+    >>> draft = CPDistribution(torch.ones(1, dtype=torch.float64), [half, half])
+    >>> result = divergences(joint, draft)
     >>> round(result.kl_nats, 4), result.total_variation, result.relative_frobenius
     (0.6931, 0.5, 0.7071067811865476)
     """
@@ -92,21 +95,31 @@ def is_anchored(joint: JointDistribution, draft: CPDistribution | JointDistribut
     """
     if draft.vocab_size != joint.vocab_size:
         raise ValueError(
-            f"the draft is over {draft.vocab_size} tokens and the joint over {joint.vocab_size}: use one vocabulary for both"
+            f"the draft is over {draft.vocab_size} tokens and the joint over {joint.vocab_size}: "
+            "use one vocabulary for both"
         )
     if draft.horizon == joint.horizon and draft.batch_shape == joint.batch_shape:
         return False
-    if draft.horizon == joint.horizon - 1 and draft.batch_shape == (*joint.batch_shape, joint.vocab_size):
+    if draft.horizon == joint.horizon - 1 and draft.batch_shape == (
+        *joint.batch_shape,
+        joint.vocab_size,
+    ):
         return True
     raise ValueError(
-        f"a draft of horizon {draft.horizon} and batch axes {tuple(draft.batch_shape)} does not fit a joint of horizon "
-        f"{joint.horizon} and batch axes {tuple(joint.batch_shape)}: expected the same, or an anchored draft (horizon n-1, "
+        f"a draft of horizon {draft.horizon} and batch axes {tuple(draft.batch_shape)} does not "
+        "fit a joint of horizon "
+        f"{joint.horizon} and batch axes {tuple(joint.batch_shape)}: expected the same, or an "
+        "anchored draft (horizon n-1, "
         "one more batch axis of the vocabulary's length)"
     )
 
 
-def _entries(joint: JointDistribution, draft, anchored: bool) -> Iterator[tuple[Tensor, Callable[[slice], Tensor]]]:
-    """Pairs of one batch entry's probabilities as a matrix (vocab, rest) and a reader of the draft's rows."""
+def _entries(
+    joint: JointDistribution, draft, anchored: bool
+) -> Iterator[tuple[Tensor, Callable[[slice], Tensor]]]:
+    """Pairs of one batch entry's probabilities as a matrix (vocab, rest) and a reader of the
+    draft's rows.
+    """
     vocab = joint.vocab_size
     for item, probs in enumerate(joint.probs.reshape(-1, vocab, vocab ** (joint.horizon - 1))):
         if isinstance(draft, JointDistribution):
@@ -114,7 +127,12 @@ def _entries(joint: JointDistribution, draft, anchored: bool) -> Iterator[tuple[
             scale = probs.sum(1, keepdim=True) if anchored else torch.ones_like(probs[:, :1])
             yield probs, _dense_reader(scale, dense)
         elif anchored:
-            yield probs, _anchored_reader(probs.sum(1), _flat(draft, 1 + len(joint.batch_shape), item * vocab, vocab))
+            yield (
+                probs,
+                _anchored_reader(
+                    probs.sum(1), _flat(draft, 1 + len(joint.batch_shape), item * vocab, vocab)
+                ),
+            )
         else:
             yield probs, _plain_reader(*_flat(draft, len(joint.batch_shape), item, 1))
 
@@ -126,7 +144,9 @@ def _dense_reader(scale: Tensor, dense: Tensor) -> Callable[[slice], Tensor]:
 def _flat(draft: CPDistribution, axes: int, start: int, count: int) -> tuple[Tensor, list[Tensor]]:
     """Weights and factors of `count` entries of the flattened first `axes` axes."""
     weights = draft.weights.reshape(-1, draft.rank)[start : start + count]
-    factors = [f.reshape(-1, draft.vocab_size, draft.rank)[start : start + count] for f in draft.factors]
+    factors = [
+        f.reshape(-1, draft.vocab_size, draft.rank)[start : start + count] for f in draft.factors
+    ]
     return weights, factors
 
 
@@ -158,4 +178,9 @@ def _entry_divergences(probs: Tensor, read) -> tuple[float, float, float, float]
         sums[4] += (p.sqrt() - q.sqrt()).square_().sum()
     kl, variation, squared_error, squared_norm, hellinger = sums.tolist()
     # Rounding can leave an exact fit a hair below zero.
-    return max(kl, 0.0), 0.5 * variation, math.sqrt(squared_error / squared_norm), math.sqrt(0.5 * hellinger)
+    return (
+        max(kl, 0.0),
+        0.5 * variation,
+        math.sqrt(squared_error / squared_norm),
+        math.sqrt(0.5 * hellinger),
+    )

@@ -17,14 +17,18 @@ Draft = CPDistribution | JointDistribution | LanguageModel
 DraftLaw = Callable[[Tensor], Tensor]
 
 
-def draft_next_token_law(draft: Draft, context: Int[Tensor, " time"] | None, law: SamplingLaw) -> DraftLaw:
-    """A function from prefixes (count, length) to next-token probabilities (count, vocab) of the draft, float64.
+def draft_next_token_law(
+    draft: Draft, context: Int[Tensor, " time"] | None, law: SamplingLaw
+) -> DraftLaw:
+    """A function from prefixes (count, length) to next-token probabilities (count, vocab) of the
+    draft, float64.
 
     Parameters
     ----------
     draft : CPDistribution, JointDistribution or LanguageModel
-        The first two over all tokens of the horizon, or, with one batch axis (vocab,), anchored: told the first token. They
-        may be conditioned on a first token to which they give no mass; then they speak of the others as if it were unknown.
+        The first two over all tokens of the horizon, or, with one batch axis (vocab,), anchored:
+        told the first token. They may be conditioned on a first token to which they give no mass;
+        then they speak of the others as if it were unknown.
     context : (time,) long tensor, optional
         Needed by a language model only.
     law : SamplingLaw
@@ -45,13 +49,17 @@ def draft_next_token_law(draft: Draft, context: Int[Tensor, " time"] | None, law
     """
     if not isinstance(draft, CPDistribution | JointDistribution):
         if context is None:
-            raise ValueError("a language model as draft needs the context that the target was given: pass context=")
+            raise ValueError(
+                "a language model as draft needs the context that the target was given: pass "
+                "context="
+            )
         return lambda prefixes: conditional_probs(draft, context, prefixes, law)
     if not draft.batch_shape:
         return lambda prefixes: law.process(_law_of_all(draft, prefixes))
     if tuple(draft.batch_shape) != (draft.vocab_size,):
         raise ValueError(
-            f"a draft with batch axes {tuple(draft.batch_shape)}: expected none, or one of {draft.vocab_size} (one draft per "
+            f"a draft with batch axes {tuple(draft.batch_shape)}: expected none, or one of "
+            f"{draft.vocab_size} (one draft per "
             "first token)"
         )
     return lambda prefixes: law.process(_anchored_law(draft, prefixes))
@@ -64,13 +72,18 @@ def is_anchored(draft: Draft) -> bool:
 
 def draft_horizon(draft: Draft) -> int | None:
     """How many tokens the draft covers, the first one included; None: any number."""
-    return draft.horizon + is_anchored(draft) if isinstance(draft, CPDistribution | JointDistribution) else None
+    return (
+        draft.horizon + is_anchored(draft)
+        if isinstance(draft, CPDistribution | JointDistribution)
+        else None
+    )
 
 
 def _law_of_all(draft: CPDistribution | JointDistribution, prefixes: Tensor) -> Tensor:
     if prefixes.shape[1] == 0:
         return _raw_law(draft, prefixes)
-    # A first token of the target's that the draft excludes has no posterior: the rest goes on as if it had not been told.
+    # A first token of the target's that the draft excludes has no posterior: the rest goes on as if
+    # it had not been told.
     excluded = _raw_law(draft, prefixes[:1, :0])[0, prefixes[:, 0]] == 0
     if not bool(excluded.any()):
         return _raw_law(draft, prefixes)
@@ -99,23 +112,39 @@ def _raw_law(draft: CPDistribution | JointDistribution, prefixes: Tensor) -> Ten
 
 def _anchored_law(draft: CPDistribution | JointDistribution, prefixes: Tensor) -> Tensor:
     if prefixes.shape[1] == 0:
-        raise ValueError("an anchored draft says nothing of the first token: it needs first_token='target'")
+        raise ValueError(
+            "an anchored draft says nothing of the first token: it needs first_token='target'"
+        )
     found = torch.empty(len(prefixes), draft.vocab_size, dtype=torch.float64)
     for first in prefixes[:, 0].unique().tolist():
         rows = prefixes[:, 0] == first
-        given = draft[first] if isinstance(draft, CPDistribution) else JointDistribution(draft.probs[first])
+        given = (
+            draft[first]
+            if isinstance(draft, CPDistribution)
+            else JointDistribution(draft.probs[first])
+        )
         found[rows] = _raw_law(given, prefixes[rows, 1:])
     return found
 
 
 def check_draft(draft: Draft, vocab_size: int, horizon: int, first_token: str) -> None:
-    """Refuse a draft over other tokens or of another horizon, and an anchored one that is to give the first token."""
+    """Refuse a draft over other tokens or of another horizon, and an anchored one that is to give
+    the first token.
+    """
     if draft.vocab_size != vocab_size:
-        raise ValueError(f"a draft over {draft.vocab_size} tokens for a target over {vocab_size}: they must share a vocabulary")
+        raise ValueError(
+            f"a draft over {draft.vocab_size} tokens for a target over {vocab_size}: they must "
+            "share a vocabulary"
+        )
     if first_token not in ("target", "draft"):
         raise ValueError(f"unknown first_token {first_token!r}: expected one of target, draft")
     if is_anchored(draft) and first_token == "draft":
-        raise ValueError("an anchored draft is told the first token and cannot give it: use first_token='target'")
+        raise ValueError(
+            "an anchored draft is told the first token and cannot give it: use first_token='target'"
+        )
     own = draft_horizon(draft)
     if own is not None and own != horizon:
-        raise ValueError(f"a draft of {own} tokens (the first one included) for a horizon of {horizon}: they must be the same")
+        raise ValueError(
+            f"a draft of {own} tokens (the first one included) for a horizon of {horizon}: they "
+            "must be the same"
+        )

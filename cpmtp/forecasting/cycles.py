@@ -1,15 +1,18 @@
-"""Tokens per call as decoding will meet them: at the ends of its own cycles, forecast without decoding.
+"""Tokens per call as decoding will meet them: at the ends of its own cycles, forecast without
+decoding.
 
-Lossless decoding leaves the text's law as it is, so a text drawn from the target *is* what decoding would have written; what is
-random beside it is only where its cycles end. Given the text, the first k drafted tokens after a known one are kept with a
-probability that both rules give in closed form, with ``R_k = Q(x_2:k+1 | x_1) / P(x_2:k+1 | x_1)`` along the text:
+Lossless decoding leaves the text's law as it is, so a text drawn from the target *is* what decoding
+would have written; what is random beside it is only where its cycles end. Given the text, the first
+k drafted tokens after a known one are kept with a probability that both rules give in closed form,
+with ``R_k = Q(x_2:k+1 | x_1) / P(x_2:k+1 | x_1)`` along the text:
 
 * ``token``: ``G_k = prod_{i<=k} min(1, q_i / p_i)``
 * ``block``: ``G_k = min(1, R_1, …, R_k)``
 
-and a cycle emits exactly j tokens, the last of them its correction, with probability ``G_{j-1} - G_j``. Running these jumps
-along the text gives the probability that a cycle starts at each position: pairs of context and first token, weighted as
-decoding weighs them. The randomness of cycles is integrated out; only that of texts is left.
+and a cycle emits exactly j tokens, the last of them its correction, with probability
+``G_{j-1} - G_j``. Running these jumps along the text gives the probability that a cycle starts at
+each position: pairs of context and first token, weighted as decoding weighs them. The randomness of
+cycles is integrated out; only that of texts is left.
 """
 
 from __future__ import annotations
@@ -74,7 +77,8 @@ def forecast_cycles(
     tokens : (texts, time) long tensor
         From `start` on drawn from the target's law under the same temperature, top-k and top-p.
     start : int
-        The length of the prompts: the token at `start` is the first known one, and ``time - start`` are generated.
+        The length of the prompts: the token at `start` is the first known one, and ``time - start``
+        are generated.
     rule : {"block", "token"}
     confidence : float
         Nominal coverage of the intervals.
@@ -82,12 +86,14 @@ def forecast_cycles(
     Raises
     ------
     ValueError
-        If the rule is unknown, there are fewer than two texts, or nothing comes after the first known token.
+        If the rule is unknown, there are fewer than two texts, or nothing comes after the first
+        known token.
     """
     law = SamplingLaw(temperature, top_k, top_p)
     if not 1 <= start < tokens.shape[1] - 1:
         raise ValueError(
-            f"start {start} of texts of {tokens.shape[1]} tokens: expected a prompt, a known token and more after it"
+            f"start {start} of texts of {tokens.shape[1]} tokens: expected a prompt, a known "
+            "token and more after it"
         )
     ratios = torch.cat([_text_ratios(lm, head, row, start, law) for row in tokens.split(1)])
     return forecast_from_ratios(ratios, rule=rule, confidence=confidence)
@@ -101,13 +107,15 @@ def forecast_from_ratios(
     Parameters
     ----------
     ratios : (texts, starts, drafted) tensor
-        ``ratios[m, t, i]``: the draft's over the target's probability of the text's token t + 1 + i given all before it, the
-        draft made when token t was the last known one. The text's last token is the one after the last start; what would lie
-        beyond it is not read.
+        ``ratios[m, t, i]``: the draft's over the target's probability of the text's token t + 1 + i
+        given all before it, the draft made when token t was the last known one. The text's last
+        token is the one after the last start; what would lie beyond it is not read.
 
     Examples
     --------
-    >>> half = torch.full((2, 5, 1), 0.5)  # one drafted token, kept with probability one half: one token and a half per call
+    One drafted token, kept with probability one half: one token and a half per call.
+
+    >>> half = torch.full((2, 5, 1), 0.5)
     >>> round(forecast_from_ratios(half).unweighted, 3)
     1.5
     """
@@ -121,8 +129,12 @@ def forecast_from_ratios(
     return CycleForecast(weighted[0], weighted[1], plain[0], plain[1], len(ratios), rule)
 
 
-def kept_along_text(ratios: Float[Tensor, "texts starts drafted"], rule: str) -> Float[Tensor, "texts starts horizon"]:
-    """``G_0 … G_drafted`` of every start, zero beyond the text's end; ``G_0 = 1`` is the known token itself."""
+def kept_along_text(
+    ratios: Float[Tensor, "texts starts drafted"], rule: str
+) -> Float[Tensor, "texts starts horizon"]:
+    """``G_0 … G_drafted`` of every start, zero beyond the text's end; ``G_0 = 1`` is the known
+    token itself.
+    """
     if rule == "token":
         kept = ratios.clamp(max=1).cumprod(-1)
     elif rule == "block":
@@ -135,7 +147,9 @@ def kept_along_text(ratios: Float[Tensor, "texts starts drafted"], rule: str) ->
 
 
 def start_probs(kept: Float[Tensor, "texts starts horizon"]) -> Float[Tensor, "texts starts"]:
-    """The probability that a cycle starts at each position, one starting at the first: a renewal process with these jumps."""
+    """The probability that a cycle starts at each position, one starting at the first: a renewal
+    process with these jumps.
+    """
     jumps = torch.cat([kept[..., :-1] - kept[..., 1:], kept[..., -1:]], -1)
     texts, starts, horizon = kept.shape
     found = torch.zeros(texts, starts + horizon, dtype=kept.dtype)
@@ -166,7 +180,9 @@ def _text_ratios(lm: Any, head: CPHead, row: Tensor, start: int, law: SamplingLa
     return torch.cat(parts).cpu()[None]
 
 
-def _path_probs(head: CPHead, hidden: Tensor, first: Tensor, path: Tensor, law: SamplingLaw) -> Tensor:
+def _path_probs(
+    head: CPHead, hidden: Tensor, first: Tensor, path: Tensor, law: SamplingLaw
+) -> Tensor:
     """The draft's processed conditionals (count, drafted) of the path's tokens, float64."""
     weights, factors = (part.double() for part in head.draft_factors(hidden, first))
     found = []
@@ -174,7 +190,9 @@ def _path_probs(head: CPHead, hidden: Tensor, first: Tensor, path: Tensor, law: 
         token = path[:, k, None]
         laws = (weights[:, None] @ factors[:, k]).squeeze(1)
         found.append(law.process(laws / laws.sum(-1, keepdim=True)).gather(-1, token))
-        weights = weights * factors[:, k].gather(-1, token[..., None].expand(-1, factors.shape[2], 1)).squeeze(-1)
+        weights = weights * factors[:, k].gather(
+            -1, token[..., None].expand(-1, factors.shape[2], 1)
+        ).squeeze(-1)
         weights = weights / weights.sum(-1, keepdim=True)
     return torch.cat(found, -1)
 

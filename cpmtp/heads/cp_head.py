@@ -1,4 +1,6 @@
-"""The learned head: last hidden state (and, anchored, the known next token) to a CP distribution over the tokens to come."""
+"""The learned head: last hidden state (and, anchored, the known next token) to a CP distribution
+over the tokens to come.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,13 @@ _WEIGHTS = "model.safetensors"
 class CPHead(nn.Module, PyTorchModelHubMixin):
     """A rank-r CP distribution over the next n tokens, read off a base model's last hidden state.
 
-    ``A_i[:, a] = softmax(U (h + M_ia z))`` and ``w = softmax(W z + b)``: h is the hidden state, U the base model's unembedding
-    (shared, frozen, not part of the head), M_ia one linear map per position and component, and z the trunk's output. Without
-    trunk ``z = h``. Rank 1 is the independent heads of Gloeckle et al. and of Medusa.
+    ``A_i[:, a] = softmax(U (h + M_ia z))`` and ``w = softmax(W z + b)``: h is the hidden state, U
+    the base model's unembedding (shared, frozen, not part of the head), M_ia one linear map per
+    position and component, and z the trunk's output. Without trunk ``z = h``. Rank 1 is the
+    independent heads of Gloeckle et al. and of Medusa.
 
-    An **anchored** head knows the first token: its trunk reads that token's embedding beside h, and it models the n - 1
-    tokens after it.
+    An **anchored** head knows the first token: its trunk reads that token's embedding beside h, and
+    it models the n - 1 tokens after it.
 
     Parameters
     ----------
@@ -48,7 +51,8 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
     Examples
     --------
     >>> _ = torch.manual_seed(0)
-    >>> head = CPHead(hidden_size=8, vocab_size=5, horizon=3, rank=2).attach_weights(torch.randn(5, 8), torch.randn(5, 8))
+    >>> head = CPHead(hidden_size=8, vocab_size=5, horizon=3, rank=2)
+    >>> head = head.attach_weights(torch.randn(5, 8), torch.randn(5, 8))
     >>> head(torch.randn(4, 8)).to_tensor().shape
     torch.Size([4, 5, 5, 5])
     >>> head.draft(torch.randn(4, 8), torch.tensor([0, 1, 2, 3])).horizon
@@ -71,7 +75,12 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
     ):
         super().__init__()
         _check_shape(horizon, rank, blocks)
-        self.hidden_size, self.vocab_size, self.horizon, self.rank = hidden_size, vocab_size, horizon, rank
+        self.hidden_size, self.vocab_size, self.horizon, self.rank = (
+            hidden_size,
+            vocab_size,
+            horizon,
+            rank,
+        )
         self.anchored = anchored
         self.base, self.base_sha256, self.tokenizer_sha256 = base, base_sha256, tokenizer_sha256
         width = hidden_size if width is None else width
@@ -80,7 +89,9 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
             self.enter = nn.Linear(hidden_size * (2 if anchored else 1), width, bias=False)
             self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
             self.norm = nn.RMSNorm(width)
-        self.maps = nn.Parameter(torch.randn(self.drafted * rank, hidden_size, width) * 0.3 / width**0.5)
+        self.maps = nn.Parameter(
+            torch.randn(self.drafted * rank, hidden_size, width) * 0.3 / width**0.5
+        )
         self.mixture = nn.Linear(width, rank)
         nn.init.zeros_(self.mixture.weight)
         nn.init.zeros_(self.mixture.bias)
@@ -108,29 +119,40 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
             # A head of no particular base is not worth reading all weights of this one.
             if mine and mine != (its := getattr(lm, name)):
                 raise ValueError(
-                    f"this head was trained on {self.base!r} ({what} {mine[:12]}), not on {lm.name!r} ({its[:12]}): "
+                    f"this head was trained on {self.base!r} ({what} {mine[:12]}), not on "
+                    f"{lm.name!r} ({its[:12]}): "
                     "load that base model, or train a head for this one"
                 )
         return self.attach_weights(lm.unembedding, lm.embedding)
 
-    def attach_weights(self, unembedding: Float[Tensor, "vocab d"], embedding: Float[Tensor, "vocab d"]) -> CPHead:
+    def attach_weights(
+        self, unembedding: Float[Tensor, "vocab d"], embedding: Float[Tensor, "vocab d"]
+    ) -> CPHead:
         """The same from bare matrices, (vocab, hidden) each."""
         expected = (self.vocab_size, self.hidden_size)
         if tuple(unembedding.shape) != expected or embedding.shape[0] != self.vocab_size:
             raise ValueError(
-                f"a head over {expected} (vocab, hidden) does not fit an unembedding of {tuple(unembedding.shape)}"
+                f"a head over {expected} (vocab, hidden) does not fit an unembedding of "
+                f"{tuple(unembedding.shape)}"
             )
         self.unembedding = unembedding.detach().to(self.maps)
         self.embedding = embedding.detach().to(self.maps)
         return self
 
-    def forward(self, hidden: Float[Tensor, "*batch d"], first_token: Int[Tensor, "*batch"] | None = None) -> CPDistribution:
-        """The head's own distribution: over x_1 … x_n, or, anchored, over x_2 … x_n given `first_token`."""
+    def forward(
+        self, hidden: Float[Tensor, "*batch d"], first_token: Int[Tensor, "*batch"] | None = None
+    ) -> CPDistribution:
+        """The head's own distribution: over x_1 … x_n, or, anchored, over x_2 … x_n given
+        `first_token`.
+        """
         log_weights, logits = self.components(hidden, self.trunk(hidden, first_token))
         return CPDistribution(log_weights.exp(), logits.softmax(-1).mT.unbind(-3))
 
-    def draft(self, hidden: Float[Tensor, "*batch d"], first_token: Int[Tensor, "*batch"]) -> CPDistribution:
-        """The law of x_2 … x_n once x_1 is known: read off it (anchored) or by the posterior update.
+    def draft(
+        self, hidden: Float[Tensor, "*batch d"], first_token: Int[Tensor, "*batch"]
+    ) -> CPDistribution:
+        """The law of x_2 … x_n once x_1 is known: read off it (anchored) or by the posterior
+        update.
 
         Parameters
         ----------
@@ -157,7 +179,9 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
     def trunk(
         self, hidden: Float[Tensor, "*batch d"], first_token: Int[Tensor, "*batch"] | None
     ) -> Float[Tensor, "*batch width"]:
-        """z: what maps and mixture weights read; an anchored head puts the token after each hidden state into it."""
+        """z: what maps and mixture weights read; an anchored head puts the token after each hidden
+        state into it.
+        """
         if self.unembedding.numel() == 0:
             raise ValueError("this head has no base model yet: call head.attach(lm) first")
         if self.plain:
@@ -165,7 +189,13 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         if self.anchored:
             if first_token is None:
                 raise ValueError("an anchored head needs the first token beside the hidden state")
-            hidden = torch.cat([hidden, functional.rms_norm(self.embedding[first_token], self.embedding.shape[-1:])], -1)
+            hidden = torch.cat(
+                [
+                    hidden,
+                    functional.rms_norm(self.embedding[first_token], self.embedding.shape[-1:]),
+                ],
+                -1,
+            )
         z = self.enter(hidden)
         for block in self.blocks:
             z = z + block(z)
@@ -178,13 +208,21 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         log_weights = self.mixture(trunk).log_softmax(-1)
         shape = (self.drafted, self.rank)
         if self.vocab_size > self.hidden_size:
-            moved = functional.linear(trunk, self.maps.flatten(0, 1)).unflatten(-1, (*shape, self.hidden_size))
-            return log_weights, functional.linear(hidden[..., None, None, :] + moved, self.unembedding)
-        moved = functional.linear(trunk, self._projected_maps().flatten(0, 1)).unflatten(-1, (*shape, self.vocab_size))
+            moved = functional.linear(trunk, self.maps.flatten(0, 1)).unflatten(
+                -1, (*shape, self.hidden_size)
+            )
+            return log_weights, functional.linear(
+                hidden[..., None, None, :] + moved, self.unembedding
+            )
+        moved = functional.linear(trunk, self._projected_maps().flatten(0, 1)).unflatten(
+            -1, (*shape, self.vocab_size)
+        )
         return log_weights, functional.linear(hidden, self.unembedding)[..., None, None, :] + moved
 
     def _projected_maps(self) -> Tensor:
-        """U M, over a vocabulary smaller than the hidden state the smaller matrix; kept for as long as nothing changes."""
+        """U M, over a vocabulary smaller than the hidden state the smaller matrix; kept for as long
+        as nothing changes.
+        """
         if torch.is_grad_enabled():
             return self.unembedding @ self.maps
         parts = (self.maps, self.unembedding)
@@ -210,13 +248,22 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         # The mixin's own version would fall back to a pickle.
         file = Path(model_id) / _WEIGHTS
         if not Path(model_id).is_dir():
-            options = {"revision": revision, "cache_dir": cache_dir, "force_download": force_download, "token": token}
-            file = Path(hf_hub_download(model_id, _WEIGHTS, local_files_only=local_files_only, **options))
+            options = {
+                "revision": revision,
+                "cache_dir": cache_dir,
+                "force_download": force_download,
+                "token": token,
+            }
+            file = Path(
+                hf_hub_download(model_id, _WEIGHTS, local_files_only=local_files_only, **options)
+            )
         shape.pop("config", None)
         head = cls(**shape)
         try:
             weights = load_file(file, device=str(map_location))
-            head.load_state_dict({name: w.to(torch.float32) for name, w in weights.items()}, strict=True)
+            head.load_state_dict(
+                {name: w.to(torch.float32) for name, w in weights.items()}, strict=True
+            )
         except (SafetensorError, RuntimeError, OSError) as error:
             first = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"{file} does not hold this head's weights: {first}") from error
@@ -239,7 +286,9 @@ class ResidualBlock(nn.Module):
 
 def _check_shape(horizon: int, rank: int, blocks: int) -> None:
     if horizon < 2:
-        raise ValueError(f"horizon {horizon}: a head needs at least 2 tokens, the first comes from the target")
+        raise ValueError(
+            f"horizon {horizon}: a head needs at least 2 tokens, the first comes from the target"
+        )
     for name, value, least in (("rank", rank, 1), ("blocks", blocks, 0)):
         if value < least:
             raise ValueError(f"{name} {value}: expected at least {least}")

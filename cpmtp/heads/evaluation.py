@@ -21,7 +21,9 @@ from cpmtp.joint_distribution import JointDistribution, exact_joint
 
 
 @torch.no_grad()
-def head_draft(lm: Any, head: CPHead, context: Int[Tensor, " time"], *, horizon: int | None = None) -> CPDistribution:
+def head_draft(
+    lm: Any, head: CPHead, context: Int[Tensor, " time"], *, horizon: int | None = None
+) -> CPDistribution:
     """What the head drafts after one context, in the form `implied_acceptance` takes; float64.
 
     Parameters
@@ -43,22 +45,30 @@ def head_draft(lm: Any, head: CPHead, context: Int[Tensor, " time"], *, horizon:
         raise ValueError(f"horizon {horizon}: this head knows 2 to {head.horizon}")
     hidden = lm.hidden_states(context[None])[0, -1].float()
     if head.anchored:
-        draft = head(hidden.expand(head.vocab_size, -1), torch.arange(head.vocab_size, device=hidden.device))
+        draft = head(
+            hidden.expand(head.vocab_size, -1), torch.arange(head.vocab_size, device=hidden.device)
+        )
     else:
         draft = head(hidden)
     return _double(draft.marginal(horizon - head.anchored))
 
 
 @torch.no_grad()
-def held_out_survival(lm: Any, head: CPHead, tokens: Int[Tensor, "rows length"]) -> Float[Tensor, "rows horizon"]:
-    """Survival under block verification, first token from the target, averaged over each row's positions.
+def held_out_survival(
+    lm: Any, head: CPHead, tokens: Int[Tensor, "rows length"]
+) -> Float[Tensor, "rows horizon"]:
+    """Survival under block verification, first token from the target, averaged over each row's
+    positions.
 
-    Unbiased for contexts like the rows'. Rows are independent of each other; positions within one are not.
+    Unbiased for contexts like the rows'. Rows are independent of each other; positions within one
+    are not.
     """
     rows = []
     for row in tokens.split(1):
         row = row.to(lm.device)
-        rows.append(head_loss(head, lm.hidden_states(row).float(), row, lm.unembed).survival.cpu().double())
+        rows.append(
+            head_loss(head, lm.hidden_states(row).float(), row, lm.unembed).survival.cpu().double()
+        )
     return torch.stack(rows)
 
 
@@ -71,12 +81,14 @@ def waterfall(
     rule: str = "token",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Where tokens per call are lost: from the horizon to the best rank-r drafts of each context, to what the head learned.
+    """Where tokens per call are lost: from the horizon to the best rank-r drafts of each context,
+    to what the head learned.
 
-    One row per context and head. ``exact_limit`` is what a draft equal to the target earns (the horizon, when the target
-    gives the first token); ``acceptance_fit`` and ``em_fit`` are the fits of the head's rank to the context's joint, anchored
-    where the head is; ``learned`` is the head. ``rank_gap = exact_limit - acceptance_fit``,
-    ``objective_gap = acceptance_fit - em_fit`` and ``learning_gap = em_fit - learned`` add up to what is missing.
+    One row per context and head. ``exact_limit`` is what a draft equal to the target earns (the
+    horizon, when the target gives the first token); ``acceptance_fit`` and ``em_fit`` are the fits
+    of the head's rank to the context's joint, anchored where the head is; ``learned`` is the head.
+    ``rank_gap = exact_limit - acceptance_fit``, ``objective_gap = acceptance_fit - em_fit`` and
+    ``learning_gap = em_fit - learned`` add up to what is missing.
 
     Parameters
     ----------
@@ -96,8 +108,16 @@ def waterfall(
             if shape not in ceilings:
                 ceilings[shape] = rank_ceilings(joint, *shape, rule=rule, seed=seed)
             learned = learned_scores(lm, head, context, joint, rule=rule)
-            key = {"model": lm.name, "context": name, "horizon": horizon, "rank": head.rank, "anchored": head.anchored}
-            rows.append(key | {"rule": rule, "exact_limit": float(horizon)} | ceilings[shape] | learned)
+            key = {
+                "model": lm.name,
+                "context": name,
+                "horizon": horizon,
+                "rank": head.rank,
+                "anchored": head.anchored,
+            }
+            rows.append(
+                key | {"rule": rule, "exact_limit": float(horizon)} | ceilings[shape] | learned
+            )
             bar.update()
     bar.close()
     table = pd.DataFrame(rows)
@@ -110,29 +130,43 @@ def waterfall(
 def rank_ceilings(
     joint: JointDistribution, rank: int, anchored: bool, *, rule: str = "token", seed: int = 0
 ) -> dict[str, float]:
-    """Tokens per call of a context's fits of one rank, first token from the target: ``em_fit`` and ``acceptance_fit``."""
+    """Tokens per call of a context's fits of one rank, first token from the target: ``em_fit`` and
+    ``acceptance_fit``.
+    """
     # Only ceilings need fits and what those import; a head can be judged without.
     from cpmtp.decomposition.fitting import fit
 
     found = {}
     for method in ("em", "acceptance"):
-        result = fit(joint, rank=rank, method=method, anchored=anchored, restarts=1, seed=seed, rule=rule)
+        result = fit(
+            joint, rank=rank, method=method, anchored=anchored, restarts=1, seed=seed, rule=rule
+        )
         profile = acceptance_profiles(joint, result.distribution, (rule,))[rule]
         found[f"{method}_fit"] = float(profile.survival.sum())
     return found
 
 
 def learned_scores(
-    lm: Any, head: CPHead, context: Int[Tensor, " time"], joint: JointDistribution, *, rule: str = "token"
+    lm: Any,
+    head: CPHead,
+    context: Int[Tensor, " time"],
+    joint: JointDistribution,
+    *,
+    rule: str = "token",
 ) -> dict[str, float]:
-    """What the draft after `context` earns: ``learned`` tokens per call, ``survival_1`` …; unanchored also divergences."""
+    """What the draft after `context` earns: ``learned`` tokens per call, ``survival_1`` …;
+    unanchored also divergences.
+    """
     draft = head_draft(lm, head, context, horizon=joint.horizon)
     profile = acceptance_profiles(joint, draft, (rule,))[rule]
     found = {"learned": float(profile.survival.sum())}
     found |= {f"survival_{k + 1}": s for k, s in enumerate(profile.survival.tolist())}
     if not head.anchored:
         distance = divergences(joint, draft)
-        found |= {"kl_nats": float(distance.kl_nats), "total_variation": float(distance.total_variation)}
+        found |= {
+            "kl_nats": float(distance.kl_nats),
+            "total_variation": float(distance.total_variation),
+        }
     return found
 
 

@@ -1,7 +1,8 @@
 """What a head is trained for, over all positions of a window at once and within bounded memory.
 
-At position t the head reads the hidden state h_t and drafts x_1 … x_n = tokens t+1 … t+n of the window. The first comes from
-the target; the target's laws of the others are the base model's own, at the positions t+1 … t+n-1 of the same window.
+At position t the head reads the hidden state h_t and drafts x_1 … x_n = tokens t+1 … t+n of the
+window. The first comes from the target; the target's laws of the others are the base model's own,
+at the positions t+1 … t+n-1 of the same window.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class HeadLoss:
     loss : scalar tensor
         Differentiable; nats per position, or for ``acceptance`` minus the tokens per call.
     survival : (horizon,) tensor
-        ``S_1 … S_n`` under block verification, first token from the target; unbiased for contexts like the window's.
+        ``S_1 … S_n`` under block verification, first token from the target; unbiased for contexts
+        like the window's.
     """
 
     loss: Float[Tensor, ""]
@@ -51,14 +53,17 @@ def head_loss(
 ) -> HeadLoss:
     """The mean loss over every position of the windows that has `horizon` tokens after it.
 
-    * ``likelihood``: ``-log Q(x_1 … x_n)`` (anchored: of x_2 … x_n given x_1), the negative log-likelihood of the paper
-    * ``distillation``: ``sum_k KL(p_k || q_k)``, k = 2 … n, the target's law at k against the draft's conditional given
-      x_1 … x_{k-1}: the expectation of the likelihood over the last token of each prefix, so the same optimum with less noise
+    * ``likelihood``: ``-log Q(x_1 … x_n)`` (anchored: of x_2 … x_n given x_1), the negative
+      log-likelihood of the paper
+    * ``distillation``: ``sum_k KL(p_k || q_k)``, k = 2 … n, the target's law at k against the
+      draft's conditional given x_1 … x_{k-1}: the expectation of the likelihood over the last token
+      of each prefix, so the same optimum with less noise
     * ``acceptance``: minus the tokens per call of block verification, whose survival is
-      ``E_P[sum_v min(R_{k-1} q_k(v), m_{k-1} p_k(v))]`` with ``R_k = Q(x_2:k|x_1) / P(x_2:k|x_1)``, ``m_k = min_{j<=k} R_j``
+      ``E_P[sum_v min(R_{k-1} q_k(v), m_{k-1} p_k(v))]`` with ``R_k = Q(x_2:k|x_1) / P(x_2:k|x_1)``,
+      ``m_k = min_{j<=k} R_j``
 
-    Logits are computed in chunks of positions; where there are several, each chunk's gradient is taken at once and its logits
-    are dropped, so that none is kept and none computed twice.
+    Logits are computed in chunks of positions; where there are several, each chunk's gradient is
+    taken at once and its logits are dropped, so that none is kept and none computed twice.
 
     Parameters
     ----------
@@ -69,7 +74,8 @@ def head_loss(
     unembed : callable
         Hidden states to the target's logits.
     balance : float
-        Weight of the load-balancing loss ``r sum_a wbar_a^2 - 1``, wbar the mean component weights over a chunk of positions.
+        Weight of the load-balancing loss ``r sum_a wbar_a^2 - 1``, wbar the mean component weights
+        over a chunk of positions.
 
     References
     ----------
@@ -80,7 +86,8 @@ def head_loss(
     last = tokens.shape[1] - head.horizon
     if last < 1:
         raise ValueError(
-            f"windows of {tokens.shape[1]} tokens for a horizon of {head.horizon}: need at least {head.horizon + 1}"
+            f"windows of {tokens.shape[1]} tokens for a horizon of {head.horizon}: need at least "
+            f"{head.horizon + 1}"
         )
     trunk = head.trunk(hidden[:, :last], tokens[:, 1 : last + 1]).flatten(0, 1)
     paths = tokens[:, 1:].unfold(1, head.horizon, 1).flatten(0, 1)
@@ -118,21 +125,41 @@ class _Chunk:
                 survival = self._survival(scores, probs, seen, paths)
             loss = -scores[:, -1].logsumexp(-1).sum()
         else:
-            survival = self._survival(scores, probs, seen, paths, with_loss=self.objective == "distillation")
-            loss = survival[0] if self.objective == "distillation" else -survival[1:].sum() - len(paths)
+            survival = self._survival(
+                scores, probs, seen, paths, with_loss=self.objective == "distillation"
+            )
+            loss = (
+                survival[0]
+                if self.objective == "distillation"
+                else -survival[1:].sum() - len(paths)
+            )
             survival = survival[1:]
         if self.balance:
-            loss = loss + self.balance * len(paths) * (head.rank * log_weights.exp().mean(0).square().sum() - 1)
+            loss = loss + self.balance * len(paths) * (
+                head.rank * log_weights.exp().mean(0).square().sum() - 1
+            )
         return torch.cat([loss[None], survival])
 
-    def _survival(self, scores: Tensor, probs: Tensor, seen: Tensor, paths: Tensor, *, with_loss: bool | None = None) -> Tensor:
-        """Sums of survival at k = 2 … n; with `with_loss` given, preceded by the summed divergence (or zero)."""
+    def _survival(
+        self,
+        scores: Tensor,
+        probs: Tensor,
+        seen: Tensor,
+        paths: Tensor,
+        *,
+        with_loss: bool | None = None,
+    ) -> Tensor:
+        """Sums of survival at k = 2 … n; with `with_loss` given, preceded by the summed divergence
+        (or zero).
+        """
         head = self.head
         posterior = scores[:, :-1].softmax(-1)
         drafted = (posterior.unsqueeze(-2) @ probs).squeeze(-2)[:, 1 - head.anchored :]
         with torch.no_grad():
             target = self.unembed(seen[:, 1:]).to(drafted.dtype).softmax(-1)
-        ratio = drafted.gather(-1, paths[:, 1:, None]) / target.gather(-1, paths[:, 1:, None]).clamp_min(_TINY)
+        ratio = drafted.gather(-1, paths[:, 1:, None]) / target.gather(
+            -1, paths[:, 1:, None]
+        ).clamp_min(_TINY)
         running, least, sums = torch.ones_like(ratio[:, 0]), torch.ones_like(ratio[:, 0]), []
         for k in range(head.horizon - 1):
             sums.append(torch.minimum(running * drafted[:, k], least * target[:, k]).sum())
@@ -142,14 +169,18 @@ class _Chunk:
             return torch.stack(sums)
         if not with_loss:
             return torch.stack([sums[0] * 0, *sums])
-        divergence = (target * (target.clamp_min(_TINY).log() - drafted.clamp_min(_TINY).log())).sum()
+        divergence = (
+            target * (target.clamp_min(_TINY).log() - drafted.clamp_min(_TINY).log())
+        ).sum()
         return torch.stack([divergence, *(s.detach() for s in sums)])
 
 
 class _TokenLaws(torch.autograd.Function):
-    """Logits (…, rank, vocab) to the given tokens' log-probabilities (…, rank) and to all probabilities.
+    """Logits (…, rank, vocab) to the given tokens' log-probabilities (…, rank) and to all
+    probabilities.
 
-    What autograd would keep of a log-softmax, a gather and a softmax is here one tensor of the logits' size.
+    What autograd would keep of a log-softmax, a gather and a softmax is here one tensor of the
+    logits' size.
     """
 
     @staticmethod
@@ -178,13 +209,22 @@ class _TokenLaws(torch.autograd.Function):
 
 
 class _Chunked(torch.autograd.Function):
-    """Sums over all positions, chunk by chunk; the gradient of the first of them is taken on the way."""
+    """Sums over all positions, chunk by chunk; the gradient of the first of them is taken on the
+    way.
+    """
 
     @staticmethod
-    def forward(ctx, drawn: _Chunk, size: int, seen: Tensor, paths: Tensor, trunk: Tensor, *weights: Tensor) -> Tensor:
-        total, to_trunk = torch.zeros(drawn.head.horizon, device=trunk.device), torch.zeros_like(trunk)
+    def forward(
+        ctx, drawn: _Chunk, size: int, seen: Tensor, paths: Tensor, trunk: Tensor, *weights: Tensor
+    ) -> Tensor:
+        total, to_trunk = (
+            torch.zeros(drawn.head.horizon, device=trunk.device),
+            torch.zeros_like(trunk),
+        )
         to_weights = [torch.zeros_like(w) for w in weights]
-        for part, (z, h, x) in zip(to_trunk.split(size), _chunks(size, trunk, seen, paths), strict=True):
+        for part, (z, h, x) in zip(
+            to_trunk.split(size), _chunks(size, trunk, seen, paths), strict=True
+        ):
             with torch.enable_grad():
                 z = z.detach().requires_grad_()
                 out = drawn(z, h, x)

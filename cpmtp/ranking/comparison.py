@@ -12,14 +12,20 @@ _SETTING = ["model", "domain", "temperature", "anchored"]
 
 
 def compare_studies(
-    first: pd.DataFrame, second: pd.DataFrame, *, rule: str = "block", first_token: str = "target", seed: int = 0
+    first: pd.DataFrame,
+    second: pd.DataFrame,
+    *,
+    rule: str = "block",
+    first_token: str = "target",
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Tokens per call of two studies with the difference's 95 % bootstrap interval.
 
-    Parts of the tables are compared where model, domain, temperature and kind of draft agree. What only one value of is in
-    each table may differ: two models on one corpus, one model on two corpora. A context's value at a rank is that of its best
-    fit; contexts that both tables have are compared one by one (then the others are left out), otherwise means are.
-    Documents are what is resampled.
+    Parts of the tables are compared where model, domain, temperature and kind of draft agree. What
+    only one value of is in each table may differ: two models on one corpus, one model on two
+    corpora. A context's value at a rank is that of its best fit; contexts that both tables have are
+    compared one by one (then the others are left out), otherwise means are. Documents are what is
+    resampled.
 
     Parameters
     ----------
@@ -32,8 +38,8 @@ def compare_studies(
     Returns
     -------
     pandas.DataFrame
-        Per (compared, horizon, rank): `first`, `second` (mean tokens per call), `difference` (second minus first),
-        `difference_low`, `difference_high`, `paired`, `shared_contexts`.
+        Per (compared, horizon, rank): `first`, `second` (mean tokens per call), `difference`
+        (second minus first), `difference_low`, `difference_high`, `paired`, `shared_contexts`.
 
     Raises
     ------
@@ -42,17 +48,27 @@ def compare_studies(
 
     Examples
     --------
-    >>> row = dict(model="m", domain="d", context_text="a", temperature=1.0, anchored=False, horizon=2, rank=1, status="ok")
+    >>> row = dict(model="m", domain="d", context_text="a", temperature=1.0, anchored=False)
+    >>> row |= dict(horizon=2, rank=1, status="ok")
     >>> def table(value):
-    ...     return pd.DataFrame([row | dict(document=str(c), context=c, tokens_per_call_block_target=value) for c in range(9)])
+    ...     contexts = [dict(document=str(c), context=c) for c in range(9)]
+    ...     rows = pd.DataFrame([row | context for context in contexts])
+    ...     return rows.assign(tokens_per_call_block_target=value)
     >>> compare_studies(table(1.5), table(1.75))["difference"].tolist()
     [0.25]
     """
     column = f"tokens_per_call_{rule}_{first_token}"
     for table in (first, second):
-        missing = [name for name in (*_SHARED, "model", "horizon", "rank", "status", column) if name not in table]
+        missing = [
+            name
+            for name in (*_SHARED, "model", "horizon", "rank", "status", column)
+            if name not in table
+        ]
         if missing:
-            raise ValueError(f"the table has no column {', '.join(missing)}: expected a table of run_study of this version")
+            raise ValueError(
+                f"the table has no column {', '.join(missing)}: expected a table of run_study of "
+                "this version"
+            )
     rows = []
     for name, part, other in _matching_parts(first, second):
         values = [_values(table, column) for table in (part, other)]
@@ -61,7 +77,9 @@ def compare_studies(
             found = {"compared": name, "horizon": horizon, "rank": rank}
             rows.append(found | _difference(before, after, np.random.default_rng(seed)))
     if not rows:
-        raise ValueError("the studies have no horizon and rank of the same model and domain in common")
+        raise ValueError(
+            "the studies have no horizon and rank of the same model and domain in common"
+        )
     return pd.DataFrame(rows)
 
 
@@ -69,22 +87,35 @@ def _matching_parts(first: pd.DataFrame, second: pd.DataFrame):
     """Parts that agree in all that varies; what each table has one value of only may differ."""
     free = [name for name in _SETTING if first[name].nunique() == 1 and second[name].nunique() == 1]
     keys = [name for name in _SETTING if name not in free]
-    named = [f"{first[n].iloc[0]} against {second[n].iloc[0]}" for n in free if first[n].iloc[0] != second[n].iloc[0]]
-    same = [str(first[n].iloc[0]) for n in ("model", "domain") if n in free and first[n].iloc[0] == second[n].iloc[0]]
+    named = [
+        f"{first[n].iloc[0]} against {second[n].iloc[0]}"
+        for n in free
+        if first[n].iloc[0] != second[n].iloc[0]
+    ]
+    same = [
+        str(first[n].iloc[0])
+        for n in ("model", "domain")
+        if n in free and first[n].iloc[0] == second[n].iloc[0]
+    ]
     if not keys:
         yield ", ".join([*named, *same]), first, second
         return
     others = {key: part for key, part in second.groupby(keys, sort=False)}
     for key, part in first.groupby(keys, sort=False):
         if key in others:
-            told = [f"{k}" if n in ("model", "domain") else f"{n} {k}" for n, k in zip(keys, key, strict=True)]
+            told = [
+                f"{k}" if n in ("model", "domain") else f"{n} {k}"
+                for n, k in zip(keys, key, strict=True)
+            ]
             yield ", ".join([*told, *named, *same]), part, others[key]
 
 
 def _values(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """Best value any method reached: rows contexts, columns (horizon, rank)."""
     usable = table[(table["status"] != "failed") & table[column].notna()]
-    return usable.pivot_table(index=_SHARED, columns=["horizon", "rank"], values=column, aggfunc="max")
+    return usable.pivot_table(
+        index=_SHARED, columns=["horizon", "rank"], values=column, aggfunc="max"
+    )
 
 
 def _difference(first: pd.Series, second: pd.Series, generator: np.random.Generator) -> dict:

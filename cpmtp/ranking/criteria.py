@@ -1,8 +1,9 @@
-"""Four ways to choose a rank from a curve of scores; each says what it would choose in every resample.
+"""Four ways to choose a rank from a curve of scores; each says what it would choose in every
+resample.
 
-Information criteria and core consistency are not among them: an exact joint is no sample, so AIC and BIC have no sample size to
-weigh parameters against, and core consistency falls without bound above the true rank of a noiseless array and says nothing
-about what a rank is worth.
+Information criteria and core consistency are not among them: an exact joint is no sample, so AIC
+and BIC have no sample size to weigh parameters against, and core consistency falls without bound
+above the true rank of a noiseless array and says nothing about what a rank is worth.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def tolerant_choice(
     standard_error: Float[ndarray, "resamples ranks"],
     tolerance: float,
 ) -> Int[ndarray, " resamples"]:
-    """Index of the smallest rank whose shortfall to the best is at most one standard error or `tolerance` of the best.
+    """Index of the smallest rank whose shortfall to the best is at most one standard error or
+    `tolerance` of the best.
 
     Examples
     --------
@@ -35,7 +37,9 @@ def tolerant_choice(
     return tolerated(means, shortfall, standard_error, tolerance).argmax(1)
 
 
-def tolerated(means: ndarray, shortfall: ndarray, standard_error: ndarray, tolerance: float) -> ndarray:
+def tolerated(
+    means: ndarray, shortfall: ndarray, standard_error: ndarray, tolerance: float
+) -> ndarray:
     """Which ranks the tolerance allows, (resamples, ranks)."""
     allowed = np.maximum(np.nan_to_num(standard_error), tolerance * means.max(1, keepdims=True))
     return shortfall <= allowed + _ROUNDING
@@ -44,7 +48,8 @@ def tolerated(means: ndarray, shortfall: ndarray, standard_error: ndarray, toler
 def marginal_choice(
     means: Float[ndarray, "resamples ranks"], ranks: Int[ndarray, " ranks"], tolerance: float
 ) -> Int[ndarray, " resamples"]:
-    """Index of the first rank from which a doubling gains less than `tolerance` of what it has; else the last.
+    """Index of the first rank from which a doubling gains less than `tolerance` of what it has;
+    else the last.
 
     Steps of the grid that are not doublings are brought to one by the logarithm.
 
@@ -58,11 +63,14 @@ def marginal_choice(
     return np.concatenate([small, np.ones((len(means), 1), dtype=bool)], axis=1).argmax(1)
 
 
-def hull_choice(means: Float[ndarray, "resamples ranks"], parameters: Float[ndarray, " ranks"]) -> Int[ndarray, " resamples"]:
+def hull_choice(
+    means: Float[ndarray, "resamples ranks"], parameters: Float[ndarray, " ranks"]
+) -> Int[ndarray, " resamples"]:
     """Index of the elbow of the convex hull of fit against parameters.
 
-    Among the corners of the upper hull, the one where the slope falls by the largest factor. The first corner and the last have
-    a slope on one side only and cannot be elbows; where there is no other, the last is taken.
+    Among the corners of the upper hull, the one where the slope falls by the largest factor. The
+    first corner and the last have a slope on one side only and cannot be elbows; where there is no
+    other, the last is taken.
 
     References
     ----------

@@ -5,16 +5,23 @@ from __future__ import annotations
 import pandas as pd
 
 
-def method_summary(table: pd.DataFrame, column: str = "tokens_per_call_block_target") -> pd.DataFrame:
-    """Per (horizon, rank, method): medians and quartiles of the errors, the mean of `column`, failures and seconds."""
-    usable = table.assign(failed=table["status"] == "failed", not_converged=table["status"] == "not_converged")
+def method_summary(
+    table: pd.DataFrame, column: str = "tokens_per_call_block_target"
+) -> pd.DataFrame:
+    """Per (horizon, rank, method): medians and quartiles of the errors, the mean of `column`,
+    failures and seconds.
+    """
+    usable = table.assign(
+        failed=table["status"] == "failed", not_converged=table["status"] == "not_converged"
+    )
     grouped = usable.groupby(["horizon", "rank", "method"])
     summary = grouped.agg(
         contexts=("context", "size"),
         failed=("failed", "sum"),
         not_converged=("not_converged", "sum"),
         kl_nats=("kl_nats", lambda v: v.quantile(0.5, interpolation="lower")),
-        # Without interpolation: a squared-error fit that misses what P has is infinitely far from it.
+        # Without interpolation: a squared-error fit that misses what P has is infinitely far from
+        # it.
         kl_nats_low=("kl_nats", lambda v: v.quantile(0.25, interpolation="lower")),
         kl_nats_high=("kl_nats", lambda v: v.quantile(0.75, interpolation="higher")),
         total_variation=("total_variation", "median"),
@@ -25,7 +32,9 @@ def method_summary(table: pd.DataFrame, column: str = "tokens_per_call_block_tar
     return summary.reset_index()
 
 
-def survival_by_rank(table: pd.DataFrame, rule: str = "block", first_token: str = "target") -> pd.DataFrame:
+def survival_by_rank(
+    table: pd.DataFrame, rule: str = "block", first_token: str = "target"
+) -> pd.DataFrame:
     """Mean survival per (horizon, rank, position), each context represented by its best method."""
     column = f"tokens_per_call_{rule}_{first_token}"
     usable = table[(table["status"] != "failed") & table[column].notna()]
@@ -34,18 +43,26 @@ def survival_by_rank(table: pd.DataFrame, rule: str = "block", first_token: str 
     prefix = f"survival_{rule}_{first_token}_"
     positions = [name for name in best if name.startswith(prefix)]
     means = best.groupby(["horizon", "rank"])[positions].mean()
-    long = means.rename(columns=lambda name: int(name.removeprefix(prefix))).rename_axis(columns="position").stack()
+    long = (
+        means.rename(columns=lambda name: int(name.removeprefix(prefix)))
+        .rename_axis(columns="position")
+        .stack()
+    )
     return long.dropna().rename("survival").reset_index()
 
 
-def objective_gap(table: pd.DataFrame, column: str = "tokens_per_call_block_target") -> pd.DataFrame:
-    """Where tokens per call are lost before any learning: the exact limit, the fit by tokens per call, the fit by divergence.
+def objective_gap(
+    table: pd.DataFrame, column: str = "tokens_per_call_block_target"
+) -> pd.DataFrame:
+    """Where tokens per call are lost before any learning: the exact limit, the fit by tokens per
+    call, the fit by divergence.
 
     Returns
     -------
     pandas.DataFrame
-        Per (model, domain, horizon, rank) on contexts where both methods gave an answer: `exact_limit`, `acceptance_fit`,
-        `em_fit`, `lost_to_rank`, `lost_to_objective`, `contexts`. Empty where a method is missing.
+        Per (model, domain, horizon, rank) on contexts where both methods gave an answer:
+        `exact_limit`, `acceptance_fit`, `em_fit`, `lost_to_rank`, `lost_to_objective`, `contexts`.
+        Empty where a method is missing.
     """
     keys = ["model", "domain", "horizon", "rank"]
     usable = table[(table["status"] != "failed") & table["method"].isin(["acceptance", "em"])]
@@ -53,7 +70,11 @@ def objective_gap(table: pd.DataFrame, column: str = "tokens_per_call_block_targ
     if set(wide.columns) != {"acceptance", "em"}:
         return pd.DataFrame(columns=[*keys, "exact_limit", "acceptance_fit", "em_fit"])
     grouped = wide.dropna().groupby(level=keys)
-    means = grouped.mean().rename(columns={"acceptance": "acceptance_fit", "em": "em_fit"}).reset_index()
+    means = (
+        grouped.mean()
+        .rename(columns={"acceptance": "acceptance_fit", "em": "em_fit"})
+        .reset_index()
+    )
     means.insert(len(keys), "exact_limit", means["horizon"].astype(float))
     means["lost_to_rank"] = means["exact_limit"] - means["acceptance_fit"]
     means["lost_to_objective"] = means["acceptance_fit"] - means["em_fit"]

@@ -39,12 +39,13 @@ class ReportExtras:
     Attributes
     ----------
     latency : LatencyModel, optional
-        As measured. Without it calls are assumed to cost what reading the weights of 32 layers costs, and the report says so.
+        As measured. Without it calls are assumed to cost what reading the weights of 32 layers
+        costs, and the report says so.
     price : float
         Per device-hour.
     waterfall : pandas.DataFrame, optional
-        `model`, `domain`, `horizon`, `rank`, `anchored`, and in tokens per call `exact_limit`, `acceptance_fit`, `em_fit`,
-        `learned` with `learned_low` and `learned_high`.
+        `model`, `domain`, `horizon`, `rank`, `anchored`, and in tokens per call `exact_limit`,
+        `acceptance_fit`, `em_fit`, `learned` with `learned_low` and `learned_high`.
     decoding : pandas.DataFrame, optional
         `forecast` and `measured` tokens per call, each with `_low` and `_high`, and `rank`.
     step_times : pandas.DataFrame, optional
@@ -58,14 +59,18 @@ class ReportExtras:
     step_times: pd.DataFrame | None = None
 
 
-def read_extras(folder: str | Path, latency: str | Path | None = None, price: float = PRICE) -> ReportExtras:
-    """What lies beside a study's table: `latency.json`, `waterfall.parquet`, `decoding.parquet`, `step_times.parquet`.
+def read_extras(
+    folder: str | Path, latency: str | Path | None = None, price: float = PRICE
+) -> ReportExtras:
+    """What lies beside a study's table: `latency.json`, `waterfall.parquet`, `decoding.parquet`,
+    `step_times.parquet`.
 
     Parameters
     ----------
     folder : path
     latency : path, optional
-        JSON with the fields of `LatencyModel`, in seconds; default: the folder's own if there is one.
+        JSON with the fields of `LatencyModel`, in seconds; default: the folder's own if there is
+        one.
     price : float
         Per device-hour.
 
@@ -88,7 +93,8 @@ def _read_latency(path: Path) -> LatencyModel:
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{str(path)!r}: {error}; expected JSON such as "
-            '{"plain_step": 0.02, "base": 0.02, "per_position": 0.0001, "per_component": 0.00005}, in seconds'
+            '{"plain_step": 0.02, "base": 0.02, "per_position": 0.0001, "per_component": '
+            "0.00005}, in seconds"
         ) from error
 
 
@@ -117,8 +123,13 @@ class Report:
     @classmethod
     def of_sections(cls, sections: Sequence[Section], answers: Sequence[Section] = ()) -> Report:
         """From sections of one's own; `answers` stand on the first screen."""
-        figures = [block for section in sections for block in section.blocks if isinstance(block, Figure)]
-        drawings = {figure.name: figure_svg(figure.draw, figure.title, name=figure.name) for figure in figures}
+        figures = [
+            block for section in sections for block in section.blocks if isinstance(block, Figure)
+        ]
+        drawings = {
+            figure.name: figure_svg(figure.draw, figure.title, name=figure.name)
+            for figure in figures
+        }
         return cls(tuple(answers), tuple(sections), drawings)
 
     def write_html(self, path: str | Path) -> Path:
@@ -151,12 +162,17 @@ class Report:
         environment = _environment(autoescape=False)
         environment.filters["plain"] = _plain_markdown
         template = environment.get_template("report.md")
-        text = template.render(answers=self.answers, sections=self.sections, kind=_kind, stored=stored)
+        text = template.render(
+            answers=self.answers, sections=self.sections, kind=_kind, stored=stored
+        )
         return _written(path, re.sub(r"\n{3,}", "\n\n", text))
 
 
-def write_report(table: pd.DataFrame, manifest: dict, path: str | Path, extras: ReportExtras | None = None) -> Path:
-    """Write the report of a study: a path that ends in `.md` gets Markdown, any other one HTML file that needs nothing else.
+def write_report(
+    table: pd.DataFrame, manifest: dict, path: str | Path, extras: ReportExtras | None = None
+) -> Path:
+    """Write the report of a study: a path that ends in `.md` gets Markdown, any other one HTML file
+    that needs nothing else.
 
     Parameters
     ----------
@@ -175,7 +191,9 @@ def write_report(table: pd.DataFrame, manifest: dict, path: str | Path, extras: 
     return report.write_markdown(path) if Path(path).suffix == ".md" else report.write_html(path)
 
 
-def _content(table: pd.DataFrame, manifest: dict, extras: ReportExtras) -> tuple[list[Section], list[Section]]:
+def _content(
+    table: pd.DataFrame, manifest: dict, extras: ReportExtras
+) -> tuple[list[Section], list[Section]]:
     subjects = [
         Subject.of(f"{model} · contexts from {domain}", part, _economics(extras))
         for (model, domain), part in table_parts(table)
@@ -193,33 +211,50 @@ def _content(table: pd.DataFrame, manifest: dict, extras: ReportExtras) -> tuple
 
 
 _READING = (
-    "Tokens per call: expected tokens emitted per forward pass of the target by lossless block verification, the first token "
-    "of a block drawn from the target itself. These are ceilings of a rank: the best of the fits to each context's exact "
+    "Tokens per call: expected tokens emitted per forward pass of the target by lossless block "
+    "verification, the first token "
+    "of a block drawn from the target itself. These are ceilings of a rank: the best of the fits "
+    "to each context's exact "
     "joint.",
-    "Fastest: most tokens per second, over all horizons and ranks. Tolerance: per horizon, the smallest rank whose mean "
+    "Fastest: most tokens per second, over all horizons and ranks. Tolerance: per horizon, the "
+    "smallest rank whose mean "
     "shortfall to "
-    'the best rank, paired by context, is at most one standard error or 1 % of tokens per call, whichever is larger. "At '
+    "the best rank, paired by context, is at most one standard error or 1 % of tokens per call, "
+    'whichever is larger. "At '
     'least" '
-    "stands before a rank at the edge of the grid. Intervals: bias-corrected and accelerated bootstrap over documents; shares: "
+    "stands before a rank at the edge of the grid. Intervals: bias-corrected and accelerated "
+    "bootstrap over documents; shares: "
     "how often resamples of the documents choose the same.",
 )
 _PILOT = (
-    "Begin with a workload where a slow or failed answer hurts nobody (batch jobs, internal tools), at a small share of it; "
-    "then a tenth of the traffic, then half, each step as an A/B test by request against plain decoding of the same target.",
-    "What cannot change is the law of the output: verification is lossless, so no new review of quality is needed. What can go "
-    "wrong is the implementation; that is why edits are counted, and why the test suite compares output laws before traffic "
+    "Begin with a workload where a slow or failed answer hurts nobody (batch jobs, internal "
+    "tools), at a small share of it; "
+    "then a tenth of the traffic, then half, each step as an A/B test by request against plain "
+    "decoding of the same target.",
+    "What cannot change is the law of the output: verification is lossless, so no new review of "
+    "quality is needed. What can go "
+    "wrong is the implementation; that is why edits are counted, and why the test suite compares "
+    "output laws before traffic "
     "does.",
 )
 
 
 def table_parts(table: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
-    """What a rank is chosen for: (model, domain), the domain with the temperature and kind of draft where there are several."""
-    keys = [name for name in ("temperature", "anchored") if name in table and table[name].nunique() > 1]
+    """What a rank is chosen for: (model, domain), the domain with the temperature and kind of draft
+    where there are several.
+    """
+    keys = [
+        name for name in ("temperature", "anchored") if name in table and table[name].nunique() > 1
+    ]
     found = []
     for (model, domain, *others), part in table.groupby(["model", "domain", *keys], sort=False):
         told = dict(zip(keys, others, strict=True))
         notes = [f"temperature {told['temperature']:g}"] if "temperature" in told else []
-        notes += [("anchored" if told["anchored"] else "unanchored") + " drafts"] if "anchored" in told else []
+        notes += (
+            [("anchored" if told["anchored"] else "unanchored") + " drafts"]
+            if "anchored" in told
+            else []
+        )
         found.append(((model, ", ".join([domain, *notes])), part))
     return found
 
@@ -228,12 +263,14 @@ def _economics(extras: ReportExtras) -> Economics:
     if extras.latency is not None:
         t = extras.latency
         words = (
-            f"measured as {1e3 * t.base:.3g} + {1e3 * t.per_position:.3g} n + {1e3 * t.per_component:.3g} n r ms, a plain step "
+            f"measured as {1e3 * t.base:.3g} + {1e3 * t.per_position:.3g} n + "
+            f"{1e3 * t.per_component:.3g} n r ms, a plain step "
             f"{1e3 * t.plain_step:.3g} ms"
         )
         return Economics(t, words, extras.price)
     words = (
-        f"assumed, not measured: one request at a time on a device that only reads weights, {_ASSUMED_LAYERS} layers, "
+        "assumed, not measured: one request at a time on a device that only reads weights, "
+        f"{_ASSUMED_LAYERS} layers, "
         f"{1e3 * _ASSUMED_STEP:.0f} ms a plain step; give your own with --latency"
     )
     return Economics(memory_bound_latency(_ASSUMED_STEP, _ASSUMED_LAYERS), words, extras.price)
@@ -241,7 +278,10 @@ def _economics(extras: ReportExtras) -> Economics:
 
 def _setup(table: pd.DataFrame, manifest: dict) -> Table:
     settings, versions = manifest["settings"], manifest["versions"]
-    models = [f"{name} (V = {m['vocab_size']}, sha256 {str(m['sha256'])[:12]})" for name, m in manifest["models"].items()]
+    models = [
+        f"{name} (V = {m['vocab_size']}, sha256 {str(m['sha256'])[:12]})"
+        for name, m in manifest["models"].items()
+    ]
     rows = (
         ("Models", ", ".join(models)),
         ("Contexts", f"{settings['contexts']} per model, {settings['context_length']} tokens each"),
@@ -267,7 +307,9 @@ def _several(settings: dict, name: str) -> list:
 def _failures(table: pd.DataFrame) -> Table:
     failed = table[table["status"] == "failed"]
     grouped = failed.groupby(["method", "rank", "message"]).size().reset_index(name="count")
-    rows = grouped.sort_values("count", ascending=False).head(20)[["method", "rank", "count", "message"]]
+    rows = grouped.sort_values("count", ascending=False).head(20)[
+        ["method", "rank", "count", "message"]
+    ]
     cells = tuple(tuple(str(value) for value in row) for row in rows.itertuples(index=False))
     return Table(("method", "rank", "count", "message"), cells, wide=True)
 
@@ -292,7 +334,12 @@ def _slug(text: str) -> str:
 
 def _plain_markdown(text: str) -> str:
     """Text from outside with nothing left that Markdown or HTML would read."""
-    escaped = _MARKDOWN.sub(r"\\\1", str(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    escaped = (
+        _MARKDOWN.sub(r"\\\1", str(text))
+        .replace("&", "&amp;")
+        .replace("<", "&lt;")
+        .replace(">", "&gt;")
+    )
     return " ".join(escaped.split())
 
 

@@ -1,7 +1,7 @@
 """The plan of a staged roll-out: what to measure, what to expect, how long, when to stop.
 
-What cannot change is the law of the output: verification is lossless, so no new review of quality is needed, only checks that
-the implementation is right.
+What cannot change is the law of the output: verification is lossless, so no new review of quality
+is needed, only checks that the implementation is right.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from statistics import NormalDist
 from cpmtp.latency import Forecast, LatencyModel, cost_per_million_tokens, tokens_until_paid
 
 LOOKS = 4
-# O'Brien and Fleming's bounds for four equally spaced looks at a two-sided level of 5 %: 2.024 sqrt(4 / k).
+# O'Brien and Fleming's bounds for four equally spaced looks at a two-sided level of 5 %: 2.024
+# sqrt(4 / k).
 _LAST_BOUND = 2.024
 _LEVEL, _POWER = 0.05, 0.8
 _EDIT_MARGIN, _EDIT_RATE = 0.03, 0.2
@@ -29,8 +30,8 @@ class PilotMeasure:
     ----------
     name, how : str
     expected, low, high : float, optional
-        The forecast and its 95 % interval, in `unit`; None where the baseline of the service itself is what is expected,
-        ends None too where a single context gives no interval.
+        The forecast and its 95 % interval, in `unit`; None where the baseline of the service itself
+        is what is expected, ends None too where a single context gives no interval.
     unit : str
     alarm : str
         When to switch back.
@@ -65,7 +66,8 @@ class PilotPlan:
     break_even : float
         Tokens per call at which speculation is as fast as plain decoding.
     tokens_per_training_hour : float
-        Tokens to decode for each device-hour of training until it has paid for itself; infinite where it never does.
+        Tokens to decode for each device-hour of training until it has paid for itself; infinite
+        where it never does.
     """
 
     horizon: int
@@ -108,7 +110,8 @@ def plan_pilot(
 
     Examples
     --------
-    >>> plan = plan_pilot((2.5, 2.4, 2.6), LatencyModel(0.02, 0.02), horizon=3, rank=8, price=2.5, variation=0.5)
+    >>> latency = LatencyModel(0.02, 0.02)
+    >>> plan = plan_pilot((2.5, 2.4, 2.6), latency, horizon=3, rank=8, price=2.5, variation=0.5)
     >>> plan.requests_per_arm, round(plan.break_even, 2), plan.bounds
     (100, 1.0, (4.05, 2.86, 2.34, 2.02))
     """
@@ -116,7 +119,9 @@ def plan_pilot(
         raise ValueError(f"variation {variation}: expected a coefficient of variation above 0")
     seconds = latency.call_seconds(horizon, rank)
     expected = Forecast(
-        tokens_per_call[0] / seconds, tokens_per_call[0] * latency.plain_step / seconds, seconds / latency.plain_step
+        tokens_per_call[0] / seconds,
+        tokens_per_call[0] * latency.plain_step / seconds,
+        seconds / latency.plain_step,
     )
     detect = abs(expected.speedup - 1) / 2
     return PilotPlan(
@@ -126,14 +131,17 @@ def plan_pilot(
         requests_per_arm=max(requests_per_arm(variation, detect), _FEWEST),
         edit_requests_per_arm=non_inferiority_size(_EDIT_RATE, _EDIT_MARGIN),
         variation=variation,
-        bounds=tuple(round(_LAST_BOUND * math.sqrt(LOOKS / look), 2) for look in range(1, LOOKS + 1)),
+        bounds=tuple(
+            round(_LAST_BOUND * math.sqrt(LOOKS / look), 2) for look in range(1, LOOKS + 1)
+        ),
         break_even=expected.break_even_tokens_per_call,
         tokens_per_training_hour=tokens_until_paid(expected, training_device_hours=1.0),
     )
 
 
 def requests_per_arm(variation: float, difference: float) -> int:
-    """Requests in each arm to find a relative difference of means, two-sided at 5 % with a power of 80 %.
+    """Requests in each arm to find a relative difference of means, two-sided at 5 % with a power of
+    80 %.
 
     ``2 (z_{0.975} + z_{0.8})^2 variation^2 / difference^2``, at least 2.
 
@@ -149,7 +157,8 @@ def requests_per_arm(variation: float, difference: float) -> int:
 
 
 def non_inferiority_size(rate: float, margin: float) -> int:
-    """Requests in each arm to exclude, one-sided at 5 % with a power of 80 %, that a rate is higher by `margin`.
+    """Requests in each arm to exclude, one-sided at 5 % with a power of 80 %, that a rate is higher
+    by `margin`.
 
     Examples
     --------
@@ -160,7 +169,9 @@ def non_inferiority_size(rate: float, margin: float) -> int:
     return math.ceil(2 * rate * (1 - rate) * (z / margin) ** 2)
 
 
-def _measures(tokens: tuple[float, float, float], latency: LatencyModel, seconds: float, price: float):
+def _measures(
+    tokens: tuple[float, float, float], latency: LatencyModel, seconds: float, price: float
+):
     mean, low, high = tokens
     break_even = seconds / latency.plain_step
 
@@ -169,7 +180,9 @@ def _measures(tokens: tuple[float, float, float], latency: LatencyModel, seconds
 
     def ends(scale: Callable[[float], float]) -> tuple[float | None, float | None]:
         # A single context has no interval.
-        lower, upper = sorted((scale(low), scale(high))) if math.isfinite(low + high) else (None, None)
+        lower, upper = (
+            sorted((scale(low), scale(high))) if math.isfinite(low + high) else (None, None)
+        )
         return lower, upper
 
     watched = f"; below {low:.2f}: look at the traffic" if math.isfinite(low) else ""
@@ -197,7 +210,8 @@ def _measures(tokens: tuple[float, float, float], latency: LatencyModel, seconds
             mean / seconds,
             *ends(lambda tokens: tokens / seconds),
             "tokens/s",
-            f"below plain decoding ({1 / latency.plain_step:.1f} tokens/s) at any batch size in use",
+            f"below plain decoding ({1 / latency.plain_step:.1f} tokens/s) at any batch size in "
+            "use",
         ),
         PilotMeasure(
             "latency",
@@ -213,7 +227,8 @@ def _measures(tokens: tuple[float, float, float], latency: LatencyModel, seconds
             cost(mean),
             *ends(cost),
             "per million tokens",
-            f"a week above plain decoding ({cost_per_million_tokens(1 / latency.plain_step, price):.2f})",
+            "a week above plain decoding "
+            f"({cost_per_million_tokens(1 / latency.plain_step, price):.2f})",
         ),
         PilotMeasure(
             "edits",
@@ -222,6 +237,7 @@ def _measures(tokens: tuple[float, float, float], latency: LatencyModel, seconds
             None,
             None,
             "as in the arm without speculation",
-            f"higher by {_EDIT_MARGIN:.0%} or more: not the method but a fault of the implementation; stop and test it",
+            f"higher by {_EDIT_MARGIN:.0%} or more: not the method but a fault of the "
+            "implementation; stop and test it",
         ),
     )

@@ -1,7 +1,9 @@
-"""Figures in one house style: tables in, axes out; nothing is computed here. The only user of matplotlib.
+"""Figures in one house style: tables in, axes out; nothing is computed here. The only user of
+matplotlib.
 
-Every ``plot_`` function draws on the axes it is given and returns them. Colours stay apart under the common colour blindnesses
-(the tests measure it), and markers and line styles say the same once more.
+Every ``plot_`` function draws on the axes it is given and returns them. Colours stay apart under
+the common colour blindnesses (the tests measure it), and markers and line styles say the same once
+more.
 """
 
 from __future__ import annotations
@@ -59,11 +61,18 @@ def house_style() -> AbstractContextManager[None]:
 
 
 def plot_error_against_rank(summary: pd.DataFrame, ax: Axes) -> Axes:
-    """Median KL divergence per method over ranks, quartiles as bands; one horizon's rows of `method_summary`."""
+    """Median KL divergence per method over ranks, quartiles as bands; one horizon's rows of
+    `method_summary`.
+    """
     for i, (method, rows) in enumerate(summary.groupby("method")):
         ax.plot(rows["rank"], rows["kl_nats"].clip(lower=_KL_FLOOR), label=method, **_series(i))
-        low, high = rows["kl_nats_low"].clip(lower=_KL_FLOOR), rows["kl_nats_high"].clip(lower=_KL_FLOOR)
-        ax.fill_between(rows["rank"], low, high, color=_PALETTE[i % len(_PALETTE)], alpha=0.15, linewidth=0)
+        low, high = (
+            rows["kl_nats_low"].clip(lower=_KL_FLOOR),
+            rows["kl_nats_high"].clip(lower=_KL_FLOOR),
+        )
+        ax.fill_between(
+            rows["rank"], low, high, color=_PALETTE[i % len(_PALETTE)], alpha=0.15, linewidth=0
+        )
     _rank_axis(ax, summary["rank"])
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -74,11 +83,23 @@ def plot_error_against_rank(summary: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def plot_tokens_per_call(choice: pd.DataFrame, ax: Axes, *, recommended: int, horizon: int) -> Axes:
-    """Mean tokens per call over ranks with 95 % band, the horizon as ceiling and the recommended rank marked."""
-    ax.fill_between(choice["rank"], choice["tokens_per_call_low"], choice["tokens_per_call_high"], color=COLOURS[0], alpha=0.2)
-    ax.plot(choice["rank"], choice["tokens_per_call"], label="best fit (mean, 95 % band)", **_series(0))
+    """Mean tokens per call over ranks with 95 % band, the horizon as ceiling and the recommended
+    rank marked.
+    """
+    ax.fill_between(
+        choice["rank"],
+        choice["tokens_per_call_low"],
+        choice["tokens_per_call_high"],
+        color=COLOURS[0],
+        alpha=0.2,
+    )
+    ax.plot(
+        choice["rank"], choice["tokens_per_call"], label="best fit (mean, 95 % band)", **_series(0)
+    )
     ax.axhline(horizon, color=INK, linestyle=":", label="exact draft")
-    ax.axvline(recommended, color=COLOURS[1], linestyle="--", label=f"recommended rank {recommended}")
+    ax.axvline(
+        recommended, color=COLOURS[1], linestyle="--", label=f"recommended rank {recommended}"
+    )
     _rank_axis(ax, choice["rank"])
     ax.set_ylabel("tokens per call")
     ax.legend(loc="lower right")
@@ -86,13 +107,21 @@ def plot_tokens_per_call(choice: pd.DataFrame, ax: Axes, *, recommended: int, ho
 
 
 def plot_survival(survival: pd.DataFrame, ax: Axes, *, ceiling: pd.DataFrame | None = None) -> Axes:
-    """Mean survival per position, a line per rank, and dotted what no verification could exceed; rows of `survival_by_rank`."""
+    """Mean survival per position, a line per rank, and dotted what no verification could exceed;
+    rows of `survival_by_rank`.
+    """
     for i, (rank, rows) in enumerate(survival.groupby("rank")):
         ax.plot(rows["position"], rows["survival"], label=f"rank {rank}", **_series(i))
         if ceiling is not None:
             above = ceiling[ceiling["rank"] == rank]
             label = "coupling ceiling" if i == 0 else None
-            ax.plot(above["position"], above["survival"], color=_PALETTE[i % len(_PALETTE)], linestyle=":", label=label)
+            ax.plot(
+                above["position"],
+                above["survival"],
+                color=_PALETTE[i % len(_PALETTE)],
+                linestyle=":",
+                label=label,
+            )
     ax.set_xticks(sorted(survival["position"].unique()))
     ax.set_xlabel("position in the block")
     ax.set_ylabel("survival (mean)")
@@ -102,7 +131,8 @@ def plot_survival(survival: pd.DataFrame, ax: Axes, *, ceiling: pd.DataFrame | N
 
 
 def plot_speedup(cells: pd.DataFrame, ax: Axes, *, confident: float = 0.05) -> Axes:
-    """Predicted speedup over rank and horizon; cells that are the fastest in at least `confident` of resamples are outlined.
+    """Predicted speedup over rank and horizon; cells that are the fastest in at least `confident`
+    of resamples are outlined.
 
     Parameters
     ----------
@@ -115,9 +145,15 @@ def plot_speedup(cells: pd.DataFrame, ax: Axes, *, confident: float = 0.05) -> A
         x, y = ranks.index(row.rank), horizons.index(row.horizon)
         # A tint of the page, so that the figure's ink is legible on it in either theme.
         tint = 0.05 + 0.5 * (row.speedup - low) / max(high - low, 1e-9)
-        ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=COLOURS[0], alpha=tint, linewidth=0))
+        ax.add_patch(
+            Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=COLOURS[0], alpha=tint, linewidth=0)
+        )
         if row.fastest_frequency >= confident:
-            ax.add_patch(Rectangle((x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor=COLOURS[1], linewidth=2))
+            ax.add_patch(
+                Rectangle(
+                    (x - 0.46, y - 0.46), 0.92, 0.92, fill=False, edgecolor=COLOURS[1], linewidth=2
+                )
+            )
         ax.text(x, y, f"{row.speedup:.2f}", ha="center", va="center")
     ax.set_xlim(-0.5, len(ranks) - 0.5)
     ax.set_ylim(-0.5, len(horizons) - 0.5)
@@ -130,7 +166,8 @@ def plot_speedup(cells: pd.DataFrame, ax: Axes, *, confident: float = 0.05) -> A
 
 
 def plot_contexts(values: pd.DataFrame, ax: Axes) -> Axes:
-    """One point per context and rank, some hundred where there are more; median and quartiles of all beside.
+    """One point per context and rank, some hundred where there are more; median and quartiles of
+    all beside.
 
     Parameters
     ----------
@@ -169,12 +206,16 @@ def plot_against_entropy(contexts: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def plot_lines_over_rank(table: pd.DataFrame, ax: Axes, *, by: str, value: str, label: str) -> Axes:
-    """`value` over ranks, a line per `by`, with a band where the table has `value_low` and `value_high`."""
+    """`value` over ranks, a line per `by`, with a band where the table has `value_low` and
+    `value_high`.
+    """
     for i, (name, rows) in enumerate(table.groupby(by, sort=False)):
         ax.plot(rows["rank"], rows[value], label=str(name), **_series(i))
         if f"{value}_low" in rows:
             band = (rows[f"{value}_low"], rows[f"{value}_high"])
-            ax.fill_between(rows["rank"], *band, color=_PALETTE[i % len(_PALETTE)], alpha=0.15, linewidth=0)
+            ax.fill_between(
+                rows["rank"], *band, color=_PALETTE[i % len(_PALETTE)], alpha=0.15, linewidth=0
+            )
     _rank_axis(ax, table["rank"])
     ax.set_ylabel(label)
     ax.legend()
@@ -187,14 +228,21 @@ def plot_waterfall(row: pd.Series, ax: Axes) -> Axes:
     Parameters
     ----------
     row : pandas.Series
-        `exact_limit`, `acceptance_fit`, `em_fit`, `learned`, in tokens per call; `learned_low`, `learned_high` if known.
+        `exact_limit`, `acceptance_fit`, `em_fit`, `learned`, in tokens per call; `learned_low`,
+        `learned_high` if known.
     """
     names = ["exact draft", "lost to rank", "lost to objective", "lost to learning", "learned head"]
     levels = [row["exact_limit"], row["acceptance_fit"], row["em_fit"], row["learned"]]
     ax.bar(0, levels[0], color=INK, alpha=0.35)
     for i in range(3):
         lost = levels[i] - levels[i + 1]
-        ax.bar(i + 1, lost, bottom=levels[i + 1], color=COLOURS[1 + i], hatch="//" if lost < 0 else None)
+        ax.bar(
+            i + 1,
+            lost,
+            bottom=levels[i + 1],
+            color=COLOURS[1 + i],
+            hatch="//" if lost < 0 else None,
+        )
         ax.text(i + 1, max(levels[i], levels[i + 1]), f"{-lost:+.2f}", ha="center", va="bottom")
     error = None
     if "learned_low" in row and pd.notna(row["learned_low"]):
@@ -208,18 +256,29 @@ def plot_waterfall(row: pd.Series, ax: Axes) -> Axes:
 
 
 def plot_losses_over_rank(table: pd.DataFrame, ax: Axes) -> Axes:
-    """The same for several ranks side by side: what is learned at the bottom, above it what is lost to what.
+    """The same for several ranks side by side: what is learned at the bottom, above it what is lost
+    to what.
 
     Parameters
     ----------
     table : pandas.DataFrame
-        A row per rank: `rank`, `exact_limit`, `acceptance_fit`, `em_fit`, `learned`; the last with `_low` and `_high` if known.
+        A row per rank: `rank`, `exact_limit`, `acceptance_fit`, `em_fit`, `learned`; the last with
+        `_low` and `_high` if known.
     """
     table = table.sort_values("rank")
     places = range(len(table))
-    ax.bar(places, table["learned"], color=COLOURS[0], label="learned head", yerr=_half_widths(table, "learned"), ecolor=INK)
+    ax.bar(
+        places,
+        table["learned"],
+        color=COLOURS[0],
+        label="learned head",
+        yerr=_half_widths(table, "learned"),
+        ecolor=INK,
+    )
     low = table["learned"]
-    for i, (name, level) in enumerate((("learning", "em_fit"), ("objective", "acceptance_fit"), ("rank", "exact_limit"))):
+    for i, (name, level) in enumerate(
+        (("learning", "em_fit"), ("objective", "acceptance_fit"), ("rank", "exact_limit"))
+    ):
         high = np.maximum(table[level], low)
         ax.bar(places, high - low, bottom=low, color=COLOURS[3 - i], label=f"lost to {name}")
         low = high
@@ -245,7 +304,10 @@ def plot_forecast(decoding: pd.DataFrame, ax: Axes) -> Axes:
         across, up = _half_widths(rows, "forecast"), _half_widths(rows, "measured")
         style = _series(i) | {"linestyle": "", "elinewidth": 1, "label": f"rank {rank}"}
         ax.errorbar(rows["forecast"], rows["measured"], xerr=across, yerr=up, **style)
-    ends = [decoding[["forecast", "measured"]].min().min(), decoding[["forecast", "measured"]].max().max()]
+    ends = [
+        decoding[["forecast", "measured"]].min().min(),
+        decoding[["forecast", "measured"]].max().max(),
+    ]
     ax.plot(ends, ends, color=INK, linestyle=":", label="equal")
     ax.set_xlabel("forecast tokens per call")
     ax.set_ylabel("measured tokens per call")
@@ -258,7 +320,13 @@ def plot_step_times(steps: pd.DataFrame, ax: Axes) -> Axes:
     left = np.zeros(len(steps))
     for i, part in enumerate(name for name in steps.columns if name != "label"):
         seconds = steps[part].to_numpy() * 1e3
-        ax.barh(range(len(steps)), seconds, left=left, color=_PALETTE[i % len(_PALETTE)], label=part.removesuffix("_seconds"))
+        ax.barh(
+            range(len(steps)),
+            seconds,
+            left=left,
+            color=_PALETTE[i % len(_PALETTE)],
+            label=part.removesuffix("_seconds"),
+        )
         left += seconds
     ax.set_yticks(range(len(steps)), steps["label"])
     ax.set_xlabel("milliseconds per call")
@@ -268,7 +336,11 @@ def plot_step_times(steps: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def figure_svg(
-    draw: Callable[[Axes], object], title: str, *, name: str | None = None, size: tuple[float, float] = _SIZE
+    draw: Callable[[Axes], object],
+    title: str,
+    *,
+    name: str | None = None,
+    size: tuple[float, float] = _SIZE,
 ) -> str:
     """One figure as an SVG element on white.
 
@@ -279,14 +351,16 @@ def figure_svg(
     title : str
         Stands above the axes.
     name : str, optional
-        Keeps names inside the SVG apart from those of other figures in the page; default: the title.
+        Keeps names inside the SVG apart from those of other figures in the page; default: the
+        title.
     size : tuple of float
         Inches.
     """
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name or title}):
         figure = Figure(figsize=size, facecolor="none")
         FigureCanvasSVG(figure)
-        # Fixed margins: an automatic layout measures every text several times, and took half of a report's time.
+        # Fixed margins: an automatic layout measures every text several times, and took half of a
+        # report's time.
         ax = figure.add_axes(_MARGINS, facecolor="none")
         draw(ax)
         ax.set_title(title, y=1.0, parse_math=False)  # a dollar sign begins no formula
@@ -299,7 +373,9 @@ def figure_svg(
 
 
 def themed_svg(svg: str) -> str:
-    """A figure of `figure_svg` whose colours and ground are left to the page's style sheet (`theme_css`)."""
+    """A figure of `figure_svg` whose colours and ground are left to the page's style sheet
+    (`theme_css`).
+    """
     svg = svg.replace(f"{_ON_WHITE} ", "", 1)
     for i, colour in enumerate(COLOURS):
         svg = svg.replace(colour, f"var(--series-{i}, {colour})")
@@ -314,7 +390,9 @@ def theme_css() -> tuple[str, str]:
 
 
 def _own_names(svg: str, name: str) -> str:
-    """Ids that nothing refers to are dropped, the others made the figure's own: a page holds many figures."""
+    """Ids that nothing refers to are dropped, the others made the figure's own: a page holds many
+    figures.
+    """
     used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", svg))
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{slug}-{m[1]}"' if m[1] in used else "", svg)
@@ -323,7 +401,9 @@ def _own_names(svg: str, name: str) -> str:
 
 def _half_widths(rows: pd.DataFrame, name: str) -> np.ndarray:
     """Distances to both ends of an interval, (2, rows); zero where there is none."""
-    low, high = (rows[f"{name}_{end}"] if f"{name}_{end}" in rows else rows[name] for end in ("low", "high"))
+    low, high = (
+        rows[f"{name}_{end}"] if f"{name}_{end}" in rows else rows[name] for end in ("low", "high")
+    )
     return np.abs([rows[name] - low, high - rows[name]])
 
 

@@ -13,13 +13,20 @@ import pandas as pd
 
 from cpmtp.latency import LatencyModel, cost_per_million_tokens
 from cpmtp.ranking.criteria import throughput_choice
-from cpmtp.ranking.selection import OUTCOME, RankChoice, compare_criteria, context_values, paired_gains
+from cpmtp.ranking.selection import (
+    OUTCOME,
+    RankChoice,
+    compare_criteria,
+    context_values,
+    paired_gains,
+)
 from cpmtp.ranking.summary import method_summary, survival_by_rank
 from cpmtp.report import plots
 from cpmtp.report.pilot import LOOKS, PilotPlan, plan_pilot
 
 _COSTS = (0.25, 0.5, 1, 2, 4, 8)
-# Between requests throughput varies for more reasons than the contexts of a study show: lengths, batches, other users.
+# Between requests throughput varies for more reasons than the contexts of a study show: lengths,
+# batches, other users.
 _LEAST_VARIATION = 0.3
 
 
@@ -33,7 +40,9 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells as text; `marked` are the indices of rows to stand out, `wide` is said of cells with sentences."""
+    """Rows of cells as text; `marked` are the indices of rows to stand out, `wide` is said of cells
+    with sentences.
+    """
 
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -43,7 +52,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture, what it is and what it shows in words; `subject` tells apart pictures of the same title."""
+    """A picture, what it is and what it shows in words; `subject` tells apart pictures of the same
+    title.
+    """
 
     title: str
     words: str
@@ -104,7 +115,9 @@ class Subject:
 
 
 def answer(subject: Subject) -> Section:
-    """The first screen: which rank and horizon, what it buys, how sure, what would change the answer."""
+    """The first screen: which rank and horizon, what it buys, how sure, what would change the
+    answer.
+    """
     choice, economics = subject.fastest, subject.economics
     horizon, rank = subject.best
     row = choice.row(horizon)
@@ -115,19 +128,29 @@ def answer(subject: Subject) -> Section:
     blocks: list[Text | Table | Figure] = [
         Text(f"Fastest: horizon {horizon} with rank {edge}{rank}.", "strong"),
         Text(
-            f"It buys at most {row.tokens_per_call:.2f} tokens per call (95 % interval {row.tokens_per_call_low:.2f} to "
-            f"{row.tokens_per_call_high:.2f}), {row.speedup:.2f} times the speed of plain decoding ({row.speedup_low:.2f} to "
-            f"{row.speedup_high:.2f}), {cost:.2f} per million tokens instead of {before:.2f} at a price of "
+            f"It buys at most {row.tokens_per_call:.2f} tokens per call (95 % interval "
+            f"{row.tokens_per_call_low:.2f} to "
+            f"{row.tokens_per_call_high:.2f}), {row.speedup:.2f} times the speed of plain "
+            f"decoding ({row.speedup_low:.2f} to "
+            f"{row.speedup_high:.2f}), {cost:.2f} per million tokens instead of {before:.2f} at a "
+            "price of "
             f"{economics.price:.2f} per device-hour. Calls: {economics.source}."
         ),
         Text(
-            f"How sure: horizon {horizon} is the fastest in {choice.horizon_frequency[horizon]:.0%} and, at it, rank {rank} in "
-            f"{choice.frequency[horizon][rank]:.0%} of resamples of {choice.documents} documents; a gain below "
-            f"{choice.detectable_gain[horizon]:.3f} tokens per call would not be seen with these {choice.contexts} contexts. "
+            f"How sure: horizon {horizon} is the fastest in "
+            f"{choice.horizon_frequency[horizon]:.0%} and, at it, rank {rank} in "
+            f"{choice.frequency[horizon][rank]:.0%} of resamples of {choice.documents} documents; "
+            "a gain below "
+            f"{choice.detectable_gain[horizon]:.3f} tokens per call would not be seen with these "
+            f"{choice.contexts} contexts. "
             "A learned head stays below a rank's ceiling, so read the figures as upper bounds."
         ),
         Text(f"What would change the answer: {_sensitivity(subject)}."),
-        Text("Whatever a call costs (smallest rank within 1 % of the best): " + "; ".join(_sentences(subject.default)) + "."),
+        Text(
+            "Whatever a call costs (smallest rank within 1 % of the best): "
+            + "; ".join(_sentences(subject.default))
+            + "."
+        ),
     ]
     if choice.caution:
         blocks.append(Text(choice.caution, "note"))
@@ -145,8 +168,17 @@ def _sensitivity(subject: Subject) -> str:
     found: dict[tuple[int, int], list[str]] = {}
     for factor in _COSTS:
         changed = replace(latency, per_component=latency.per_component * factor)
-        seconds = [changed.call_seconds(int(n), int(r)) for n, r in zip(cells["horizon"], cells["rank"], strict=True)]
-        best = cells.iloc[int(throughput_choice(cells[["tokens_per_call"]].to_numpy().T, pd.Series(seconds).to_numpy())[0])]
+        seconds = [
+            changed.call_seconds(int(n), int(r))
+            for n, r in zip(cells["horizon"], cells["rank"], strict=True)
+        ]
+        best = cells.iloc[
+            int(
+                throughput_choice(
+                    cells[["tokens_per_call"]].to_numpy().T, pd.Series(seconds).to_numpy()
+                )[0]
+            )
+        ]
         found.setdefault((int(best["horizon"]), int(best["rank"])), []).append(f"{factor:g}")
     others = [
         f"horizon {n}, rank {r} if a component cost {' or '.join(f)} times as much"
@@ -154,7 +186,10 @@ def _sensitivity(subject: Subject) -> str:
         if (n, r) != subject.best
     ]
     if not others:
-        return f"nothing that was tried: a component may cost {_COSTS[0]:g} to {_COSTS[-1]:g} times as much"
+        return (
+            f"nothing that was tried: a component may cost {_COSTS[0]:g} to {_COSTS[-1]:g} "
+            "times as much"
+        )
     return "; ".join(others)
 
 
@@ -162,23 +197,34 @@ def findings(subject: Subject) -> Iterator[Section]:
     """Tables and figures of one subject."""
     choice, label = subject.fastest, subject.title
     yield Section(label, (), level=2)
-    yield Section("Tokens per call by rank", (_rank_table(subject), *_horizon_figures(subject)), level=3)
+    yield Section(
+        "Tokens per call by rank", (_rank_table(subject), *_horizon_figures(subject)), level=3
+    )
     speedup = Figure(
         "Predicted speedup",
-        "Predicted speedup over plain decoding by rank and horizon; outlined cells are the fastest in at least 5 % of "
+        "Predicted speedup over plain decoding by rank and horizon; outlined cells are the "
+        "fastest in at least 5 % of "
         f"resamples (the confidence set of the optimum). Calls: {subject.economics.source}.",
         partial(plots.plot_speedup, choice.table),
         label,
     )
     yield Section("Speed", (speedup, _serving_text(subject)), level=3)
-    yield Section("What a higher rank gains, on the same contexts", (_gain_table(subject.table),), level=3)
-    yield Section("Every criterion's choice", (_criteria_table(subject), Text(_NOT_OFFERED, "note")), level=3)
-    yield Section("Fits by method", (_method_table(subject.table), *_error_figures(subject)), level=3)
+    yield Section(
+        "What a higher rank gains, on the same contexts", (_gain_table(subject.table),), level=3
+    )
+    yield Section(
+        "Every criterion's choice", (_criteria_table(subject), Text(_NOT_OFFERED, "note")), level=3
+    )
+    yield Section(
+        "Fits by method", (_method_table(subject.table), *_error_figures(subject)), level=3
+    )
 
 
 _NOT_OFFERED = (
-    "Where the criteria disagree, they answer different questions. AIC and BIC are not offered: they weigh parameters against "
-    "the size of a sample, and an exact joint is no sample. Core consistency is not offered: above the true rank of a "
+    "Where the criteria disagree, they answer different questions. AIC and BIC are not offered: "
+    "they weigh parameters against "
+    "the size of a sample, and an exact joint is no sample. Core consistency is not offered: "
+    "above the true rank of a "
     "noiseless array it falls without bound, and it says nothing about what a rank is worth."
 )
 
@@ -231,23 +277,28 @@ def _horizon_figures(subject: Subject) -> Iterator[Figure]:
         scores = values.xs(n, level="horizon").dropna(axis=1, how="all").dropna()
         yield Figure(
             f"Tokens per call against rank, n = {n}",
-            f"Tokens per call rise from {first.tokens_per_call:.2f} at rank {first['rank']:.0f} to {last.tokens_per_call:.2f} "
-            f"at rank {last['rank']:.0f}; an exact draft would give {n}. Recommended by tolerance: rank "
+            f"Tokens per call rise from {first.tokens_per_call:.2f} at rank {first['rank']:.0f} "
+            f"to {last.tokens_per_call:.2f} "
+            f"at rank {last['rank']:.0f}; an exact draft would give {n}. Recommended by "
+            "tolerance: rank "
             f"{'at least ' if choice.at_grid_edge[n] else ''}{rank}.",
             partial(plots.plot_tokens_per_call, cells, recommended=rank, horizon=n),
             label,
         )
         yield Figure(
             f"Survival per position, n = {n}",
-            "Probability that the first k tokens of a block are emitted unchanged, mean over contexts, and dotted the most "
+            "Probability that the first k tokens of a block are emitted unchanged, mean over "
+            "contexts, and dotted the most "
             f"that any verification could reach with the same draft. {_survival_words(some[0])}",
             partial(plots.plot_survival, some[0], ceiling=some[1] if len(some[1]) else None),
             label,
         )
         yield Figure(
             f"Contexts, n = {n}",
-            f"One point per context: at rank {shown[0]} from {scores.iloc[:, 0].min():.2f} to {scores.iloc[:, 0].max():.2f} "
-            f"tokens per call, at rank {shown[-1]} from {scores.iloc[:, -1].min():.2f} to {scores.iloc[:, -1].max():.2f}. "
+            f"One point per context: at rank {shown[0]} from {scores.iloc[:, 0].min():.2f} to "
+            f"{scores.iloc[:, 0].max():.2f} "
+            f"tokens per call, at rank {shown[-1]} from {scores.iloc[:, -1].min():.2f} to "
+            f"{scores.iloc[:, -1].max():.2f}. "
             "Bars: quartiles.",
             partial(plots.plot_contexts, scores),
             label,
@@ -256,8 +307,10 @@ def _horizon_figures(subject: Subject) -> Iterator[Figure]:
             points = _entropy_points(table, scores[shown], n)
             yield Figure(
                 f"Tokens per call and entropy, n = {n}",
-                "Each context's tokens per call against the entropy of its joint: what the target itself is unsure of is "
-                f"harder to draft (rank correlation {_rank_correlation(points, shown[0]):.2f} at rank {shown[0]}).",
+                "Each context's tokens per call against the entropy of its joint: what the target "
+                "itself is unsure of is "
+                f"harder to draft (rank correlation {_rank_correlation(points, shown[0]):.2f} at "
+                f"rank {shown[0]}).",
                 partial(plots.plot_against_entropy, points),
                 label,
             )
@@ -269,13 +322,21 @@ def _only(survival: pd.DataFrame, horizon: int, ranks: list[int]) -> pd.DataFram
 
 def _survival_words(survival: pd.DataFrame) -> str:
     last = survival[survival["position"] == survival["position"].max()]
-    return "All of the block: " + ", ".join(f"{row.survival:.0%} at rank {row.rank}" for row in last.itertuples()) + "."
+    return (
+        "All of the block: "
+        + ", ".join(f"{row.survival:.0%} at rank {row.rank}" for row in last.itertuples())
+        + "."
+    )
 
 
 def _entropy_points(table: pd.DataFrame, scores: pd.DataFrame, horizon: int) -> pd.DataFrame:
     keys = list(scores.index.names)
     facts = table[table["horizon"] == horizon][[*keys, "joint_entropy_nats"]].drop_duplicates(keys)
-    return scores.reset_index().melt(id_vars=keys, var_name="rank", value_name="tokens_per_call").merge(facts, on=keys)
+    return (
+        scores.reset_index()
+        .melt(id_vars=keys, var_name="rank", value_name="tokens_per_call")
+        .merge(facts, on=keys)
+    )
 
 
 def _rank_correlation(points: pd.DataFrame, rank: int) -> float:
@@ -285,10 +346,14 @@ def _rank_correlation(points: pd.DataFrame, rank: int) -> float:
 
 def _serving_text(subject: Subject) -> Text:
     horizon, rank = subject.best
-    survival = _only(survival_by_rank(subject.table), horizon, [rank]).sort_values("position")["survival"]
+    survival = _only(survival_by_rank(subject.table), horizon, [rank]).sort_values("position")[
+        "survival"
+    ]
     return Text(
-        "To try the speed before there is a head: a serving benchmark that forces a given acceptance (vLLM: "
-        f"rejection_sample_method synthetic) takes the survival of the drafted positions 2 to {horizon} of rank {rank} as "
+        "To try the speed before there is a head: a serving benchmark that forces a given "
+        "acceptance (vLLM: "
+        "rejection_sample_method synthetic) takes the survival of the drafted positions 2 to "
+        f"{horizon} of rank {rank} as "
         f"synthetic_acceptance_rates {json.dumps([round(value, 4) for value in survival[1:]])}."
     )
 
@@ -306,7 +371,17 @@ def _gain_table(table: pd.DataFrame) -> Table:
         )
         for row in gains.itertuples()
     )
-    return Table(("horizon", "rank", "gain, tokens per call", "95 % interval", "contexts improved", "smallest gain seen"), rows)
+    return Table(
+        (
+            "horizon",
+            "rank",
+            "gain, tokens per call",
+            "95 % interval",
+            "contexts improved",
+            "smallest gain seen",
+        ),
+        rows,
+    )
 
 
 def _criteria_table(subject: Subject) -> Table:
@@ -314,11 +389,15 @@ def _criteria_table(subject: Subject) -> Table:
     rows = []
     for name, choice in subject.choices.items():
         cells = [
-            f"{'at least ' if choice.at_grid_edge[n] else ''}{choice.rank[n]} ({choice.frequency[n][choice.rank[n]]:.0%})"
+            f"{'at least ' if choice.at_grid_edge[n] else ''}{choice.rank[n]} "
+            f"({choice.frequency[n][choice.rank[n]]:.0%})"
             for n in horizons
         ]
         rows.append((name, *cells, str(choice.horizon) if choice.horizon else "chooses none"))
-    return Table(("criterion", *(f"rank at horizon {n} (share of resamples)" for n in horizons), "horizon"), tuple(rows))
+    return Table(
+        ("criterion", *(f"rank at horizon {n} (share of resamples)" for n in horizons), "horizon"),
+        tuple(rows),
+    )
 
 
 def _method_table(table: pd.DataFrame) -> Table:
@@ -337,7 +416,16 @@ def _method_table(table: pd.DataFrame) -> Table:
         )
         for row in method_summary(table).itertuples()
     )
-    head = ("horizon", "rank", "method", "KL, nats", "total variation", "relative Frobenius", "tokens per call", "seconds")
+    head = (
+        "horizon",
+        "rank",
+        "method",
+        "KL, nats",
+        "total variation",
+        "relative Frobenius",
+        "tokens per call",
+        "seconds",
+    )
     return Table((*head, "not converged", "failed"), rows)
 
 
@@ -348,7 +436,8 @@ def _error_figures(subject: Subject) -> Iterator[Figure]:
     for n, part in known.groupby("horizon"):
         yield Figure(
             f"Error against rank, n = {n}",
-            "KL divergence from the exact joint to each method's fit, median over contexts with quartiles. A line ends where "
+            "KL divergence from the exact joint to each method's fit, median over contexts with "
+            "quartiles. A line ends where "
             "the divergence is infinite: the fit gives nothing to what the target can emit.",
             partial(plots.plot_error_against_rank, part),
             subject.title,
@@ -362,14 +451,22 @@ def pilot(subject: Subject) -> Section:
     scores = context_values(subject.table, OUTCOME).xs(horizon, level="horizon")[rank].dropna()
     seen = float(scores.std() / scores.mean()) if len(scores) > 1 else 0.0
     plan = plan_pilot(
-        (float(row.tokens_per_call), float(row.tokens_per_call_low), float(row.tokens_per_call_high)),
+        (
+            float(row.tokens_per_call),
+            float(row.tokens_per_call_low),
+            float(row.tokens_per_call_high),
+        ),
         subject.economics.latency,
         horizon=horizon,
         rank=rank,
         price=subject.economics.price,
         variation=max(seen, _LEAST_VARIATION),
     )
-    return Section(f"{subject.title}: horizon {horizon}, rank {rank}", (_pilot_table(plan), *_pilot_texts(plan, seen)), level=3)
+    return Section(
+        f"{subject.title}: horizon {horizon}, rank {rank}",
+        (_pilot_table(plan), *_pilot_texts(plan, seen)),
+        level=3,
+    )
 
 
 def _pilot_table(plan: PilotPlan) -> Table:
@@ -385,17 +482,27 @@ def _pilot_table(plan: PilotPlan) -> Table:
 
 def _pilot_texts(plan: PilotPlan, seen: float) -> Iterator[Text]:
     paid = plan.tokens_per_training_hour
-    pays = f"after {paid / 1e6:.1f} million tokens for every device-hour of it" if math.isfinite(paid) else "never"
+    pays = (
+        f"after {paid / 1e6:.1f} million tokens for every device-hour of it"
+        if math.isfinite(paid)
+        else "never"
+    )
     yield Text(
-        f"Sample: {plan.requests_per_arm:,} requests in each arm show half of the forecast gain in throughput (two-sided 5 %, "
-        f"power 80 %, coefficient of variation {plan.variation:.2f}; the study's contexts vary by {seen:.2f}, traffic by more: "
-        "measure it in a week with the same decoding in both arms and scale the number by its square). "
-        f"{plan.edit_requests_per_arm:,} in each arm exclude that people edit three points more often than 20 %."
+        f"Sample: {plan.requests_per_arm:,} requests in each arm show half of the forecast gain "
+        "in throughput (two-sided 5 %, "
+        f"power 80 %, coefficient of variation {plan.variation:.2f}; the study's contexts vary by "
+        f"{seen:.2f}, traffic by more: "
+        "measure it in a week with the same decoding in both arms and scale the number by its "
+        "square). "
+        f"{plan.edit_requests_per_arm:,} in each arm exclude that people edit three points more "
+        "often than 20 %."
     )
     yield Text(
         f"Stopping rule: {LOOKS} equally spaced looks; stop for a difference where |z| exceeds "
-        f"{', '.join(map(str, plan.bounds))} (O'Brien and Fleming, 5 % in all); stop for futility where at half-time the "
-        "interval of the measured speedup lies below half of the forecast gain; stop at once on an alarm. Break-even: "
+        f"{', '.join(map(str, plan.bounds))} (O'Brien and Fleming, 5 % in all); stop for futility "
+        "where at half-time the "
+        "interval of the measured speedup lies below half of the forecast gain; stop at once on "
+        "an alarm. Break-even: "
         f"{plan.break_even:.2f} tokens per call. The head's training has paid for itself {pays}."
     )
 
@@ -409,18 +516,26 @@ def learned_sections(
     if decoding is not None and len(decoding):
         words = (
             f"Measured against forecast tokens per call of {len(decoding)} runs; mean difference "
-            f"{(decoding['measured'] - decoding['forecast']).mean():+.3f}. On the dotted line the forecast is right."
+            f"{(decoding['measured'] - decoding['forecast']).mean():+.3f}. On the dotted line the "
+            "forecast is right."
         )
         yield Section(
             "Forecast against measurement",
-            (_plain_table(decoding), Figure("Forecast and measurement", words, partial(plots.plot_forecast, decoding))),
+            (
+                _plain_table(decoding),
+                Figure("Forecast and measurement", words, partial(plots.plot_forecast, decoding)),
+            ),
         )
     if step_times is not None and len(step_times):
         yield Section(
             "What a call spends its time on",
             (
                 _plain_table(step_times),
-                Figure("Time of a call", "Milliseconds per call, by part.", partial(plots.plot_step_times, step_times)),
+                Figure(
+                    "Time of a call",
+                    "Milliseconds per call, by part.",
+                    partial(plots.plot_step_times, step_times),
+                ),
             ),
         )
 
@@ -428,19 +543,27 @@ def learned_sections(
 def _waterfall_blocks(waterfall: pd.DataFrame) -> Iterator[Table | Figure]:
     yield _plain_table(waterfall)
     waterfall = waterfall.assign(anchored=waterfall.get("anchored", False))
-    for (model, horizon, anchored), rows in waterfall.groupby(["model", "horizon", "anchored"], sort=False):
+    for (model, horizon, anchored), rows in waterfall.groupby(
+        ["model", "horizon", "anchored"], sort=False
+    ):
         kind = "anchored" if anchored else "unanchored"
         yield Figure(
             f"Losses by rank, n = {horizon}, {kind}",
-            "What a head of each rank has learned, and what is lost to learning, to the objective and to the rank.",
+            "What a head of each rank has learned, and what is lost to learning, to the objective "
+            "and to the rank.",
             partial(plots.plot_losses_over_rank, rows),
             str(model),
         )
-    for _, row in waterfall.loc[waterfall.groupby(["model", "horizon"], sort=False)["learned"].idxmax()].iterrows():
+    for _, row in waterfall.loc[
+        waterfall.groupby(["model", "horizon"], sort=False)["learned"].idxmax()
+    ].iterrows():
         yield Figure(
-            f"The best head, n = {row['horizon']}, rank {row['rank']}{', anchored' if row['anchored'] else ''}",
-            f"Of {row['exact_limit']:.2f} tokens per call, {row['exact_limit'] - row['acceptance_fit']:.2f} are lost to rank, "
-            f"{row['acceptance_fit'] - row['em_fit']:.2f} to the objective and {row['em_fit'] - row['learned']:.2f} to "
+            f"The best head, n = {row['horizon']}, rank "
+            f"{row['rank']}{', anchored' if row['anchored'] else ''}",
+            f"Of {row['exact_limit']:.2f} tokens per call, "
+            f"{row['exact_limit'] - row['acceptance_fit']:.2f} are lost to rank, "
+            f"{row['acceptance_fit'] - row['em_fit']:.2f} to the objective and "
+            f"{row['em_fit'] - row['learned']:.2f} to "
             f"learning; the learned head has {row['learned']:.2f}.",
             partial(plots.plot_waterfall, row),
             str(row["model"]),

@@ -35,7 +35,8 @@ class StudyFolder:
         Raises
         ------
         ValueError
-            If it holds another study, what is there is no study's folder, or another run is using it.
+            If it holds another study, what is there is no study's folder, or another run is using
+            it.
         """
         manifest = _manifest(settings, identity)
         file = path / "manifest.json"
@@ -56,13 +57,18 @@ class StudyFolder:
             yield cls(path, settings)
 
     def read(self, unit: StudyUnit) -> pa.Table | None:
-        """The rows of a finished context; a damaged file is moved to `parts/damaged` and counts as not there."""
+        """The rows of a finished context; a damaged file is moved to `parts/damaged` and counts as
+        not there.
+        """
         path = self._part(unit)
         if not path.exists():
             return None
         try:
             table = read_part(path, self.settings, len(study_cells(self.settings, unit.trees)))
-            if table.column("context")[0].as_py() != unit.context or table.column("model")[0].as_py() != unit.model:
+            if (
+                table.column("context")[0].as_py() != unit.context
+                or table.column("model")[0].as_py() != unit.model
+            ):
                 raise ValueError("it holds another context")
             return table
         except ValueError:
@@ -93,7 +99,9 @@ def _locked(path: Path, folder: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise ValueError(f"{str(folder)!r} is in use by {holder}: wait for it, or choose another --out") from None
+            raise ValueError(
+                f"{str(folder)!r} is in use by {holder}: wait for it, or choose another --out"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -116,7 +124,8 @@ def _manifest(settings: StudySettings, identity: dict) -> dict:
         "schema_version": SCHEMA_VERSION,
         "settings": json.loads(json.dumps(asdict(settings))),
         **identity,
-        "versions": {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: _version(name) for name in _PACKAGES}
+        | {"python": platform.python_version()},
     }
 
 
@@ -138,12 +147,21 @@ def _refuse_other_study(there: dict, new: dict, folder: Path) -> None:
         if old.get(f.name) != new["settings"][f.name]
     ]
     if there.get("schema_version") != new["schema_version"]:
-        different.append(f"schema_version ({there.get('schema_version')} there, {new['schema_version']} now)")
+        different.append(
+            f"schema_version ({there.get('schema_version')} there, {new['schema_version']} now)"
+        )
     for what, word in (("models", "the model"), ("corpora", "the texts of domain")):
         before = there.get(what) or {}
-        different += [f"{word} {name!r} itself" for name in new[what] if name in before and before[name] != new[what][name]]
+        different += [
+            f"{word} {name!r} itself"
+            for name in new[what]
+            if name in before and before[name] != new[what][name]
+        ]
     if different:
-        raise ValueError(f"{str(folder)!r} holds another study; it differs in {', '.join(different)}: choose another --out")
+        raise ValueError(
+            f"{str(folder)!r} holds another study; it differs in {', '.join(different)}: choose "
+            "another --out"
+        )
 
 
 def _version(package: str) -> str | None:

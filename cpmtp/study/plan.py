@@ -35,16 +35,20 @@ class StudySettings:
     Attributes
     ----------
     models : sequence of str
-        Embedded names, local folders, hub ids, or ``module:factory`` for a `LanguageModel` of your own.
+        Embedded names, local folders, hub ids, or ``module:factory`` for a `LanguageModel` of your
+        own.
     corpus : sequence of str
-        Files, folders or glob patterns to cut contexts from; empty: contexts are sampled from each model itself.
+        Files, folders or glob patterns to cut contexts from; empty: contexts are sampled from each
+        model itself.
     domains : mapping of str to path, or pairs
-        Named corpora side by side, each a file, folder or glob pattern; a name may come several times.
+        Named corpora side by side, each a file, folder or glob pattern; a name may come several
+        times.
     horizons, ranks : sequence of int
     methods : sequence of str
         Methods of `cpmtp.fit`.
     anchored : sequence of bool
-        Whether drafts are told the first token; both values to compare (anchored ones from horizon 3 on).
+        Whether drafts are told the first token; both values to compare (anchored ones from horizon
+        3 on).
     temperatures : sequence of float
         Of the target's law; each context is studied at every one.
     contexts : int
@@ -54,8 +58,9 @@ class StudySettings:
     restarts : int
         Random starts per fit; the best is kept.
     max_bytes : int
-        Memory a worker may take for dense joints and their fits; where a vocabulary and horizon need more, a truncated tree
-        takes the joint's place, fitted by ``em`` only, and tokens per call become certified lower bounds, upper ones beside.
+        Memory a worker may take for dense joints and their fits; where a vocabulary and horizon
+        need more, a truncated tree takes the joint's place, fitted by ``em`` only, and tokens per
+        call become certified lower bounds, upper ones beside.
     tree_mass, tree_nodes : float, int
         Of truncated trees: the probability they should keep, and the most prefixes they may expand.
     seed : int
@@ -90,30 +95,51 @@ class StudySettings:
         object.__setattr__(self, "domains", _named_patterns(self.domains))
         for name in set(_AXES) - {"corpus"}:
             _require(len(getattr(self, name)) > 0, f"{name} is empty: name at least one")
-            _require(len(set(getattr(self, name))) == len(getattr(self, name)), f"{name} {getattr(self, name)} holds one twice")
+            _require(
+                len(set(getattr(self, name))) == len(getattr(self, name)),
+                f"{name} {getattr(self, name)} holds one twice",
+            )
         _require(all(self.models), "a model's name is empty")
         for rank in self.ranks:
             _require(_is_positive_integer(rank), f"rank {rank}: expected an integer of at least 1")
         for horizon in self.horizons:
-            _require(_is_positive_integer(horizon), f"horizon {horizon}: expected an integer of at least 1")
-            _require(horizon >= 2, f"horizon {horizon}: a study needs at least 2 (one token has nothing to decompose)")
+            _require(
+                _is_positive_integer(horizon),
+                f"horizon {horizon}: expected an integer of at least 1",
+            )
+            _require(
+                horizon >= 2,
+                f"horizon {horizon}: a study needs at least 2 (one token has nothing to decompose)",
+            )
             _require(
                 horizon <= LONGEST_HORIZON,
-                f"horizon {horizon}: a study goes up to {LONGEST_HORIZON} tokens; for one context see truncated_joint",
+                f"horizon {horizon}: a study goes up to {LONGEST_HORIZON} tokens; for one context "
+                "see truncated_joint",
             )
         for method in self.methods:
-            _require(method in METHODS, f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+            _require(
+                method in METHODS,
+                f"unknown method {method!r}: expected one of {', '.join(METHODS)}",
+            )
         for name in ("contexts", "context_length", "restarts", "max_bytes", "tree_nodes"):
             _require(
-                _is_positive_integer(getattr(self, name)), f"{name} {getattr(self, name)}: expected an integer of at least 1"
+                _is_positive_integer(getattr(self, name)),
+                f"{name} {getattr(self, name)}: expected an integer of at least 1",
             )
         _require(isinstance(self.seed, int), f"seed {self.seed!r}: expected an integer")
         for temperature in self.temperatures:
-            _require(isinstance(temperature, int | float), f"temperature {temperature!r}: expected a number of at least 0")
+            _require(
+                isinstance(temperature, int | float),
+                f"temperature {temperature!r}: expected a number of at least 0",
+            )
             SamplingLaw(temperature)
-        _require(all(isinstance(a, bool) for a in self.anchored), f"anchored {self.anchored}: expected True, False or both")
         _require(
-            False in self.anchored or max(self.horizons) >= 3, "anchored drafts need a horizon of at least 3: add one or False"
+            all(isinstance(a, bool) for a in self.anchored),
+            f"anchored {self.anchored}: expected True, False or both",
+        )
+        _require(
+            False in self.anchored or max(self.horizons) >= 3,
+            "anchored drafts need a horizon of at least 3: add one or False",
         )
         _require(
             isinstance(self.tree_mass, int | float) and 0 < self.tree_mass < 1,
@@ -168,16 +194,24 @@ class StudyUnit:
 
     @property
     def _context_key(self) -> str:
-        digest = hashlib.sha256(json.dumps([self.model, self.domain, self.context, self.token_ids]).encode()).hexdigest()
+        digest = hashlib.sha256(
+            json.dumps([self.model, self.domain, self.context, self.token_ids]).encode()
+        ).hexdigest()
         return f"{self.context:05d}-{digest[:16]}"
 
     def seed(self, base: int) -> int:
-        """A seed that depends on the study's seed and on this context alone: temperatures are compared from the same starts."""
-        return int.from_bytes(hashlib.sha256(f"{base}/{self._context_key}".encode()).digest()[:4], "big")
+        """A seed that depends on the study's seed and on this context alone: temperatures are
+        compared from the same starts.
+        """
+        return int.from_bytes(
+            hashlib.sha256(f"{base}/{self._context_key}".encode()).digest()[:4], "big"
+        )
 
 
 def study_cells(settings: StudySettings, trees: tuple[int, ...] = ()) -> list[StudyCell]:
-    """All fits of a context, in the table's order; those that exist for its `trees` only where the joint is one."""
+    """All fits of a context, in the table's order; those that exist for its `trees` only where the
+    joint is one.
+    """
     return [
         StudyCell(n, r, m, a)
         for n in settings.horizons
@@ -189,18 +223,23 @@ def study_cells(settings: StudySettings, trees: tuple[int, ...] = ()) -> list[St
 
 
 def tree_horizons(vocab_size: int, settings: StudySettings) -> tuple[int, ...]:
-    """Horizons at which a dense joint and the fits to it would not stay within the settings' memory.
+    """Horizons at which a dense joint and the fits to it would not stay within the settings'
+    memory.
 
     Raises
     ------
     ValueError
         If there are any and none of the methods fits trees.
     """
-    found = tuple(n for n in settings.horizons if 8 * vocab_size**n * _JOINTS_HELD > settings.max_bytes)
+    found = tuple(
+        n for n in settings.horizons if 8 * vocab_size**n * _JOINTS_HELD > settings.max_bytes
+    )
     if found and "em" not in settings.methods:
         raise ValueError(
-            f"horizon {found[0]} over {vocab_size} tokens needs {8 * vocab_size ** found[0] / 1e9:.3g} GB for a dense joint; a "
-            "truncated tree takes its place, which only em fits: add em to the methods, lower the horizon or raise max_bytes"
+            f"horizon {found[0]} over {vocab_size} tokens needs "
+            f"{8 * vocab_size ** found[0] / 1e9:.3g} GB for a dense joint; a "
+            "truncated tree takes its place, which only em fits: add em to the methods, lower the "
+            "horizon or raise max_bytes"
         )
     return found
 
@@ -219,17 +258,28 @@ def plan_study(settings: StudySettings) -> tuple[list[StudyUnit], dict]:
     for name in settings.models:
         lm = open_language_model(name)
         trees = tree_horizons(lm.vocab_size, settings)
-        found = [unit for domain, documents in corpora.items() for unit in _cut_contexts(lm, name, domain, documents, settings)]
+        found = [
+            unit
+            for domain, documents in corpora.items()
+            for unit in _cut_contexts(lm, name, domain, documents, settings)
+        ]
         found = found or list(_sampled_contexts(lm, name, settings))
         first = torch.tensor(found[0].token_ids)
         check_context(lm, first, max(settings.horizons))
-        # One evaluation before any work: a model with broken weights is refused here, not in every cell.
+        # One evaluation before any work: a model with broken weights is refused here, not in every
+        # cell.
         probe = conditional_log_probs(lm, first, torch.empty(1, 0, dtype=torch.long), SamplingLaw())
-        units += [replace(unit, temperature=t, trees=trees) for unit in found for t in settings.temperatures]
+        units += [
+            replace(unit, temperature=t, trees=trees)
+            for unit in found
+            for t in settings.temperatures
+        ]
         models[name] = {
             "vocab_size": lm.vocab_size,
-            # A model of the user's own has no files to hash; its answer tells whether it is still the same.
-            "sha256": getattr(lm, "fingerprint", None) or hashlib.sha256(probe.numpy().tobytes()).hexdigest(),
+            # A model of the user's own has no files to hash; its answer tells whether it is still
+            # the same.
+            "sha256": getattr(lm, "fingerprint", None)
+            or hashlib.sha256(probe.numpy().tobytes()).hexdigest(),
             "truncated_horizons": list(trees),
         }
     identity = {
@@ -255,9 +305,14 @@ def open_language_model(name: str) -> LanguageModel:
     try:
         lm = getattr(importlib.import_module(module), factory)()
     except Exception as error:  # a factory of the user's may raise anything
-        raise ValueError(f"model {name!r}: {error}; expected an importable module and a factory without arguments") from error
+        raise ValueError(
+            f"model {name!r}: {error}; expected an importable module and a factory without "
+            "arguments"
+        ) from error
     if not isinstance(lm, LanguageModel):
-        raise ValueError(f"model {name!r} is a {type(lm).__name__}: expected vocab_size and next_token_log_probs")
+        raise ValueError(
+            f"model {name!r} is a {type(lm).__name__}: expected vocab_size and next_token_log_probs"
+        )
     return lm
 
 
@@ -272,22 +327,25 @@ class StudyEstimate:
     seconds: float
 
 
-# Read off a two-core machine: bytes of an idle worker, joints a worker holds while it fits one, and seconds per entry of the
-# joint and component of an average fit.
+# Read off a two-core machine: bytes of an idle worker, joints a worker holds while it fits one, and
+# seconds per entry of the joint and component of an average fit.
 _IDLE_BYTES, _JOINTS_HELD, _SECONDS_PER_ENTRY = 600_000_000, 8, 1.25e-7
 # Entries a tree stands for in the estimate: its expanded prefixes' kept children.
 _CHILDREN_KEPT = 100
 
 
 def estimate_study(settings: StudySettings, workers: int | None = None) -> StudyEstimate:
-    """Rows, memory and time of a study, from the models' vocabularies alone; nothing is computed."""
+    """Rows, memory and time of a study, from the vocabularies alone; nothing is computed."""
     per_model = settings.contexts * max(len(settings.corpora), 1) * len(settings.temperatures)
     workers = min(workers or os.cpu_count() or 1, per_model * len(settings.models))
     cells, work, largest = 0, 0, 0
     for name in settings.models:
         vocab = open_language_model(name).vocab_size
         trees = tree_horizons(vocab, settings)
-        sizes = {n: settings.tree_nodes * _CHILDREN_KEPT if n in trees else vocab**n for n in settings.horizons}
+        sizes = {
+            n: settings.tree_nodes * _CHILDREN_KEPT if n in trees else vocab**n
+            for n in settings.horizons
+        }
         found = study_cells(settings, trees)
         cells += len(found) * per_model
         work += sum(sizes[c.horizon] * c.rank for c in found) * per_model * settings.restarts
@@ -296,27 +354,46 @@ def estimate_study(settings: StudySettings, workers: int | None = None) -> Study
         cells=cells,
         workers=workers,
         joint_bytes=largest,
-        memory_bytes=(workers + 1) * _IDLE_BYTES + workers * _JOINTS_HELD * largest * settings.restarts,
+        memory_bytes=(workers + 1) * _IDLE_BYTES
+        + workers * _JOINTS_HELD * largest * settings.restarts,
         seconds=work * _SECONDS_PER_ENTRY / workers,
     )
 
 
 def _sampled_contexts(lm: LanguageModel, name: str, settings: StudySettings) -> Iterator[StudyUnit]:
-    """The ends of sequences the model itself wrote: what decoding meets. Each is a document of its own."""
+    """The ends of sequences the model itself wrote: what decoding meets. Each is a document of its
+    own.
+    """
     window = getattr(lm, "max_context", None) or sys.maxsize
-    longest = min(4 * settings.context_length, max(window - max(settings.horizons), settings.context_length))
+    longest = min(
+        4 * settings.context_length, max(window - max(settings.horizons), settings.context_length)
+    )
     tokens = sample_sequences(lm, settings.contexts, longest, seed=settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     for index in range(settings.contexts):
         # Cut at a random place, so that not every context is the beginning of a document.
         end = int(torch.randint(settings.context_length, longest + 1, (), generator=generator))
-        yield _unit(lm, name, OWN_SAMPLES, f"sample {index}", index, tokens[index, end - settings.context_length : end])
+        yield _unit(
+            lm,
+            name,
+            OWN_SAMPLES,
+            f"sample {index}",
+            index,
+            tokens[index, end - settings.context_length : end],
+        )
 
 
-def _cut_contexts(lm: LanguageModel, name: str, domain: str, documents, settings: StudySettings) -> Iterator[StudyUnit]:
-    """Windows at random places of the documents; documents in turn, so that they are as many as can be."""
+def _cut_contexts(
+    lm: LanguageModel, name: str, domain: str, documents, settings: StudySettings
+) -> Iterator[StudyUnit]:
+    """Windows at random places of the documents; documents in turn, so that they are as many as can
+    be.
+    """
     if not hasattr(lm, "encode_document"):
-        raise ValueError(f"model {name!r} has no encode_document(text): a corpus cannot be turned into its tokens")
+        raise ValueError(
+            f"model {name!r} has no encode_document(text): a corpus cannot be turned into its "
+            "tokens"
+        )
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(documents), generator=generator).tolist()
     encoded = {i: lm.encode_document(documents[i].text) for i in order[: settings.contexts]}
@@ -330,7 +407,9 @@ def _cut_contexts(lm: LanguageModel, name: str, domain: str, documents, settings
 
 def _unit(lm, name: str, domain: str, document: str, index: int, ids: torch.Tensor) -> StudyUnit:
     text = lm.decode(ids) if hasattr(lm, "decode") else ""
-    text_bytes = len(text.encode()) - len(lm.decode(ids[:1]).encode()) if hasattr(lm, "decode") else 0
+    text_bytes = (
+        len(text.encode()) - len(lm.decode(ids[:1]).encode()) if hasattr(lm, "decode") else 0
+    )
     return StudyUnit(name, domain, document, index, tuple(ids.tolist()), text, text_bytes)
 
 
@@ -354,7 +433,10 @@ def _named_patterns(domains) -> tuple[tuple[str, str], ...]:
         name, pattern = map(str, pair)
         _require(bool(name.strip()), f"domain {name!r} of {pattern!r}: its name is empty")
         _require(bool(pattern), f"domain {name!r}: its path is empty")
-        _require(name not in (OWN_SAMPLES, CORPUS), f"domain {name!r}: this name is taken; choose another")
+        _require(
+            name not in (OWN_SAMPLES, CORPUS),
+            f"domain {name!r}: this name is taken; choose another",
+        )
         found.append((name, pattern))
     _require(len(set(found)) == len(found), f"domains {tuple(found)} hold one twice")
     return tuple(found)

@@ -33,12 +33,19 @@ def study_unit_rows(settings: StudySettings, unit: StudyUnit) -> list[dict]:
             return failed_rows(settings, unit, f"{type(error).__name__}: {error}")
         rows = []
         dense = [n for n in settings.horizons if n not in unit.trees]
-        longest = _joint(settings, unit, lm, max(dense)) if dense else (RuntimeError("not computed"), 0.0)
+        longest = (
+            _joint(settings, unit, lm, max(dense)) if dense else (RuntimeError("not computed"), 0.0)
+        )
         for horizon in settings.horizons:
-            joint, seconds = _joint(settings, unit, lm, horizon) if horizon in unit.trees else longest
+            joint, seconds = (
+                _joint(settings, unit, lm, horizon) if horizon in unit.trees else longest
+            )
             here = [cell for cell in cells if cell.horizon == horizon]
             if isinstance(joint, Exception):
-                rows += [_failed(settings, unit, c, f"{type(joint).__name__}: {joint}") | facts for c in here]
+                rows += [
+                    _failed(settings, unit, c, f"{type(joint).__name__}: {joint}") | facts
+                    for c in here
+                ]
                 continue
             if isinstance(joint, JointDistribution):
                 joint = joint.marginal(horizon)
@@ -60,7 +67,8 @@ _inside, _threads_before = 0, 1
 def one_thread() -> Iterator[None]:
     """One thread for torch and BLAS, until the last of those who asked for it is done.
 
-    Workers of several threads each fight for the cores; and sums of one thread have one order, hence the same bits.
+    Workers of several threads each fight for the cores; and sums of one thread have one order,
+    hence the same bits.
     """
     global _inside, _threads_before
     with _lock:
@@ -88,7 +96,9 @@ def _joint(settings, unit: StudyUnit, lm: LanguageModel, horizon: int):
             limits = {"mass": settings.tree_mass, "max_nodes": settings.tree_nodes}
             joint = truncated_joint(lm, ids, horizon, temperature=unit.temperature, **limits)
         else:
-            joint = exact_joint(lm, ids, horizon, temperature=unit.temperature, max_bytes=settings.max_bytes)
+            joint = exact_joint(
+                lm, ids, horizon, temperature=unit.temperature, max_bytes=settings.max_bytes
+            )
     except Exception as error:
         joint = error
     return joint, time.perf_counter() - begun
@@ -104,11 +114,24 @@ def _context_nats(lm: LanguageModel, unit: StudyUnit) -> float:
     return -sum(float(law) for law in laws)
 
 
-def _fit_row(settings, unit: StudyUnit, joint: JointDistribution | PrefixTree, cell: StudyCell, facts: dict) -> dict:
+def _fit_row(
+    settings, unit: StudyUnit, joint: JointDistribution | PrefixTree, cell: StudyCell, facts: dict
+) -> dict:
     try:
         seed = unit.seed(settings.seed) % 2**31
-        result = fit(joint, cell.rank, cell.method, restarts=settings.restarts, seed=seed, anchored=cell.anchored)
-        quality = _tree_quality(joint, result, cell) if isinstance(joint, PrefixTree) else _quality(joint, result, cell)
+        result = fit(
+            joint,
+            cell.rank,
+            cell.method,
+            restarts=settings.restarts,
+            seed=seed,
+            anchored=cell.anchored,
+        )
+        quality = (
+            _tree_quality(joint, result, cell)
+            if isinstance(joint, PrefixTree)
+            else _quality(joint, result, cell)
+        )
     except Exception as error:
         return _failed(settings, unit, cell, f"{type(error).__name__}: {error}") | facts
     return _row(settings, unit, cell) | facts | _fit_facts(result) | quality
@@ -119,16 +142,27 @@ def _failed(settings, unit: StudyUnit, cell: StudyCell, message: str) -> dict:
 
 
 def _row(settings, unit: StudyUnit, cell: StudyCell) -> dict:
-    row: dict[str, object] = {"schema_version": SCHEMA_VERSION, "model": unit.model, "domain": unit.domain}
+    row: dict[str, object] = {
+        "schema_version": SCHEMA_VERSION,
+        "model": unit.model,
+        "domain": unit.domain,
+    }
     row |= {"document": unit.document, "context": unit.context, "context_text": unit.text}
-    row |= {"context_tokens": len(unit.token_ids), "context_bytes": unit.text_bytes, "temperature": unit.temperature}
+    row |= {
+        "context_tokens": len(unit.token_ids),
+        "context_bytes": unit.text_bytes,
+        "temperature": unit.temperature,
+    }
     row |= asdict(cell) | {"restarts": settings.restarts, "status": "ok", "message": ""}
     return row | {"joint": "tree" if cell.horizon in unit.trees else "dense"}
 
 
 def _joint_facts(joint: JointDistribution | PrefixTree) -> dict:
     if isinstance(joint, PrefixTree):
-        return {"kept_mass": joint.mass[-1].item(), "first_token_entropy_nats": joint.levels[0].parent_entropies[0].item()}
+        return {
+            "kept_mass": joint.mass[-1].item(),
+            "first_token_entropy_nats": joint.levels[0].parent_entropies[0].item(),
+        }
     entropies = [-torch.special.xlogy(m, m).sum().item() for m in joint.marginals()]
     entropy = joint.entropy().item()
     return {
@@ -161,7 +195,9 @@ def _first_tokens(cell: StudyCell) -> tuple[str, ...]:
 def _quality(joint: JointDistribution, result: FitResult, cell: StudyCell) -> dict:
     quality: dict = asdict(divergences(joint, result.distribution))
     for first in _first_tokens(cell):
-        for rule, profile in acceptance_profiles(joint, result.distribution, RULES, first_token=first).items():
+        for rule, profile in acceptance_profiles(
+            joint, result.distribution, RULES, first_token=first
+        ).items():
             earned = profile.tokens_per_call
             quality |= _acceptance(rule, first, earned, earned, profile.survival)
     return quality
@@ -180,7 +216,9 @@ def _tree_quality(tree: PrefixTree, result: FitResult, cell: StudyCell) -> dict:
 
 def _acceptance(rule: str, first: str, low, high, survival: torch.Tensor) -> dict:
     found = {f"tokens_per_call_{rule}_{first}": low, f"tokens_per_call_upper_{rule}_{first}": high}
-    return found | {f"survival_{rule}_{first}_{k}": s for k, s in enumerate(survival.tolist(), start=1)}
+    return found | {
+        f"survival_{rule}_{first}_{k}": s for k, s in enumerate(survival.tolist(), start=1)
+    }
 
 
 def domain_bits_per_byte(nats: float, text_bytes: int) -> float:

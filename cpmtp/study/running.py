@@ -1,4 +1,6 @@
-"""The study: every (model, context, temperature, horizon, rank, method) as one row of a table; resumable, on any executor."""
+"""The study: every (model, context, temperature, horizon, rank, method) as one row of a table;
+resumable, on any executor.
+"""
 
 from __future__ import annotations
 
@@ -32,10 +34,11 @@ def run_study(
 ) -> pd.DataFrame:
     """Run a study, or what is left of it, and return its table.
 
-    One row per (model, domain, context, temperature, horizon, rank, method, anchored). Each context's rows are written to a
-    Parquet part of their own as soon as they are there; started again with the same settings and folder, finished contexts are
-    not computed again and damaged parts are set aside. What fails is a row with ``status`` and ``message``; a context whose
-    worker vanished for good is tried again by the next run.
+    One row per (model, domain, context, temperature, horizon, rank, method, anchored). Each
+    context's rows are written to a Parquet part of their own as soon as they are there; started
+    again with the same settings and folder, finished contexts are not computed again and damaged
+    parts are set aside. What fails is a row with ``status`` and ``message``; a context whose worker
+    vanished for good is tried again by the next run.
 
     Parameters
     ----------
@@ -43,7 +46,8 @@ def run_study(
     out : path
         Folder for `manifest.json`, `parts/` and `table.parquet`.
     executor : concurrent.futures.Executor, optional
-        Where contexts are computed (Dask: ``Client(address).get_executor()``); default: local processes.
+        Where contexts are computed (Dask: ``Client(address).get_executor()``); default: local
+        processes.
     workers : int, optional
         Number of local processes (default: one per core; 1 stays in this process).
     progress : bool, optional
@@ -52,7 +56,8 @@ def run_study(
     Raises
     ------
     ValueError
-        If a model or corpus cannot be used, `out` holds another study, or another run is using it. Nothing is computed then.
+        If a model or corpus cannot be used, `out` holds another study, or another run is using it.
+        Nothing is computed then.
     OSError
         If the finished table cannot be written. What could be kept is kept.
     """
@@ -61,7 +66,9 @@ def run_study(
     with one_thread():
         units, identity = plan_study(settings)
     with StudyFolder.opened(Path(out), settings, identity) as folder:
-        table = _with_domain_bits(joined(_computed(folder, units, executor, workers, progress), settings))
+        table = _with_domain_bits(
+            joined(_computed(folder, units, executor, workers, progress), settings)
+        )
         folder.write_table(table)
     return _frame(table)
 
@@ -76,11 +83,18 @@ def read_study(folder: str | Path) -> tuple[pd.DataFrame, dict]:
     """
     folder = Path(folder)
     if not (folder / "table.parquet").is_file() or not (folder / "manifest.json").is_file():
-        raise ValueError(f"{str(folder)!r} holds no finished study: run `cpmtp study --out {folder}` first")
+        raise ValueError(
+            f"{str(folder)!r} holds no finished study: run `cpmtp study --out {folder}` first"
+        )
     try:
-        return _frame(pq.read_table(folder / "table.parquet")), json.loads((folder / "manifest.json").read_text("utf-8"))
+        return _frame(pq.read_table(folder / "table.parquet")), json.loads(
+            (folder / "manifest.json").read_text("utf-8")
+        )
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(f"{str(folder)!r} holds a damaged study ({error}): run `cpmtp study --out {folder}` again") from error
+        raise ValueError(
+            f"{str(folder)!r} holds a damaged study ({error}): run `cpmtp study --out {folder}` "
+            "again"
+        ) from error
 
 
 def _frame(table: pa.Table) -> pd.DataFrame:
@@ -88,7 +102,9 @@ def _frame(table: pa.Table) -> pd.DataFrame:
     return table.to_pandas(split_blocks=True, self_destruct=True)
 
 
-def _computed(folder: StudyFolder, units: Sequence[StudyUnit], executor, workers, progress) -> list[bytes]:
+def _computed(
+    folder: StudyFolder, units: Sequence[StudyUnit], executor, workers, progress
+) -> list[bytes]:
     """Every unit's rows in the order of `units`, packed; from the folder or computed now."""
     parts: dict[StudyUnit, bytes | None] = dict.fromkeys(units)
     unwritten: list[tuple[StudyUnit, pa.Table]] = []
@@ -100,7 +116,12 @@ def _computed(folder: StudyFolder, units: Sequence[StudyUnit], executor, workers
     pending = [unit for unit, part in parts.items() if part is None]
     hidden = not sys.stderr.isatty() if progress is None else not progress
     results = unit_results(folder.settings, pending, executor, workers)
-    with closing(results), tqdm(total=len(units), initial=len(units) - len(pending), unit="context", disable=hidden) as bar:
+    with (
+        closing(results),
+        tqdm(
+            total=len(units), initial=len(units) - len(pending), unit="context", disable=hidden
+        ) as bar,
+    ):
         for unit, rows, final in results:
             table = rows_to_table(rows, folder.settings)
             parts[unit], failures = packed(table), failures + _failures(table)
@@ -116,7 +137,9 @@ def _computed(folder: StudyFolder, units: Sequence[StudyUnit], executor, workers
 
 
 def _kept(folder: StudyFolder, unit: StudyUnit, table: pa.Table) -> bool:
-    """Whether the rows could be written; a full disk must not cost what the other contexts will give."""
+    """Whether the rows could be written; a full disk must not cost what the other contexts will
+    give.
+    """
     try:
         folder.write(unit, table)
     except OSError:
@@ -133,7 +156,10 @@ def _with_domain_bits(table: pa.Table) -> pa.Table:
     columns = ["model", "domain", "context", "context_nats", "context_bytes"]
     contexts = table.select(columns).to_pandas().drop_duplicates(columns[:3])
     sums = contexts.dropna().groupby(["model", "domain"])[["context_nats", "context_bytes"]].sum()
-    bits = {key: domain_bits_per_byte(row.context_nats, int(row.context_bytes)) for key, row in sums.iterrows()}
+    bits = {
+        key: domain_bits_per_byte(row.context_nats, int(row.context_bytes))
+        for key, row in sums.iterrows()
+    }
     keys = zip(table.column("model").to_pylist(), table.column("domain").to_pylist(), strict=True)
     index = table.schema.get_field_index("domain_bits_per_byte")
     values = pa.array([bits.get(key, float("nan")) for key in keys], pa.float64())

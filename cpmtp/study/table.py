@@ -22,21 +22,41 @@ RULES = ("token", "block", "coupling")
 FIRST_TOKENS = ("target", "draft")
 TIMING_COLUMNS = ("joint_seconds", "fit_seconds")
 # What identifies a row.
-KEY_COLUMNS = ("model", "domain", "document", "context", "temperature", "horizon", "rank", "method", "anchored")
+KEY_COLUMNS = (
+    "model",
+    "domain",
+    "document",
+    "context",
+    "temperature",
+    "horizon",
+    "rank",
+    "method",
+    "anchored",
+)
 
 _FIXED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "schema_version": (pa.int64(), "version of this list of columns"),
     "model": (pa.string(), "as it was named in the settings"),
     "domain": (pa.string(), "named corpus the context was cut from, or 'own samples'"),
-    "document": (pa.string(), "file or sample the context was cut from; contexts of one document are one cluster"),
+    "document": (
+        pa.string(),
+        "file or sample the context was cut from; contexts of one document are one cluster",
+    ),
     "context": (pa.int64(), "number of the context within model and domain"),
     "context_text": (pa.string(), "the context, decoded; empty where the model does not decode"),
     "context_tokens": (pa.int64(), "its length in tokens"),
-    "context_bytes": (pa.int64(), "UTF-8 bytes of its text after the first token; 0 where the model does not decode"),
-    "context_nats": (pa.float64(), "-log p of its tokens after the first, each given those before it in the context, nats"),
+    "context_bytes": (
+        pa.int64(),
+        "UTF-8 bytes of its text after the first token; 0 where the model does not decode",
+    ),
+    "context_nats": (
+        pa.float64(),
+        "-log p of its tokens after the first, each given those before it in the context, nats",
+    ),
     "domain_bits_per_byte": (
         pa.float64(),
-        "bits per byte of all contexts of this model and domain: how far the text is from what the model knows",
+        "bits per byte of all contexts of this model and domain: how far the text is from what "
+        "the model knows",
     ),
     "temperature": (pa.float64(), "of the target's law"),
     "horizon": (pa.int64(), "number of tokens the joint covers, n"),
@@ -50,18 +70,37 @@ _FIXED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "iterations": (pa.float64(), "passes over the joint"),
     "parameters": (pa.float64(), "free parameters of the draft"),
     "objective": (pa.float64(), "what the method minimises, in its own unit"),
-    "kl_nats": (pa.float64(), "KL divergence from the exact joint to the draft, nats; of a tree: absent"),
+    "kl_nats": (
+        pa.float64(),
+        "KL divergence from the exact joint to the draft, nats; of a tree: absent",
+    ),
     "total_variation": (pa.float64(), "half the sum of |P - Q|"),
     "relative_frobenius": (pa.float64(), "Frobenius norm of P - Q over that of P"),
     "hellinger": (pa.float64(), "Hellinger distance"),
-    "raw_relative_error": (pa.float64(), "relative_frobenius of a squared-error method's raw answer"),
-    "negative_mass": (pa.float64(), "sum of the raw answer's negative entries, as a positive number"),
+    "raw_relative_error": (
+        pa.float64(),
+        "relative_frobenius of a squared-error method's raw answer",
+    ),
+    "negative_mass": (
+        pa.float64(),
+        "sum of the raw answer's negative entries, as a positive number",
+    ),
     "mass_deficit": (pa.float64(), "1 minus the sum of the raw answer"),
-    "joint": (pa.string(), "dense, or tree: a truncated joint, whose tokens per call and survival are certified lower bounds"),
-    "kept_mass": (pa.float64(), "probability of the sequences the joint holds; 1 where it is dense"),
+    "joint": (
+        pa.string(),
+        "dense, or tree: a truncated joint, whose tokens per call and survival are certified "
+        "lower bounds",
+    ),
+    "kept_mass": (
+        pa.float64(),
+        "probability of the sequences the joint holds; 1 where it is dense",
+    ),
     "joint_entropy_nats": (pa.float64(), "entropy of the exact joint, nats; of a tree: absent"),
     "first_token_entropy_nats": (pa.float64(), "entropy of the first token's law, nats"),
-    "total_correlation_nats": (pa.float64(), "sum of the marginals' entropies minus the joint's; the KL floor of rank 1"),
+    "total_correlation_nats": (
+        pa.float64(),
+        "sum of the marginals' entropies minus the joint's; the KL floor of rank 1",
+    ),
     "joint_seconds": (pa.float64(), "time for the exact joint or tree of this context"),
     "fit_seconds": (pa.float64(), "time for this fit"),
 }
@@ -75,11 +114,15 @@ def column_descriptions(longest_horizon: int = 3) -> dict[str, str]:
     >>> column_descriptions()["rank"]
     'number of components of the draft, r'
     """
-    return {field.name: field.metadata[b"description"].decode() for field in _schema(longest_horizon)}
+    return {
+        field.name: field.metadata[b"description"].decode() for field in _schema(longest_horizon)
+    }
 
 
 def table_columns(settings: StudySettings) -> list[str]:
-    """Names of the table's columns, in order; units are the suffixes, probabilities and counts have none."""
+    """Names of the table's columns, in order; units are the suffixes, probabilities and counts have
+    none.
+    """
     return table_schema(settings).names
 
 
@@ -101,14 +144,26 @@ def _schema(longest_horizon: int) -> pa.Schema:
     for rule in RULES:
         for first in FIRST_TOKENS:
             told = f"under the {rule} rule, first token from the {first}"
-            columns[f"tokens_per_call_{rule}_{first}"] = (pa.float64(), f"expected tokens per call of the target {told}")
-            columns[f"tokens_per_call_upper_{rule}_{first}"] = (pa.float64(), f"certified upper bound of the same {told}")
+            columns[f"tokens_per_call_{rule}_{first}"] = (
+                pa.float64(),
+                f"expected tokens per call of the target {told}",
+            )
+            columns[f"tokens_per_call_upper_{rule}_{first}"] = (
+                pa.float64(),
+                f"certified upper bound of the same {told}",
+            )
     for rule in RULES:
         for first in FIRST_TOKENS:
             for k in range(1, longest_horizon + 1):
-                what = f"probability that the first {k} tokens survive under the {rule} rule, first token from the {first}"
+                what = (
+                    f"probability that the first {k} tokens survive under the {rule} rule, "
+                    f"first token from the {first}"
+                )
                 columns[f"survival_{rule}_{first}_{k}"] = (pa.float64(), what)
-    fields = [pa.field(name, kind, metadata={"description": text}) for name, (kind, text) in (columns | timing).items()]
+    fields = [
+        pa.field(name, kind, metadata={"description": text})
+        for name, (kind, text) in (columns | timing).items()
+    ]
     return pa.schema(fields, metadata={"cpmtp_schema_version": str(SCHEMA_VERSION)})
 
 
@@ -119,8 +174,11 @@ def rows_to_table(rows: Sequence[dict], settings: StudySettings) -> pa.Table:
     """Rows with whatever columns they have; numbers that are not there are NaN."""
     schema = _plain_schema(max(settings.horizons))
     numbers = [field.name for field in schema if field.type == pa.float64()]
-    # One NumPy array for most of the table: lists column by column took as long as writing the file.
-    values = np.array([[row.get(name, math.nan) for name in numbers] for row in rows], dtype=np.float64).T.copy()
+    # One NumPy array for most of the table: lists column by column took as long as writing the
+    # file.
+    values = np.array(
+        [[row.get(name, math.nan) for name in numbers] for row in rows], dtype=np.float64
+    ).T.copy()
     columns = dict(zip(numbers, values, strict=True))
     arrays = []
     for field in schema:
@@ -158,7 +216,9 @@ def read_part(path: Path, settings: StudySettings, rows: int) -> pa.Table:
 
 
 def packed(table: pa.Table) -> bytes:
-    """A small table in one piece: thousands of them as Arrow tables take several times their values' room."""
+    """A small table in one piece: thousands of them as Arrow tables take several times their
+    values' room.
+    """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -166,7 +226,9 @@ def packed(table: pa.Table) -> bytes:
 
 
 def joined(parts: list[bytes], settings: StudySettings) -> pa.Table:
-    """One table out of packed ones, with the columns' descriptions; `parts` is emptied, so that both are not held at once."""
+    """One table out of packed ones, with the columns' descriptions; `parts` is emptied, so that
+    both are not held at once.
+    """
     groups, waiting = [], []
     parts.reverse()
     while parts:
@@ -191,7 +253,9 @@ def _digest(table: pa.Table) -> bytes:
     digest = hashlib.sha256()
     for column in table.columns:
         values = column.to_numpy()
-        digest.update(json.dumps(values.tolist()).encode() if values.dtype == object else values.tobytes())
+        digest.update(
+            json.dumps(values.tolist()).encode() if values.dtype == object else values.tobytes()
+        )
     return digest.hexdigest().encode()
 
 

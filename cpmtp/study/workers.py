@@ -10,14 +10,23 @@ import threading
 import types
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from contextlib import contextmanager
 
 from cpmtp.study.plan import StudySettings, StudyUnit
 from cpmtp.study.rows import failed_rows, study_unit_rows
 
-# One thread each; and memory that is freed stays with the process: fits take and drop tensors of a joint's size all the time,
-# and fetching fresh pages for each took half of the evaluation's time and a tenth of the fits' (glibc only).
+# One thread each; and memory that is freed stays with the process: fits take and drop tensors of a
+# joint's size all the time, and fetching fresh pages for each took half of the evaluation's time
+# and a tenth of the fits' (glibc only).
 _WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -33,9 +42,14 @@ Result = tuple[StudyUnit, list[dict], bool]
 
 
 def unit_results(
-    settings: StudySettings, units: Sequence[StudyUnit], executor: Executor | None, workers: int | None
+    settings: StudySettings,
+    units: Sequence[StudyUnit],
+    executor: Executor | None,
+    workers: int | None,
 ) -> Generator[Result, None, None]:
-    """Rows of each unit as they come, and whether they are final: those of a unit whose worker vanished are not."""
+    """Rows of each unit as they come, and whether they are final: those of a unit whose worker
+    vanished are not.
+    """
     count = min(workers or os.cpu_count() or 1, len(units))
     if not units:
         return
@@ -48,7 +62,9 @@ def unit_results(
         yield from _on_local_processes(settings, units, count)
 
 
-def _on_borrowed(settings: StudySettings, units: Sequence[StudyUnit], executor: Executor) -> Generator[Result, None, None]:
+def _on_borrowed(
+    settings: StudySettings, units: Sequence[StudyUnit], executor: Executor
+) -> Generator[Result, None, None]:
     waiting, attempts = deque(units), dict.fromkeys(units, 0)
     running: dict[Future, StudyUnit] = {}
     try:
@@ -59,7 +75,11 @@ def _on_borrowed(settings: StudySettings, units: Sequence[StudyUnit], executor: 
                 try:
                     running[executor.submit(study_unit_rows, settings, unit)] = unit
                 except RuntimeError as error:  # shut down or broken: it takes no more
-                    yield unit, failed_rows(settings, unit, f"the executor takes no work: {error}"), False
+                    yield (
+                        unit,
+                        failed_rows(settings, unit, f"the executor takes no work: {error}"),
+                        False,
+                    )
             for future in _finished(running):
                 unit = running.pop(future)
                 rows, why = _outcome(future)
@@ -68,7 +88,11 @@ def _on_borrowed(settings: StudySettings, units: Sequence[StudyUnit], executor: 
                 elif attempts[unit] < _ATTEMPTS:
                     waiting.append(unit)
                 else:
-                    yield unit, failed_rows(settings, unit, f"given up after {_ATTEMPTS} attempts: {why}"), False
+                    yield (
+                        unit,
+                        failed_rows(settings, unit, f"given up after {_ATTEMPTS} attempts: {why}"),
+                        False,
+                    )
     finally:
         for future in running:
             future.cancel()
@@ -82,12 +106,15 @@ def _outcome(future: Future) -> tuple[list[dict] | None, str]:
     """The rows, or what happened to the worker."""
     try:
         return future.result(), ""
-    # Executors have many exceptions of their own for a worker that is gone, and none is of the unit's doing.
+    # Executors have many exceptions of their own for a worker that is gone, and none is of the
+    # unit's doing.
     except (Exception, CancelledError) as error:
         return None, f"{type(error).__name__}: {error}"
 
 
-def _on_local_processes(settings: StudySettings, units: Sequence[StudyUnit], count: int) -> Generator[Result, None, None]:
+def _on_local_processes(
+    settings: StudySettings, units: Sequence[StudyUnit], count: int
+) -> Generator[Result, None, None]:
     waiting, suspects = deque(units), deque[StudyUnit]()
     deaths: Counter[StudyUnit] = Counter()
     while waiting or suspects:
@@ -102,7 +129,11 @@ def _on_local_processes(settings: StudySettings, units: Sequence[StudyUnit], cou
                         if isinstance(error, BrokenExecutor):
                             continue
                         unit = running.pop(future)
-                        yield (unit, failed_rows(settings, unit, str(error)), False) if error else (unit, future.result(), True)
+                        yield (
+                            (unit, failed_rows(settings, unit, str(error)), False)
+                            if error
+                            else (unit, future.result(), True)
+                        )
                     if any(future.done() for future in running):
                         break
             except BaseException:
@@ -113,13 +144,22 @@ def _on_local_processes(settings: StudySettings, units: Sequence[StudyUnit], cou
             if deaths[unit] < _ATTEMPTS:
                 suspects.append(unit)
             else:
-                yield unit, failed_rows(settings, unit, f"its worker died {_ATTEMPTS} times: is there enough memory?"), False
+                yield (
+                    unit,
+                    failed_rows(
+                        settings,
+                        unit,
+                        f"its worker died {_ATTEMPTS} times: is there enough memory?",
+                    ),
+                    False,
+                )
 
 
 def _next_units(waiting, suspects, running, deaths, count: int) -> list[StudyUnit]:
     """What to hand out now: two units per worker keep it busy, and few are suspect when it dies.
 
-    Whoever was at work when a worker died goes alone from then on, so that only the guilty one is counted out.
+    Whoever was at work when a worker died goes alone from then on, so that only the guilty one is
+    counted out.
     """
     if any(deaths[unit] for unit in running.values()):
         return []
@@ -139,11 +179,13 @@ def _submitted(pool: Executor, settings: StudySettings, unit: StudyUnit) -> Futu
 
 @contextmanager
 def _local_processes(count: int) -> Iterator[ProcessPoolExecutor]:
-    # Spawned workers import the caller's main module, which starts a script without a main guard all over again. They need
-    # nothing from it, so an empty one stands in while they start.
+    # Spawned workers import the caller's main module, which starts a script without a main guard
+    # all over again. They need nothing from it, so an empty one stands in while they start.
     main, environment = sys.modules["__main__"], dict(os.environ)
     os.environ |= _WORKER_ENVIRONMENT
-    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker)
+    pool = ProcessPoolExecutor(
+        count, mp_context=multiprocessing.get_context("spawn"), initializer=_begin_worker
+    )
     try:
         sys.modules["__main__"] = types.ModuleType("__main__")
         with _interrupts_ignored():
@@ -166,7 +208,9 @@ def _stop_now(pool: ProcessPoolExecutor) -> None:
 
 @contextmanager
 def _interrupts_ignored() -> Iterator[None]:
-    """Processes started here leave Ctrl-C to the parent, which stops them; without it each would print a traceback."""
+    """Processes started here leave Ctrl-C to the parent, which stops them; without it each would
+    print a traceback.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -25,7 +25,8 @@ from cpmtp.training.muon import Muon
 
 @dataclass(frozen=True)
 class BaseTrainingSettings:
-    """What defines a base model's training; two equal settings give the same weights on one machine.
+    """What defines a base model's training; two equal settings give the same weights on one
+    machine.
 
     Attributes
     ----------
@@ -38,8 +39,9 @@ class BaseTrainingSettings:
     merges : int
         Byte-pair merges on top of the 97 characters.
     learning_rate : float
-        Peak rate of both optimisers (Muon for the blocks' matrices with its update scaled to AdamW's size, AdamW for
-        the rest); linear warm-up, constant, then linear decay to zero over the last `decay` of the steps.
+        Peak rate of both optimisers (Muon for the blocks' matrices with its update scaled to
+        AdamW's size, AdamW for the rest); linear warm-up, constant, then linear decay to zero over
+        the last `decay` of the steps.
     seconds : float, optional
         Train for so long instead of for `steps`.
     bfloat16, compiled : bool
@@ -92,8 +94,9 @@ def train_base(
 ) -> BaseTrainingResult:
     """Train a small Llama-architecture model on the standard library's code or prose.
 
-    A run killed at any moment goes on from its last checkpoint when it is started again with the same folder. The number
-    of steps may differ then, as long as the decay of the learning rate has not begun.
+    A run killed at any moment goes on from its last checkpoint when it is started again with the
+    same folder. The number of steps may differ then, as long as the decay of the learning rate has
+    not begun.
 
     Parameters
     ----------
@@ -106,13 +109,21 @@ def train_base(
     Raises
     ------
     ValueError
-        If `domain` is unknown, or the checkpoint in `out` belongs to other settings or another corpus.
+        If `domain` is unknown, or the checkpoint in `out` belongs to other settings or another
+        corpus.
     """
     documents = standard_library_documents(domain)
     training, held_out = split_held_out(documents, settings.held_out)
     tokenizer = train_character_tokenizer([d.text for d in training], settings.merges)
     return train_base_on(
-        training, held_out, tokenizer, out, settings, name=domain, checkpoint_seconds=checkpoint_seconds, callback=callback
+        training,
+        held_out,
+        tokenizer,
+        out,
+        settings,
+        name=domain,
+        checkpoint_seconds=checkpoint_seconds,
+        callback=callback,
     )
 
 
@@ -132,7 +143,13 @@ def train_base_on(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     ids = encode_documents(tokenizer, training)
-    model = new_llama(len(tokenizer), width=settings.width, layers=settings.layers, window=settings.window, seed=settings.seed)
+    model = new_llama(
+        len(tokenizer),
+        width=settings.width,
+        layers=settings.layers,
+        window=settings.window,
+        seed=settings.seed,
+    )
     model = model.to(device)
     key = _resume_key(name, settings, training)
     run = _Run(model, _optimisers(model, settings), folder / "checkpoint.safetensors", key)
@@ -158,7 +175,9 @@ def train_base_on(
 def encode_documents(tokenizer, documents: list[Document]) -> torch.Tensor:
     """All documents as one sequence of ids, each followed by the end-of-text token."""
     pieces = tokenizer([d.text for d in documents], add_special_tokens=False).input_ids
-    return torch.tensor([i for piece in pieces for i in (*piece, tokenizer.eos_token_id)], dtype=torch.int32)
+    return torch.tensor(
+        [i for piece in pieces for i in (*piece, tokenizer.eos_token_id)], dtype=torch.int32
+    )
 
 
 class _Run:
@@ -177,12 +196,18 @@ class _Run:
 
     def _load(self) -> None:
         weights, metadata = load_checkpoint(self.checkpoint, self.key, self.optimisers)
-        self.model.load_state_dict(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]})
+        self.model.load_state_dict(
+            weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
+        )
         self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
 
 
 def _optimisers(model, settings: BaseTrainingSettings) -> list[torch.optim.Optimizer]:
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    matrices = [
+        p
+        for n, p in model.named_parameters()
+        if p.ndim == 2 and "embed" not in n and "lm_head" not in n
+    ]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     rate, decay = settings.learning_rate, settings.weight_decay
     return [
@@ -191,24 +216,35 @@ def _optimisers(model, settings: BaseTrainingSettings) -> list[torch.optim.Optim
     ]
 
 
-def _train(run: _Run, ids: torch.Tensor, settings: BaseTrainingSettings, checkpoint_seconds, callback) -> None:
+def _train(
+    run: _Run, ids: torch.Tensor, settings: BaseTrainingSettings, checkpoint_seconds, callback
+) -> None:
     run.model.train()
     begun, saved, before = time.monotonic(), time.monotonic(), run.seconds
     total = settings.steps if settings.seconds is None else None
     bar = tqdm(total=total, initial=run.step, unit="step", disable=not sys.stderr.isatty())
     forward = torch.compile(run.model) if settings.compiled else run.model
     for batch in _batches(ids, settings, run.step):
-        progress = run.step / settings.steps if settings.seconds is None else run.seconds / settings.seconds
+        progress = (
+            run.step / settings.steps
+            if settings.seconds is None
+            else run.seconds / settings.seconds
+        )
         if progress >= 1:
             break
         for optimiser in run.optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = settings.learning_rate * learning_rate_factor(run.step, settings, progress)
+                group["lr"] = settings.learning_rate * learning_rate_factor(
+                    run.step, settings, progress
+                )
         loss = _step(run, forward, batch, settings)
         run.step += 1
         run.seconds = before + time.monotonic() - begun
         if not math.isfinite(loss):
-            raise ValueError(f"loss {loss} at step {run.step}: lower the learning rate; the last checkpoint is kept")
+            raise ValueError(
+                f"loss {loss} at step {run.step}: lower the learning rate; the last checkpoint is "
+                "kept"
+            )
         if callback:
             callback(run.step, loss)
         bar.set_postfix(nats_per_token=f"{loss:.3f}")
@@ -225,7 +261,9 @@ def _step(run: _Run, forward, batch: torch.Tensor, settings: BaseTrainingSetting
     batch = batch.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
         logits = forward(input_ids=batch, use_cache=False).logits
-        loss = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+        loss = functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten()
+        )
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimiser in run.optimisers:
@@ -234,17 +272,26 @@ def _step(run: _Run, forward, batch: torch.Tensor, settings: BaseTrainingSetting
     return loss.item()
 
 
-def _batches(ids: torch.Tensor, settings: BaseTrainingSettings, first: int) -> Iterator[torch.Tensor]:
-    """Windows at random offsets; batch k depends on the seed and on k alone, so that a resumed run sees the same."""
+def _batches(
+    ids: torch.Tensor, settings: BaseTrainingSettings, first: int
+) -> Iterator[torch.Tensor]:
+    """Windows at random offsets; batch k depends on the seed and on k alone, so that a resumed run
+    sees the same.
+    """
     offsets = torch.arange(settings.window)
     for step in count(first):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-        starts = torch.randint(len(ids) - settings.window, (settings.windows_per_step, 1), generator=generator)
+        starts = torch.randint(
+            len(ids) - settings.window, (settings.windows_per_step, 1), generator=generator
+        )
         yield ids[starts + offsets].long()
 
 
-def learning_rate_factor(step: int, settings: BaseTrainingSettings, progress: float | None = None) -> float:
-    """Share of the peak learning rate: warm-up over steps, plateau, linear decay over the last share of the training.
+def learning_rate_factor(
+    step: int, settings: BaseTrainingSettings, progress: float | None = None
+) -> float:
+    """Share of the peak learning rate: warm-up over steps, plateau, linear decay over the last
+    share of the training.
 
     `progress` is the share that is done; default: of the steps.
     """
@@ -255,20 +302,25 @@ def learning_rate_factor(step: int, settings: BaseTrainingSettings, progress: fl
 
 def _save(model, tokenizer, folder: Path) -> None:
     model.eval()
-    # Half precision halves the file; what is loaded from it is the model, in every dtype it is run in.
+    # Half precision halves the file; what is loaded from it is the model, in every dtype it is run
+    # in.
     model.to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _sampled(model, tokenizer, held_out: list[Document], settings: BaseTrainingSettings) -> dict:
-    """Share of lines that are Python to `tokenize`: of what the model writes, and of the held-out files."""
+    """Share of lines that are Python to `tokenize`: of what the model writes, and of the held-out
+    files.
+    """
     lm = HuggingFaceLanguageModel(model, tokenizer)
     tokens = lm.sample_tokens(16, settings.window, seed=settings.seed)
     # A sample ends where its window does, seldom at the end of a line.
     texts = [lm.decode(row[row != tokenizer.eos_token_id]).rpartition("\n")[0] for row in tokens]
     return {
         "sampled_lines_accepted": round(accepted_line_share("\n".join(texts)), 4),
-        "held_out_lines_accepted": round(accepted_line_share("\n".join(d.text for d in held_out)), 4),
+        "held_out_lines_accepted": round(
+            accepted_line_share("\n".join(d.text for d in held_out)), 4
+        ),
     }
 
 
@@ -277,7 +329,9 @@ def _resume_key(domain: str, settings: BaseTrainingSettings, training: list[Docu
     return json.dumps({"domain": domain, "corpus": corpus_hash(training), **fixed}, sort_keys=True)
 
 
-def _recipe(domain: str, settings: BaseTrainingSettings, documents: list[Document], held_out: list[Document]) -> dict:
+def _recipe(
+    domain: str, settings: BaseTrainingSettings, documents: list[Document], held_out: list[Document]
+) -> dict:
     return {
         "domain": domain,
         "settings": asdict(settings),

@@ -13,13 +13,21 @@ from torch import Tensor
 
 
 def save_checkpoint(
-    path: Path, weights: Mapping[str, Tensor], optimisers: Sequence[torch.optim.Optimizer], metadata: Mapping[str, str]
+    path: Path,
+    weights: Mapping[str, Tensor],
+    optimisers: Sequence[torch.optim.Optimizer],
+    metadata: Mapping[str, str],
 ) -> None:
-    """Weights, optimiser states and metadata as one safetensors file; a file of the same name is replaced at once."""
+    """Weights, optimiser states and metadata as one safetensors file; a file of the same name is
+    replaced at once.
+    """
     tensors = {f"model.{name}": weight.contiguous() for name, weight in weights.items()}
     for o, optimiser in enumerate(optimisers):
         for index, state in optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{o}.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+            tensors |= {
+                f"optimiser.{o}.{index}.{name}": torch.as_tensor(value)
+                for name, value in state.items()
+            }
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, dict(metadata))
     os.replace(partial, path)
@@ -40,16 +48,25 @@ def load_checkpoint(
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except SafetensorError as error:
-        raise ValueError(f"the checkpoint {path} is damaged ({error}): delete it to begin again") from error
+        raise ValueError(
+            f"the checkpoint {path} is damaged ({error}): delete it to begin again"
+        ) from error
     if metadata["key"] != key:
-        raise ValueError(f"{path} was made with other settings, another model or corpus; choose another folder or delete it")
+        raise ValueError(
+            f"{path} was made with other settings, another model or corpus; choose another folder "
+            "or delete it"
+        )
     for o, optimiser in enumerate(optimisers):
         state: dict[int, dict[str, Tensor]] = {}
         for name in (n for n in tensors if n.startswith(f"optimiser.{o}.")):
             _, _, index, field = name.split(".")
             state.setdefault(int(index), {})[field] = tensors[name]
-        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    return {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}, metadata
+        optimiser.load_state_dict(
+            {"state": state, "param_groups": optimiser.state_dict()["param_groups"]}
+        )
+    return {
+        k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")
+    }, metadata
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,6 @@
-"""Training of learned heads on a frozen base model: one pass of the base serves all heads of a comparison."""
+"""Training of learned heads on a frozen base model: one pass of the base serves all heads of a
+comparison.
+"""
 
 from __future__ import annotations
 
@@ -29,14 +31,16 @@ _SAMPLED_AT_ONCE = 128
 
 @dataclass(frozen=True)
 class HeadTrainingSettings:
-    """What defines a head and its training; equal settings give equal weights on one machine (with `steps`).
+    """What defines a head and its training; equal settings give equal weights on one machine (with
+    `steps`).
 
     Attributes
     ----------
     horizon, rank, anchored, width, blocks
         The head, see `CPHead`.
     objective : {"distillation", "likelihood", "acceptance"}
-        See `head_loss`. ``acceptance`` has vanishing gradients far from the target: give `train_head` a head to start from.
+        See `head_loss`. ``acceptance`` has vanishing gradients far from the target: give
+        `train_head` a head to start from.
     balance : float
         Weight of the load-balancing loss.
     steps : int
@@ -48,8 +52,8 @@ class HeadTrainingSettings:
     sequences : int
         How many windows are drawn from the base model when no data is given.
     learning_rate : float
-        Peak rate of AdamW; Muon, which trains the trunk's matrices, takes twice as much. Linear warm-up, constant, and
-        linear decay to zero over the second half.
+        Peak rate of AdamW; Muon, which trains the trunk's matrices, takes twice as much. Linear
+        warm-up, constant, and linear decay to zero over the second half.
     seed : int
         Of weights, samples and the order of windows.
     """
@@ -71,7 +75,9 @@ class HeadTrainingSettings:
 
     def __post_init__(self):
         if self.objective not in OBJECTIVES:
-            raise ValueError(f"unknown objective {self.objective!r}: choose one of {', '.join(OBJECTIVES)}")
+            raise ValueError(
+                f"unknown objective {self.objective!r}: choose one of {', '.join(OBJECTIVES)}"
+            )
         for name in ("steps", "rows", "sequences"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
@@ -80,7 +86,9 @@ class HeadTrainingSettings:
         if not self.learning_rate > 0:
             raise ValueError(f"learning rate {self.learning_rate}: expected a positive number")
         if self.length <= self.horizon:
-            raise ValueError(f"windows of {self.length} tokens for a horizon of {self.horizon}: lengthen them")
+            raise ValueError(
+                f"windows of {self.length} tokens for a horizon of {self.horizon}: lengthen them"
+            )
 
 
 def train_head(
@@ -104,8 +112,8 @@ def train_head(
         The base model.
     settings : HeadTrainingSettings
     out : path, optional
-        Folder for the head, `metrics.csv` and, while training, the checkpoint; a killed run started again with the same
-        folder goes on from there, to the same weights.
+        Folder for the head, `metrics.csv` and, while training, the checkpoint; a killed run started
+        again with the same folder goes on from there, to the same weights.
     tokens : (count, length) long tensor, optional
         Windows of text; default: drawn from the base model itself, which is what decoding meets.
     start : CPHead, optional
@@ -113,19 +121,25 @@ def train_head(
     callback : callable, optional
         Called with (step, HeadLoss) after every step.
     changes
-        Fields of the settings to replace, as in ``train_head(lm, horizon=4, rank=8, steps=500, seed=0)``.
+        Fields of the settings to replace, as in
+        ``train_head(lm, horizon=4, rank=8, steps=500, seed=0)``.
 
     Raises
     ------
     ValueError
-        If a setting is out of range, a window exceeds the model's, a checkpoint is of other settings, or the loss is not
-        finite (the last checkpoint is kept).
+        If a setting is out of range, a window exceeds the model's, a checkpoint is of other
+        settings, or the loss is not finite (the last checkpoint is kept).
     """
     folders = None if out is None else [Path(out)]
     return train_heads(
-        lm, [replace(settings, **changes)], folders, tokens=tokens, starts=None if start is None else [start],
-        callback=callback and (lambda _, step, loss: callback(step, loss)), checkpoint_seconds=checkpoint_seconds,
-    )[0]  # fmt: skip
+        lm,
+        [replace(settings, **changes)],
+        folders,
+        tokens=tokens,
+        starts=None if start is None else [start],
+        callback=callback and (lambda _, step, loss: callback(step, loss)),
+        checkpoint_seconds=checkpoint_seconds,
+    )[0]
 
 
 def train_heads(
@@ -138,16 +152,19 @@ def train_heads(
     callback: Callable[[int, int, HeadLoss], None] | None = None,
     checkpoint_seconds: float = 60.0,
 ) -> list[CPHead]:
-    """Several heads side by side on the same windows in the same order; parameters as for `train_head`.
+    """Several heads side by side on the same windows in the same order; parameters as for
+    `train_head`.
 
-    The settings may differ in what describes a head and its loss, not in the data or the budget. `callback` gets the head's
-    index first.
+    The settings may differ in what describes a head and its loss, not in the data or the budget.
+    `callback` gets the head's index first.
     """
     settings = list(settings)
     plan = settings[0]
     shared = ("steps", "seconds", "rows", "length", "sequences", "seed")
     if any(getattr(s, name) != getattr(plan, name) for s in settings for name in shared):
-        raise ValueError(f"heads trained side by side share {', '.join(shared)}: train the others apart")
+        raise ValueError(
+            f"heads trained side by side share {', '.join(shared)}: train the others apart"
+        )
     _check_window(lm, plan)
     accelerator = Accelerator(cpu=lm.device.type == "cpu")
     for folder in folders or ():
@@ -155,7 +172,14 @@ def train_heads(
     if tokens is None:
         tokens = _own_samples(lm, plan, folders[0] if folders else None)
     runs = [
-        _HeadRun(lm, s, folders[i] if folders else None, accelerator, start=starts[i] if starts else None, data=tokens)
+        _HeadRun(
+            lm,
+            s,
+            folders[i] if folders else None,
+            accelerator,
+            start=starts[i] if starts else None,
+            data=tokens,
+        )
         for i, s in enumerate(settings)
     ]
     _train(lm, runs, tokens, plan, accelerator, callback, checkpoint_seconds)
@@ -164,7 +188,10 @@ def train_heads(
 
 def windows_of_text(lm: Any, texts: Sequence[str], length: int) -> Int[Tensor, "count length"]:
     """Texts cut into windows of `length` tokens; what is left at a text's end is dropped."""
-    parts = [ids[: len(ids) // length * length].view(-1, length) for ids in map(lm.encode_document, texts)]
+    parts = [
+        ids[: len(ids) // length * length].view(-1, length)
+        for ids in map(lm.encode_document, texts)
+    ]
     windows = torch.cat(parts) if parts else torch.empty(0, length, dtype=torch.long)
     if not len(windows):
         raise ValueError(f"no text is {length} tokens long: give longer files or shorter windows")
@@ -178,15 +205,28 @@ class _Objective(nn.Module):
         super().__init__()
         self.head, self._settings = head, settings
 
-    def forward(self, hidden: Tensor, tokens: Tensor, unembed: Callable[[Tensor], Tensor]) -> HeadLoss:
+    def forward(
+        self, hidden: Tensor, tokens: Tensor, unembed: Callable[[Tensor], Tensor]
+    ) -> HeadLoss:
         goal = self._settings
-        return head_loss(self.head, hidden, tokens, unembed, objective=goal.objective, balance=goal.balance)
+        return head_loss(
+            self.head, hidden, tokens, unembed, objective=goal.objective, balance=goal.balance
+        )
 
 
 class _HeadRun:
     """One head under training, and where it is on disk."""
 
-    def __init__(self, lm, settings: HeadTrainingSettings, folder: Path | None, accelerator, *, start, data: Tensor):
+    def __init__(
+        self,
+        lm,
+        settings: HeadTrainingSettings,
+        folder: Path | None,
+        accelerator,
+        *,
+        start,
+        data: Tensor,
+    ):
         self.head = _new_head(lm, settings)
         if start is not None:
             self.head.load_state_dict(start.state_dict())
@@ -196,7 +236,9 @@ class _HeadRun:
         self._key = _resume_key(lm, settings, data)
         if self._checkpoint and self._checkpoint.exists():
             self._load(self._checkpoint)
-        self.objective, *self.optimisers = accelerator.prepare(_Objective(self.head, settings), *self.optimisers)
+        self.objective, *self.optimisers = accelerator.prepare(
+            _Objective(self.head, settings), *self.optimisers
+        )
 
     @property
     def _checkpoint(self) -> Path | None:
@@ -221,7 +263,8 @@ class _HeadRun:
         out = self.objective(batch.hidden, batch.tokens, batch.unembed)
         if not math.isfinite(out.loss.item()):
             raise ValueError(
-                f"the loss is {out.loss.item()} at step {self.step}, windows {batch.windows}: look at their text, or lower the "
+                f"the loss is {out.loss.item()} at step {self.step}, windows {batch.windows}: "
+                "look at their text, or lower the "
                 "learning rate; the last checkpoint is kept"
             )
         self.accelerator.backward(out.loss)
@@ -230,7 +273,9 @@ class _HeadRun:
             optimiser.step()
             optimiser.zero_grad()
         self.step += 1
-        self.metrics.append(f"{self.step},{self.seconds:.2f},{out.loss.item():.6f},{out.tokens_per_call:.5f}")
+        self.metrics.append(
+            f"{self.step},{self.seconds:.2f},{out.loss.item():.6f},{out.tokens_per_call:.5f}"
+        )
         return out
 
     def finish(self) -> CPHead:
@@ -238,8 +283,15 @@ class _HeadRun:
         self.head.eval().requires_grad_(False)
         if self.folder and self._checkpoint and self.accelerator.is_main_process:
             write_text(self.folder / "metrics.csv", "\n".join(self.metrics) + "\n")
-            recipe = {"settings": asdict(self.settings), "steps": self.step, "seconds": round(self.seconds, 1)}
-            write_text(self.folder / "recipe.json", json.dumps(recipe | {"torch": torch.__version__}, indent=2) + "\n")
+            recipe = {
+                "settings": asdict(self.settings),
+                "steps": self.step,
+                "seconds": round(self.seconds, 1),
+            }
+            write_text(
+                self.folder / "recipe.json",
+                json.dumps(recipe | {"torch": torch.__version__}, indent=2) + "\n",
+            )
             self.head.save_pretrained(self.folder)
             self._checkpoint.unlink(missing_ok=True)
         return self.head
@@ -253,7 +305,15 @@ class _Batch:
     unembed: Callable[[Tensor], Tensor]
 
 
-def _train(lm, runs: list[_HeadRun], tokens: Tensor, plan: HeadTrainingSettings, accelerator, callback, checkpoint_seconds):
+def _train(
+    lm,
+    runs: list[_HeadRun],
+    tokens: Tensor,
+    plan: HeadTrainingSettings,
+    accelerator,
+    callback,
+    checkpoint_seconds,
+):
     before, begun = runs[0].seconds, time.monotonic()
     saved = begun
     bar = _bar(plan, runs[0], accelerator)
@@ -271,7 +331,9 @@ def _train(lm, runs: list[_HeadRun], tokens: Tensor, plan: HeadTrainingSettings,
             if callback:
                 callback(index, run.step, out)
         bar.set_postfix(loss=f"{out.loss.item():.3f}", tokens_per_call=f"{out.tokens_per_call:.3f}")
-        bar.update(1 if plan.seconds is None else max(min(runs[0].seconds, plan.seconds) - bar.n, 0))
+        bar.update(
+            1 if plan.seconds is None else max(min(runs[0].seconds, plan.seconds) - bar.n, 0)
+        )
         if time.monotonic() - saved > checkpoint_seconds:
             for run in runs:
                 run.save()
@@ -289,8 +351,12 @@ def _bar(plan: HeadTrainingSettings, run: _HeadRun, accelerator):
     )
 
 
-def _batches(lm, tokens: Tensor, plan: HeadTrainingSettings, first: int, accelerator) -> Iterator[_Batch]:
-    """Batch k depends on the seed and on k alone, so that every rank and a resumed run see the same."""
+def _batches(
+    lm, tokens: Tensor, plan: HeadTrainingSettings, first: int, accelerator
+) -> Iterator[_Batch]:
+    """Batch k depends on the seed and on k alone, so that every rank and a resumed run see the
+    same.
+    """
     step = first
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     while True:
@@ -308,7 +374,10 @@ def _own_samples(lm, plan: HeadTrainingSettings, folder: Path | None) -> Tensor:
         stored = load_file(file)
         if key in stored:
             return stored[key].long()
-    sizes = [min(_SAMPLED_AT_ONCE, plan.sequences - i) for i in range(0, plan.sequences, _SAMPLED_AT_ONCE)]
+    sizes = [
+        min(_SAMPLED_AT_ONCE, plan.sequences - i)
+        for i in range(0, plan.sequences, _SAMPLED_AT_ONCE)
+    ]
     bar = tqdm(total=plan.sequences, unit="window", desc="samples", disable=not sys.stderr.isatty())
     parts = []
     for i, size in enumerate(sizes):
@@ -342,10 +411,14 @@ def _new_head(lm, settings: HeadTrainingSettings) -> CPHead:
 
 def _optimisers(head: CPHead, rate: float) -> list[torch.optim.Optimizer]:
     trunk = [
-        p for name, p in head.named_parameters() if p.ndim == 2 and not name.startswith("mixture") and "distance" not in name
+        p
+        for name, p in head.named_parameters()
+        if p.ndim == 2 and not name.startswith("mixture") and "distance" not in name
     ]
     others = [p for p in head.parameters() if not any(p is t for t in trunk)]
-    optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+    optimisers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    ]
     if trunk:
         optimisers.append(Muon(trunk, 2 * rate))
     for optimiser in optimisers:
@@ -360,9 +433,14 @@ def _rate_factor(step: int, progress: float) -> float:
 
 def _resume_key(lm, settings: HeadTrainingSettings, data: Tensor) -> str:
     first = data[:: max(len(data) // 64, 1)].sum().item()
-    return json.dumps({"base": lm.fingerprint, "data": [*data.shape, first], **asdict(settings)}, sort_keys=True)
+    return json.dumps(
+        {"base": lm.fingerprint, "data": [*data.shape, first], **asdict(settings)}, sort_keys=True
+    )
 
 
 def _check_window(lm, plan: HeadTrainingSettings) -> None:
     if lm.max_context is not None and plan.length > lm.max_context:
-        raise ValueError(f"windows of {plan.length} tokens exceed the model's {lm.max_context} positions: shorten them")
+        raise ValueError(
+            f"windows of {plan.length} tokens exceed the model's {lm.max_context} positions: "
+            "shorten them"
+        )

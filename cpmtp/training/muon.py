@@ -1,26 +1,35 @@
 """Muon in float32, for CPUs.
 
-`torch.optim.Muon` orthogonalises in bfloat16, which a CPU without bfloat16 units emulates: at the size of the embedded
-models it took 2.9 s a step beside 1.3 s for the forward and backward pass. The same update in float32, with matrices of one
-shape stacked, is a tenth of that.
+`torch.optim.Muon` orthogonalises in bfloat16, which a CPU without bfloat16 units emulates: at the
+size of the embedded models it took 2.9 s a step beside 1.3 s for the forward and backward pass. The
+same update in float32, with matrices of one shape stacked, is a tenth of that.
 """
 
 from __future__ import annotations
 
 import torch
 
-# Quintic Newton-Schulz coefficients: steepest at zero, singular values end in about [0.7, 1.2] (Jordan et al. 2024).
+# Quintic Newton-Schulz coefficients: steepest at zero, singular values end in about [0.7, 1.2]
+# (Jordan et al. 2024).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is replaced by its nearest semi-orthogonal matrix.
 
-    The update is scaled by ``0.2 sqrt(max(rows, columns))`` so that its root mean square is AdamW's (Liu et al. 2025).
-    Parameters must be matrices.
+    The update is scaled by ``0.2 sqrt(max(rows, columns))`` so that its root mean square is AdamW's
+    (Liu et al. 2025). Parameters must be matrices.
     """
 
-    def __init__(self, params, lr: float, *, momentum: float = 0.95, weight_decay: float = 0.0, iterations: int = 5):
+    def __init__(
+        self,
+        params,
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        iterations: int = 5,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self._iterations = iterations
 
@@ -34,7 +43,9 @@ class Muon(torch.optim.Optimizer):
                 updates = torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
                 updates = orthogonalise(updates, self._iterations) * (0.2 * max(shape) ** 0.5)
                 for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
+                        update, alpha=group["lr"]
+                    )
 
     def _nesterov(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
         gradient = parameter.grad

@@ -1,4 +1,6 @@
-"""What is checked beside decoding: the law of the output, estimates against exact joints, the head's share by model size."""
+"""What is checked beside decoding: the law of the output, estimates against exact joints, the
+head's share by model size.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ _TIMED_TOKENS = 48
 
 
 def check_law(place: Workplace, plan: BasePlan, seed: int) -> list[dict]:
-    """p-values of the first three tokens out of decoding with each head of the largest horizon, against their exact joint."""
+    """p-values of the first three tokens out of decoding with each head of the largest horizon,
+    against their exact joint.
+    """
     lm, preset = place.load(plan), place.preset
     prompt = place.text(plan, "held_out")[seed % preset.prompts]
     joint = exact_joint(lm, prompt, _LAW_HORIZON).probs.cpu()
@@ -34,14 +38,19 @@ def check_law(place: Workplace, plan: BasePlan, seed: int) -> list[dict]:
     for name, head in place.heads(plan, lm):
         for rule in ("token", "block") if head.horizon == max(preset.horizons) else ():
             own_seed = 1000 * seed + len(rows)
-            out = speculative_generate(lm, head, [prompt] * preset.law_rows, max_new_tokens=count, rule=rule, seed=own_seed)
+            out = speculative_generate(
+                lm, head, [prompt] * preset.law_rows, max_new_tokens=count, rule=rule, seed=own_seed
+            )
             p_value = law_p_value(torch.stack([new[:_LAW_HORIZON] for new in out.token_ids]), joint)
-            rows.append({"base": plan.name, "head": name, "rule": rule, "seed": seed, "p_value": p_value})
+            rows.append(
+                {"base": plan.name, "head": name, "rule": rule, "seed": seed, "p_value": p_value}
+            )
     return rows
 
 
 def law_p_value(tokens: torch.Tensor, joint: torch.Tensor) -> float:
-    """p-value of the likelihood-ratio test (G-test) of texts (count, n) against a joint; 0 where one is impossible.
+    """p-value of the likelihood-ratio test (G-test) of texts (count, n) against a joint; 0 where
+    one is impossible.
 
     Texts expected fewer than five times are pooled into one cell.
     """
@@ -58,7 +67,9 @@ def law_p_value(tokens: torch.Tensor, joint: torch.Tensor) -> float:
 
 
 def check_estimates(place: Workplace, plan: BasePlan, context: int) -> list[dict]:
-    """Tokens per call after one context: exact, from the dense joint of three tokens, beside the Monte Carlo estimate."""
+    """Tokens per call after one context: exact, from the dense joint of three tokens, beside the
+    Monte Carlo estimate.
+    """
     lm = place.load(plan)
     prompt = place.text(plan, "held_out")[context]
     joint = exact_joint(lm, prompt, _LAW_HORIZON)
@@ -69,12 +80,16 @@ def check_estimates(place: Workplace, plan: BasePlan, context: int) -> list[dict
         found = estimate_acceptance(lm, draft, prompt, samples=400, seed=context)
         low, high = found.tokens_per_call_interval
         estimate = {"estimate": found.tokens_per_call, "estimate_low": low, "estimate_high": high}
-        rows.append({"base": plan.name, "head": name, "context": context, "exact": exact} | estimate)
+        rows.append(
+            {"base": plan.name, "head": name, "context": context, "exact": exact} | estimate
+        )
     return rows
 
 
 def time_width(place: Workplace, width: int) -> list[dict]:
-    """The stages of a cycle over a base model of random weights, by its width, with a head of the largest horizon and rank."""
+    """The stages of a cycle over a base model of random weights, by its width, with a head of the
+    largest horizon and rank.
+    """
     preset = place.preset
     model = new_llama(_WIDE_VOCABULARY, width=width, layers=preset.width_layers, window=256, seed=0)
     lm = HuggingFaceLanguageModel(model.to(preset.device, getattr(torch, preset.dtype)))
@@ -93,7 +108,11 @@ def time_width(place: Workplace, width: int) -> list[dict]:
     place.peak_memory()
     stats = speculative_generate(lm, head, prompt, max_new_tokens=_TIMED_TOKENS, seed=1).stats
     cycles = max(stats.calls - 1, 1)
-    row = {"width": width, "parameters": sum(w.numel() for w in model.parameters()), "peak_bytes": place.peak_memory()}
+    row = {
+        "width": width,
+        "parameters": sum(w.numel() for w in model.parameters()),
+        "peak_bytes": place.peak_memory(),
+    }
     row |= {f"{name}_seconds": seconds / cycles for name, seconds in stats.stage_seconds.items()}
     whole = sum(stats.stage_seconds.values())
     return [row | {"draft_and_verification_share": 1 - stats.stage_seconds["target"] / whole}]

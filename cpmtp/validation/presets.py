@@ -9,13 +9,15 @@ from cpmtp.training.base_models import BaseTrainingSettings
 
 @dataclass(frozen=True)
 class BasePlan:
-    """A base model: an embedded one by its name, or one to be trained on the Python sources of this machine.
+    """A base model: an embedded one by its name, or one to be trained on the Python sources of this
+    machine.
 
     Attributes
     ----------
     name : str
     vocab_size : int
-        Of the byte-level tokenizer to train; 257 is bytes alone. 0: the embedded model of this name.
+        Of the byte-level tokenizer to train; 257 is bytes alone. 0: the embedded model of this
+        name.
     training : BaseTrainingSettings
     corpus_bytes, held_out_bytes : int
         Text to train on, and text of packages never trained on to measure it by.
@@ -35,23 +37,27 @@ class Preset:
     Attributes
     ----------
     bases : tuple of BasePlan
-        The first is decoded with; the last has a vocabulary small enough for dense joints. They may be the same.
+        The first is decoded with; the last has a vocabulary small enough for dense joints. They may
+        be the same.
     horizons, ranks : tuple of int
         Of the heads, each unanchored and anchored.
     head_width, head_blocks : int
         Their trunk.
     head_seconds : float, optional
-        Time for distillation, and half of it again for acceptance, all heads of a base side by side; None: `head_steps`.
+        Time for distillation, and half of it again for acceptance, all heads of a base side by
+        side; None: `head_steps`.
     windows, window : int
         Windows of text for the heads, as many again drawn from the base model; tokens in each.
     prompts, prompt, new_tokens : int
-        Held-out prompts for the forecast, and as many others for decoding; their tokens; tokens generated after each.
+        Held-out prompts for the forecast, and as many others for decoding; their tokens; tokens
+        generated after each.
     batches : tuple of int
     temperatures : tuple of float
     rounds : int
         How often every way of decoding takes its turn.
     widths : tuple of int
-        Hidden sizes (multiples of 96) at which the head's share of a cycle is timed, with random weights.
+        Hidden sizes (multiples of 96) at which the head's share of a cycle is timed, with random
+        weights.
     law_rows, law_seeds : int
         Texts per test of the output's law, and tests.
     """
@@ -116,7 +122,13 @@ _GPU = Preset(
             "code-bpe",
             vocab_size=4096,
             training=BaseTrainingSettings(
-                windows_per_step=64, width=768, layers=8, learning_rate=2e-3, seconds=300.0, bfloat16=True, compiled=True
+                windows_per_step=64,
+                width=768,
+                layers=8,
+                learning_rate=2e-3,
+                seconds=300.0,
+                bfloat16=True,
+                compiled=True,
             ),
             corpus_bytes=150_000_000,
             held_out_bytes=1_000_000,
@@ -125,7 +137,13 @@ _GPU = Preset(
             "code-bytes",
             vocab_size=257,
             training=BaseTrainingSettings(
-                windows_per_step=64, width=768, layers=8, learning_rate=2e-3, seconds=80.0, bfloat16=True, compiled=True
+                windows_per_step=64,
+                width=768,
+                layers=8,
+                learning_rate=2e-3,
+                seconds=80.0,
+                bfloat16=True,
+                compiled=True,
             ),
             corpus_bytes=60_000_000,
             held_out_bytes=500_000,

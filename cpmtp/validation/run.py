@@ -56,11 +56,16 @@ class _Task:
 
 
 def validate(
-    preset: Preset, folder: str | Path, *, stage: str | None = None, budget_seconds: float | None = None
+    preset: Preset,
+    folder: str | Path,
+    *,
+    stage: str | None = None,
+    budget_seconds: float | None = None,
 ) -> Validation:
     """Train a base model and heads, forecast what they earn, decode, measure, and report.
 
-    Every part lies on disk when it is done and is not computed again; trainings go on from their checkpoints.
+    Every part lies on disk when it is done and is not computed again; trainings go on from their
+    checkpoints.
 
     Parameters
     ----------
@@ -76,13 +81,16 @@ def validate(
     Raises
     ------
     ValueError
-        If the stage is unknown, the one before it is not done, the folder holds another preset's state, or the preset's device
-        is not there.
+        If the stage is unknown, the one before it is not done, the folder holds another preset's
+        state, or the preset's device is not there.
     """
     if stage is not None and stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}")
     if preset.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"the preset {preset.name!r} runs on a CUDA device, and there is none: see docs/results_gpu.md")
+        raise ValueError(
+            f"the preset {preset.name!r} runs on a CUDA device, and there is none: see "
+            "docs/results_gpu.md"
+        )
     begun = time.monotonic()
     place = Workplace(preset, Path(folder))
     _claim(place)
@@ -98,7 +106,9 @@ def validate(
             _run(place, task)
         bar.update()
     bar.close()
-    missing = tuple(f"{task.table} {task.name}" for task in wanted if not _part(place, task).exists())
+    missing = tuple(
+        f"{task.table} {task.name}" for task in wanted if not _part(place, task).exists()
+    )
     if not missing and stage in (None, "report"):
         _report(place)
     return Validation(place.folder, not missing, missing)
@@ -116,7 +126,12 @@ def _tasks(place: Workplace) -> Iterator[_Task]:
         made = partial(stages.forecast_tokens, place, main, temperature)
         yield _Task("forecast", "forecast", f"{main.name}-T{temperature:g}", made)
     for context in range(min(preset.prompts, 4)):
-        yield _Task("forecast", "estimates", f"{small.name}-{context}", partial(checks.check_estimates, place, small, context))
+        yield _Task(
+            "forecast",
+            "estimates",
+            f"{small.name}-{context}",
+            partial(checks.check_estimates, place, small, context),
+        )
     for temperature in preset.temperatures:
         made = partial(stages.measure_acceptance, place, main, temperature)
         yield _Task("decode", "acceptance", f"{main.name}-T{temperature:g}", made)
@@ -124,7 +139,9 @@ def _tasks(place: Workplace) -> Iterator[_Task]:
             made = partial(stages.decode, place, main, temperature, batch)
             yield _Task("decode", "decoding", f"{main.name}-T{temperature:g}-b{batch}", made)
     for seed in range(preset.law_seeds):
-        yield _Task("decode", "law", f"{small.name}-{seed}", partial(checks.check_law, place, small, seed))
+        yield _Task(
+            "decode", "law", f"{small.name}-{seed}", partial(checks.check_law, place, small, seed)
+        )
     for width in preset.widths:
         yield _Task("decode", "overhead", str(width), partial(checks.time_width, place, width))
 
@@ -147,7 +164,10 @@ def _claim(place: Workplace) -> None:
     settings = json.dumps(asdict(place.preset), indent=2, sort_keys=True)
     path = place.folder / "preset.json"
     if path.exists() and path.read_text("utf-8") != settings:
-        raise ValueError(f"{str(place.folder)!r} holds a validation of other settings: choose another folder or delete it")
+        raise ValueError(
+            f"{str(place.folder)!r} holds a validation of other settings: choose another folder "
+            "or delete it"
+        )
     place.folder.mkdir(parents=True, exist_ok=True)
     write_text(path, settings)
 
@@ -156,7 +176,9 @@ def _require_earlier(place: Workplace, stage: str | None) -> None:
     before = STAGES[: STAGES.index(stage)] if stage else ()
     for task in _tasks(place):
         if task.stage in before and not _part(place, task).exists():
-            raise ValueError(f"stage {stage!r} needs {task.stage!r} first ({task.table} {task.name} is missing)")
+            raise ValueError(
+                f"stage {stage!r} needs {task.stage!r} first ({task.table} {task.name} is missing)"
+            )
 
 
 def _report(place: Workplace) -> None:
@@ -165,4 +187,6 @@ def _report(place: Workplace) -> None:
     tables: dict[str, list[pd.DataFrame]] = {}
     for task in _tasks(place):
         tables.setdefault(task.table, []).append(pd.read_parquet(_part(place, task)))
-    write_results({name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}, place)
+    write_results(
+        {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}, place
+    )

@@ -16,7 +16,13 @@ from safetensors.torch import load_file, save_file
 from scipy.optimize import nnls
 from torch import Tensor
 
-from cpmtp.corpora import Document, installed_code_documents, split_held_out, split_packages, standard_library_documents
+from cpmtp.corpora import (
+    Document,
+    installed_code_documents,
+    split_held_out,
+    split_packages,
+    standard_library_documents,
+)
 from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.forecasting.cycles import forecast_cycles
 from cpmtp.heads.cp_head import CPHead
@@ -44,7 +50,9 @@ class Workplace:
     def load(self, plan: BasePlan) -> HuggingFaceLanguageModel:
         """The base model on the preset's device and in its precision."""
         source = str(self.base_folder(plan)) if plan.vocab_size else plan.name
-        return load_language_model(source, device=self.preset.device, dtype=getattr(torch, self.preset.dtype))
+        return load_language_model(
+            source, device=self.preset.device, dtype=getattr(torch, self.preset.dtype)
+        )
 
     def text(self, plan: BasePlan, side: str) -> Tensor:
         """Windows of ``training`` text, or of ``held_out`` prompts."""
@@ -58,10 +66,15 @@ class Workplace:
         """Every trained head of a base model, by name."""
         for settings in head_settings(self.preset):
             folder = self.head_folder(plan, settings)
-            yield folder.name, CPHead.from_pretrained(folder).to(lm.device).attach(lm).requires_grad_(False)
+            yield (
+                folder.name,
+                CPHead.from_pretrained(folder).to(lm.device).attach(lm).requires_grad_(False),
+            )
 
     def peak_memory(self) -> float:
-        """Bytes allocated at most since the last call; not a number where a device does not count them."""
+        """Bytes allocated at most since the last call; not a number where a device does not count
+        them.
+        """
         if self.preset.device != "cuda":
             return float("nan")
         peak = float(torch.cuda.max_memory_allocated())
@@ -70,28 +83,50 @@ class Workplace:
 
 
 def train_base_model(place: Workplace, plan: BasePlan) -> list[dict]:
-    """Train a base model where it is not an embedded one; keep windows of its text for the later stages."""
+    """Train a base model where it is not an embedded one; keep windows of its text for the later
+    stages.
+    """
     preset, folder = place.preset, place.base_folder(plan)
     folder.mkdir(parents=True, exist_ok=True)
     row: dict = {"base": plan.name}
     if plan.vocab_size:
         training, held_out = split_packages(installed_code_documents(plan.corpus_bytes))
         held_out = _at_most(held_out, plan.held_out_bytes)
-        tokenizer = train_byte_tokenizer([d.text for d in _at_most(training, _TOKENIZER_BYTES)], plan.vocab_size)
-        result = train_base_on(training, held_out, tokenizer, folder, plan.training, name=plan.name, device=preset.device)
+        tokenizer = train_byte_tokenizer(
+            [d.text for d in _at_most(training, _TOKENIZER_BYTES)], plan.vocab_size
+        )
+        result = train_base_on(
+            training,
+            held_out,
+            tokenizer,
+            folder,
+            plan.training,
+            name=plan.name,
+            device=preset.device,
+        )
         row |= {"bits_per_byte": result.bits_per_byte, "tokens_seen": result.tokens_seen}
         row["held_out_packages"] = ", ".join(sorted({d.name.partition("/")[0] for d in held_out}))
     else:
         training, held_out = split_held_out(standard_library_documents(plan.name))
     lm = place.load(plan)
-    wanted = {"training": (training, preset.windows, preset.window), "held_out": (held_out, 2 * preset.prompts, preset.prompt)}
-    save_file({side: _windows(lm, *cut) for side, cut in wanted.items()}, folder / "text.safetensors")
+    wanted = {
+        "training": (training, preset.windows, preset.window),
+        "held_out": (held_out, 2 * preset.prompts, preset.prompt),
+    }
+    save_file(
+        {side: _windows(lm, *cut) for side, cut in wanted.items()}, folder / "text.safetensors"
+    )
     parameters = sum(weight.numel() for weight in lm.model.parameters())
-    return [row | {"parameters": parameters, "vocab_size": lm.vocab_size, "peak_bytes": place.peak_memory()}]
+    return [
+        row
+        | {"parameters": parameters, "vocab_size": lm.vocab_size, "peak_bytes": place.peak_memory()}
+    ]
 
 
 def train_all_heads(place: Workplace, plan: BasePlan) -> list[dict]:
-    """Distillation, then acceptance from there, every head on the same windows in the same order; what a step of each costs."""
+    """Distillation, then acceptance from there, every head on the same windows in the same order;
+    what a step of each costs.
+    """
     preset, lm = place.preset, place.load(plan)
     settings = head_settings(preset)
     folders = [place.head_folder(plan, s) for s in settings]
@@ -99,10 +134,15 @@ def train_all_heads(place: Workplace, plan: BasePlan) -> list[dict]:
     tokens = torch.cat([_own_samples(place, plan, lm), place.text(plan, "training")])
     first = train_heads(lm, settings, [f / "distilled" for f in folders], tokens=tokens)
     seconds = preset.head_seconds and preset.head_seconds / 2
-    second = [replace(s, objective="acceptance", seconds=seconds, learning_rate=s.learning_rate / 2) for s in settings]
+    second = [
+        replace(s, objective="acceptance", seconds=seconds, learning_rate=s.learning_rate / 2)
+        for s in settings
+    ]
     heads = train_heads(lm, second, folders, tokens=tokens, starts=first)
     return [
-        {"base": plan.name, "head": folder.name} | _shape(head) | _step_cost(place, lm, head, tokens)
+        {"base": plan.name, "head": folder.name}
+        | _shape(head)
+        | _step_cost(place, lm, head, tokens)
         for folder, head in zip(folders, heads, strict=True)
     ]
 
@@ -122,15 +162,22 @@ def head_settings(preset: Preset) -> list[HeadTrainingSettings]:
 
 
 def time_calls(place: Workplace, plan: BasePlan) -> list[dict]:
-    """Seconds per cycle of every head and of plain decoding, before any acceptance is known: the latency model's data."""
+    """Seconds per cycle of every head and of plain decoding, before any acceptance is known: the
+    latency model's data.
+    """
     lm = place.load(plan)
     prompt = place.text(plan, "held_out")[0]
     rows = []
     for name, head in [("plain", None), *place.heads(plan, lm)]:
         speculative_generate(lm, head, prompt, max_new_tokens=8)
-        stats = speculative_generate(lm, head, prompt, max_new_tokens=min(_TIMED_TOKENS, place.preset.new_tokens)).stats
+        stats = speculative_generate(
+            lm, head, prompt, max_new_tokens=min(_TIMED_TOKENS, place.preset.new_tokens)
+        ).stats
         seconds = sum(stats.stage_seconds.values()) / max(stats.calls - 1, 1)
-        rows.append({"base": plan.name, "head": name, "call_seconds": seconds} | (_shape(head) if head else {}))
+        rows.append(
+            {"base": plan.name, "head": name, "call_seconds": seconds}
+            | (_shape(head) if head else {})
+        )
     return rows
 
 
@@ -144,24 +191,34 @@ def fit_latency(calls: pd.DataFrame) -> LatencyModel:
 
 
 def forecast_tokens(place: Workplace, plan: BasePlan, temperature: float) -> list[dict]:
-    """Tokens per call of every head at one temperature, from texts that the base model writes after held-out prompts."""
+    """Tokens per call of every head at one temperature, from texts that the base model writes after
+    held-out prompts.
+    """
     preset, lm = place.preset, place.load(plan)
     prompts = list(place.text(plan, "held_out")[: preset.prompts])
-    out = speculative_generate(lm, None, prompts, max_new_tokens=preset.new_tokens, temperature=temperature, seed=1)
+    out = speculative_generate(
+        lm, None, prompts, max_new_tokens=preset.new_tokens, temperature=temperature, seed=1
+    )
     texts, rows = torch.stack(out.sequences), []
     for name, head in place.heads(plan, lm):
         found = forecast_cycles(lm, head, texts, start=preset.prompt, temperature=temperature)
         rows.append(
             {"base": plan.name, "head": name, "temperature": temperature}
             | _shape(head)
-            | {"forecast": found.tokens_per_call, "forecast_low": found.interval[0], "forecast_high": found.interval[1]}
+            | {
+                "forecast": found.tokens_per_call,
+                "forecast_low": found.interval[0],
+                "forecast_high": found.interval[1],
+            }
             | {"plain_forecast": found.unweighted}
         )
     return rows
 
 
 def decode(place: Workplace, plan: BasePlan, temperature: float, batch: int) -> list[dict]:
-    """transformers' own generation, the loop without drafts and every head in turn, on other held-out prompts."""
+    """transformers' own generation, the loop without drafts and every head in turn, on other
+    held-out prompts.
+    """
     preset, lm = place.preset, place.load(plan)
     prompts = list(place.text(plan, "held_out")[preset.prompts :])
     heads: dict[str, CPHead | None] = {"plain": None} | dict(place.heads(plan, lm))
@@ -180,7 +237,13 @@ def decode(place: Workplace, plan: BasePlan, temperature: float, batch: int) -> 
     plain = statistics.median(run["tokens_per_second"] for run in runs["plain"])
     rows = []
     for name, found in runs.items():
-        row = {"base": plan.name, "head": name, "temperature": temperature, "batch": batch, "rounds": len(found)}
+        row = {
+            "base": plan.name,
+            "head": name,
+            "temperature": temperature,
+            "batch": batch,
+            "rounds": len(found),
+        }
         row |= _shape(head) if (head := heads.get(name)) else {}
         row |= {key: statistics.median(run[key] for run in found) for key in found[0]}
         rows.append(row | {"speedup": row["tokens_per_second"] / plain})
@@ -188,24 +251,34 @@ def decode(place: Workplace, plan: BasePlan, temperature: float, batch: int) -> 
 
 
 def measure_acceptance(place: Workplace, plan: BasePlan, temperature: float) -> list[dict]:
-    """Tokens per call of every head over all prompts that the forecast has not seen, in one batch."""
+    """Tokens per call of every head over all prompts the forecast has not seen, in one batch."""
     preset, lm = place.preset, place.load(plan)
     prompts = list(place.text(plan, "held_out")[preset.prompts :])
     rows = []
     for name, head in place.heads(plan, lm):
-        stats = speculative_generate(lm, head, prompts, max_new_tokens=preset.new_tokens, temperature=temperature, seed=2).stats
+        stats = speculative_generate(
+            lm, head, prompts, max_new_tokens=preset.new_tokens, temperature=temperature, seed=2
+        ).stats
         half = 1.96 * float(np.std(stats.tokens_per_call_by_row, ddof=1)) / len(prompts) ** 0.5
         measured = stats.tokens_per_call
         rows.append(
             {"base": plan.name, "head": name, "temperature": temperature}
-            | {"measured": measured, "measured_low": measured - half, "measured_high": measured + half}
+            | {
+                "measured": measured,
+                "measured_low": measured - half,
+                "measured_high": measured + half,
+            }
         )
     return rows
 
 
 def _by_transformers(lm, prompts: list[Tensor], count: int, temperature: float) -> dict[str, float]:
     tokens = torch.stack(prompts).to(lm.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0}
+        if temperature
+        else {"do_sample": False}
+    )
     begun = time.perf_counter()
     out = lm.model.generate(
         tokens,
@@ -220,16 +293,28 @@ def _by_transformers(lm, prompts: list[Tensor], count: int, temperature: float) 
     return {"tokens_per_second": new / (time.perf_counter() - begun)}
 
 
-def _by_cycles(lm, head: CPHead | None, prompts: list[Tensor], count: int, temperature: float, seed: int) -> dict[str, float]:
-    stats = speculative_generate(lm, head, prompts, max_new_tokens=count, temperature=temperature, seed=seed).stats
+def _by_cycles(
+    lm, head: CPHead | None, prompts: list[Tensor], count: int, temperature: float, seed: int
+) -> dict[str, float]:
+    stats = speculative_generate(
+        lm, head, prompts, max_new_tokens=count, temperature=temperature, seed=seed
+    ).stats
     cycles = max(stats.calls - 1, 1)
     stages = {f"{name}_seconds": seconds / cycles for name, seconds in stats.stage_seconds.items()}
     times = {"latency_p50": stats.latency(0.5), "latency_p95": stats.latency(0.95)}
-    return {"tokens_per_second": stats.tokens_per_second, "tokens_per_call": stats.tokens_per_call} | times | stages
+    return (
+        {"tokens_per_second": stats.tokens_per_second, "tokens_per_call": stats.tokens_per_call}
+        | times
+        | stages
+    )
 
 
-def _step_cost(place: Workplace, lm, head: CPHead, tokens: Tensor, repeats: int = 3) -> dict[str, float]:
-    """Median seconds of forward and backward pass of one head on one batch, and the memory they take."""
+def _step_cost(
+    place: Workplace, lm, head: CPHead, tokens: Tensor, repeats: int = 3
+) -> dict[str, float]:
+    """Median seconds of forward and backward pass of one head on one batch, and the memory they
+    take.
+    """
     batch = tokens[: place.preset.rows].to(lm.device)
     hidden, times = lm.hidden_states(batch).float(), []
     head.requires_grad_(True)
@@ -257,12 +342,16 @@ def _own_samples(place: Workplace, plan: BasePlan, lm: HuggingFaceLanguageModel)
     file = place.base_folder(plan) / "own.safetensors"
     if not file.exists():
         count, length = place.preset.windows, place.preset.window
-        parts = [lm.sample_tokens(min(512, count - i), length, seed=i) for i in range(0, count, 512)]
+        parts = [
+            lm.sample_tokens(min(512, count - i), length, seed=i) for i in range(0, count, 512)
+        ]
         save_file({"tokens": torch.cat(parts)}, file)
     return load_file(file)["tokens"]
 
 
-def _windows(lm: HuggingFaceLanguageModel, documents: list[Document], count: int, length: int) -> Tensor:
+def _windows(
+    lm: HuggingFaceLanguageModel, documents: list[Document], count: int, length: int
+) -> Tensor:
     """So many windows, spread over the documents."""
     found: list[Tensor] = []
     per_document = max(2 * count // max(len(documents), 1), 1)
@@ -271,7 +360,9 @@ def _windows(lm: HuggingFaceLanguageModel, documents: list[Document], count: int
         cuts = ids[: len(ids) // length * length].view(-1, length)
         found += list(cuts[:: max(len(cuts) // per_document, 1)][:per_document])
     if len(found) < count:
-        raise ValueError(f"the text holds {len(found)} windows of {length} tokens: {count} are needed")
+        raise ValueError(
+            f"the text holds {len(found)} windows of {length} tokens: {count} are needed"
+        )
     return torch.stack([found[i] for i in torch.linspace(0, len(found) - 1, count).long().tolist()])
 
 

@@ -25,7 +25,9 @@ _STAGES = ("target", "draft", "verification", "rest")
 
 
 def write_results(tables: dict[str, pd.DataFrame], place: Workplace) -> None:
-    """The tables as Parquet, `summary.json`, and the report as HTML, in the validation's ``results`` folder."""
+    """The tables as Parquet, `summary.json`, and the report as HTML, in the validation's
+    ``results`` folder.
+    """
     folder = place.folder / "results"
     folder.mkdir(exist_ok=True)
     latency = fit_latency(tables["calls"])
@@ -42,13 +44,18 @@ def write_results(tables: dict[str, pd.DataFrame], place: Workplace) -> None:
 
 
 def decoded_cells(tables: dict[str, pd.DataFrame], latency: LatencyModel) -> pd.DataFrame:
-    """One row per head, temperature and batch: forecast, measurement, times, predicted throughput."""
+    """One row per head, temperature and batch: forecast, measurement, times, throughput."""
     keys = ["base", "head", "temperature"]
-    forecast = tables["forecast"].drop(columns=["part_seconds", "horizon", "rank", "anchored", "head_parameters"])
+    forecast = tables["forecast"].drop(
+        columns=["part_seconds", "horizon", "rank", "anchored", "head_parameters"]
+    )
     measured = tables["acceptance"].drop(columns="part_seconds")
-    cells = tables["decoding"].merge(forecast, on=keys, how="left").merge(measured, on=keys, how="left")
+    cells = (
+        tables["decoding"].merge(forecast, on=keys, how="left").merge(measured, on=keys, how="left")
+    )
     seconds = [
-        latency.call_seconds(row.horizon, row.rank) if row.horizon == row.horizon else np.nan for row in cells.itertuples()
+        latency.call_seconds(row.horizon, row.rank) if row.horizon == row.horizon else np.nan
+        for row in cells.itertuples()
     ]
     cells["predicted_tokens_per_second"] = cells["forecast"] / np.array(seconds)
     cells["forecast_error"] = cells["forecast"] / cells["measured"] - 1
@@ -58,12 +65,16 @@ def decoded_cells(tables: dict[str, pd.DataFrame], latency: LatencyModel) -> pd.
     return cells.drop(columns="part_seconds")
 
 
-def summary(tables: dict[str, pd.DataFrame], cells: pd.DataFrame, latency: LatencyModel, place: Workplace) -> dict:
+def summary(
+    tables: dict[str, pd.DataFrame], cells: pd.DataFrame, latency: LatencyModel, place: Workplace
+) -> dict:
     """What was chosen before decoding, what decoding then measured, and on what machine."""
     drafted = cells[cells["forecast"].notna()]
     calls = tables["calls"]
     heads = calls[calls["head"] != "plain"]
-    predicted = [latency.call_seconds(int(row.horizon), int(row.rank)) for row in heads.itertuples()]
+    predicted = [
+        latency.call_seconds(int(row.horizon), int(row.rank)) for row in heads.itertuples()
+    ]
     residuals = (np.array(predicted) / heads["call_seconds"] - 1).abs()
     choices = []
     for (temperature, batch), part in drafted.groupby(["temperature", "batch"]):
@@ -71,14 +82,25 @@ def summary(tables: dict[str, pd.DataFrame], cells: pd.DataFrame, latency: Laten
         best = part.loc[part["tokens_per_second"].idxmax()]
         first = part[part["rank"] == part["rank"].min()]
         choices.append(
-            {"temperature": float(temperature), "batch": int(batch), "chosen": chosen["head"], "measured_best": best["head"]}
+            {
+                "temperature": float(temperature),
+                "batch": int(batch),
+                "chosen": chosen["head"],
+                "measured_best": best["head"],
+            }
             | {"chosen_speedup": float(chosen["speedup"]), "best_speedup": float(best["speedup"])}
             | {"best_of_lowest_rank_speedup": float(first["speedup"].max())}
         )
     p_values = tables["law"]["p_value"]
     return {
-        "device": torch.cuda.get_device_name() if place.preset.device == "cuda" else platform.processor() or "cpu",
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__},
+        "device": torch.cuda.get_device_name()
+        if place.preset.device == "cuda"
+        else platform.processor() or "cpu",
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "latency": asdict(latency),
         "latency_residual_median": float(residuals.median()),
         "latency_residual_largest": float(residuals.max()),
@@ -88,7 +110,9 @@ def summary(tables: dict[str, pd.DataFrame], cells: pd.DataFrame, latency: Laten
         "law_tests": len(p_values),
         "law_smallest_p_value": float(p_values.min()),
         "law_uniformity_p_value": float(kstest(p_values, "uniform").pvalue),
-        "stage_seconds": {name: float(part["part_seconds"].iloc[0]) for name, part in tables.items()},
+        "stage_seconds": {
+            name: float(part["part_seconds"].iloc[0]) for name, part in tables.items()
+        },
     }
 
 
@@ -100,45 +124,81 @@ def sections(tables: dict[str, pd.DataFrame], cells: pd.DataFrame, found: dict) 
     warmest = warmest.assign(rank=warmest["rank"].astype(int))
     told = warmest[warmest["anchored"].astype(bool)]
     steps = told[[f"{name}_seconds" for name in _STAGES]]
-    steps.insert(0, "label", [f"n{n:.0f} r{r}" for n, r in zip(told["horizon"], told["rank"], strict=True)])
-    machine = f"Device: {found['device']}; " + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    steps.insert(
+        0, "label", [f"n{n:.0f} r{r}" for n, r in zip(told["horizon"], told["rank"], strict=True)]
+    )
+    machine = f"Device: {found['device']}; " + ", ".join(
+        f"{name} {version}" for name, version in found["versions"].items()
+    )
     shown = ["head", "temperature", "batch", "tokens_per_second", "speedup", "forecast", "measured"]
     return [
-        Section("What was run", (Text(machine, "strong"), _table(tables["bases"].drop(columns="part_seconds")))),
+        Section(
+            "What was run",
+            (Text(machine, "strong"), _table(tables["bases"].drop(columns="part_seconds"))),
+        ),
         Section(
             "Chosen and measured",
             (
-                Text("Chosen from forecast and latency model before decoding, beside what decoding measured."),
+                Text(
+                    "Chosen from forecast and latency model before decoding, beside what decoding "
+                    "measured."
+                ),
                 _table(pd.DataFrame(found["choices"])),
             ),
         ),
-        Section("Decoding", (_table(cells[[*shown, "draft_and_verification_share", "latency_p50", "latency_p95"]]),)),
+        Section(
+            "Decoding",
+            (
+                _table(
+                    cells[[*shown, "draft_and_verification_share", "latency_p50", "latency_p95"]]
+                ),
+            ),
+        ),
         Section(
             "Forecast against measurement",
             (
                 Text(
-                    f"Largest error of the forecast {found['forecast_error_largest']:.1%}; where every position counts alike "
+                    f"Largest error of the forecast {found['forecast_error_largest']:.1%}; where "
+                    "every position counts alike "
                     f"{found['plain_forecast_error_largest']:.1%}."
                 ),
-                Figure("Forecast and measurement", "Tokens per call, one point per head.", partial(plot_forecast, warmest)),
+                Figure(
+                    "Forecast and measurement",
+                    "Tokens per call, one point per head.",
+                    partial(plot_forecast, warmest),
+                ),
             ),
         ),
         Section(
             "Where a call's time goes",
-            (Figure("Time per call", "Stages of a call, one bar per anchored head.", partial(plot_step_times, steps)),),
+            (
+                Figure(
+                    "Time per call",
+                    "Stages of a call, one bar per anchored head.",
+                    partial(plot_step_times, steps),
+                ),
+            ),
         ),
-        Section("The head's share by model width", (_table(tables["overhead"].drop(columns="part_seconds")),)),
+        Section(
+            "The head's share by model width",
+            (_table(tables["overhead"].drop(columns="part_seconds")),),
+        ),
         Section("Heads", (_table(tables["heads"].drop(columns="part_seconds")),)),
         Section(
             "The output's law",
             (
                 Text(
-                    f"{found['law_tests']} tests against the exact joint of three tokens: smallest p-value "
-                    f"{found['law_smallest_p_value']:.3g}, uniformity of all of them p = {found['law_uniformity_p_value']:.3g}."
+                    f"{found['law_tests']} tests against the exact joint of three tokens: "
+                    "smallest p-value "
+                    f"{found['law_smallest_p_value']:.3g}, uniformity of all of them p = "
+                    f"{found['law_uniformity_p_value']:.3g}."
                 ),
             ),
         ),
-        Section("Estimates against exact joints", (_table(tables["estimates"].drop(columns="part_seconds")),)),
+        Section(
+            "Estimates against exact joints",
+            (_table(tables["estimates"].drop(columns="part_seconds")),),
+        ),
     ]
 
 

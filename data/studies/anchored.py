@@ -1,4 +1,5 @@
-"""What a draft that is told the first token gains, on the reference study's own contexts; goes on where it was stopped.
+"""What a draft that is told the first token gains, on the reference study's own contexts; goes on
+where it was stopped.
 
 Run from the checkout: python data/studies/anchored.py OUT
 """
@@ -14,7 +15,9 @@ import torch
 import cpmtp
 from cpmtp.study.plan import StudySettings, open_language_model, plan_study
 
-SETTINGS = StudySettings(horizons=(2, 3), ranks=(1, 2, 4, 8, 16, 32, 64), methods=("em",), contexts=64)
+SETTINGS = StudySettings(
+    horizons=(2, 3), ranks=(1, 2, 4, 8, 16, 32, 64), methods=("em",), contexts=64
+)
 CONTEXTS, RANKS, HORIZON = 32, (1, 2, 4, 8, 16, 32), 3
 
 
@@ -25,9 +28,24 @@ def rows_of(unit) -> pd.DataFrame:
     rows = []
     for rank in RANKS:
         fit = cpmtp.fit(joint, rank, "em", anchored=True, seed=unit.seed(SETTINGS.seed) % 2**31)
-        row = {"model": unit.model, "domain": unit.domain, "document": unit.document, "context": unit.context}
-        row |= {"horizon": HORIZON, "rank": rank, "method": "em", "anchored": True, "status": fit.status}
-        row |= {"message": fit.message, "parameters": fit.distribution.parameter_count, "fit_seconds": fit.seconds}
+        row = {
+            "model": unit.model,
+            "domain": unit.domain,
+            "document": unit.document,
+            "context": unit.context,
+        }
+        row |= {
+            "horizon": HORIZON,
+            "rank": rank,
+            "method": "em",
+            "anchored": True,
+            "status": fit.status,
+        }
+        row |= {
+            "message": fit.message,
+            "parameters": fit.distribution.parameter_count,
+            "fit_seconds": fit.seconds,
+        }
         for rule in ("token", "block", "coupling"):
             profile = cpmtp.implied_acceptance(joint, fit.distribution, rule=rule)
             row[f"tokens_per_call_{rule}_target"] = profile.tokens_per_call

@@ -1,10 +1,13 @@
-"""What the learned heads earn in real decoding, beside what was forecast for them; goes on where it was stopped.
+"""What the learned heads earn in real decoding, beside what was forecast for them; goes on where it
+was stopped.
 
-Run from the checkout: python data/studies/decoding.py OUT HEADS [MODEL], where HEADS holds a folder of heads per model.
+Run from the checkout: python data/studies/decoding.py OUT HEADS [MODEL], where HEADS holds a folder
+of heads per model.
 
-The plain forecast counts all positions of texts drawn from the base model alike; decoding meets the ends of its own cycles,
-and so does the weighted forecast. Both start from the same prompts: the forecast from what the base model writes after them by
-plain decoding, the measurement from what it writes with the head. Intervals are over prompts.
+The plain forecast counts all positions of texts drawn from the base model alike; decoding meets the
+ends of its own cycles, and so does the weighted forecast. Both start from the same prompts: the
+forecast from what the base model writes after them by plain decoding, the measurement from what it
+writes with the head. Intervals are over prompts.
 """
 
 from __future__ import annotations
@@ -27,11 +30,19 @@ PROMPTS, PROMPT, NEW_TOKENS, RULES = 192, 64, 160, ("block", "token")
 def rows_of(lm, folder: Path, prompts: list[torch.Tensor], texts: torch.Tensor) -> list[dict]:
     """One head: a row per rule."""
     head = CPHead.from_pretrained(folder).attach(lm)
-    key = {"model": lm.name, "head": folder.name, "rank": head.rank, "anchored": head.anchored, "horizon": head.horizon}
+    key = {
+        "model": lm.name,
+        "head": folder.name,
+        "rank": head.rank,
+        "anchored": head.anchored,
+        "horizon": head.horizon,
+    }
     rows = []
     for rule in RULES:
         forecast = forecast_cycles(lm, head, texts, start=PROMPT, rule=rule)
-        stats = speculative_generate(lm, head, prompts, max_new_tokens=NEW_TOKENS, rule=rule, seed=5).stats
+        stats = speculative_generate(
+            lm, head, prompts, max_new_tokens=NEW_TOKENS, rule=rule, seed=5
+        ).stats
         half = 1.96 * float(torch.tensor(stats.tokens_per_call_by_row).std()) / PROMPTS**0.5
         measured = (stats.tokens_per_call - half, stats.tokens_per_call + half)
         rows.append(
@@ -55,7 +66,9 @@ def main(out: Path, heads: Path, only: str | None = None) -> None:
     for name in sorted(folder.name for folder in heads.iterdir()) if only is None else [only]:
         lm = load_language_model(name)
         prompts = list(sample_sequences(lm, PROMPTS, PROMPT, seed=11))
-        texts = torch.stack(speculative_generate(lm, None, prompts, max_new_tokens=NEW_TOKENS, seed=101).sequences)
+        texts = torch.stack(
+            speculative_generate(lm, None, prompts, max_new_tokens=NEW_TOKENS, seed=101).sequences
+        )
         for folder in sorted(path.parent for path in (heads / name).glob("*/config.json")):
             part = out / "decoding" / f"{name}-{folder.name}.parquet"
             if not part.exists():

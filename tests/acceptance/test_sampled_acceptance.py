@@ -20,17 +20,25 @@ CONTEXT = torch.tensor([1, 0, 2])
 @pytest.mark.parametrize("first_token", ["target", "draft"])
 def test_the_estimate_is_within_four_standard_errors_of_the_exact_survival(rule, first_token):
     lm, draft = RecurrentModel(5), random_draft(5, 3, 2, 0)
-    exact = brute_force_survival(exact_joint(lm, CONTEXT, 3).probs, draft.to_tensor(), rule, first_token)
-    estimate = estimate_acceptance(lm, draft, CONTEXT, samples=20_000, rule=rule, first_token=first_token)
+    exact = brute_force_survival(
+        exact_joint(lm, CONTEXT, 3).probs, draft.to_tensor(), rule, first_token
+    )
+    estimate = estimate_acceptance(
+        lm, draft, CONTEXT, samples=20_000, rule=rule, first_token=first_token
+    )
     assert ((estimate.survival - exact).abs() <= 4 * estimate.survival_error + 1e-6).all()
     low, high = estimate.tokens_per_call_interval
     assert low <= estimate.tokens_per_call <= high
-    assert estimate.tokens_per_call == pytest.approx(float(estimate.survival.sum()) + (first_token == "draft"))
+    assert estimate.tokens_per_call == pytest.approx(
+        float(estimate.survival.sum()) + (first_token == "draft")
+    )
 
 
 def _coverage(rule, first_token, runs):
     lm, draft = BigramTable(6, 1), random_draft(6, 3, 2, 4)
-    exact = brute_force_survival(exact_joint(lm, CONTEXT, 3).probs, draft.to_tensor(), rule, first_token)
+    exact = brute_force_survival(
+        exact_joint(lm, CONTEXT, 3).probs, draft.to_tensor(), rule, first_token
+    )
     wanted = float(exact.sum()) + (first_token == "draft")
     hits = 0
     for seed in range(runs):
@@ -55,12 +63,21 @@ def test_the_interval_covers_the_exact_value_about_as_often_as_it_says():
 @pytest.mark.parametrize("rule", ["token", "block"])
 def test_the_interval_holds_where_acceptance_rests_on_texts_too_rare_to_be_drawn(rule):
     # The draft always says 1; the target says 0 over and over but for one time in 1,000.
-    lm = MarkovLanguageModel(torch.tensor([0.5, 0.5]), torch.tensor([[0.999, 0.001], [0.001, 0.999]]))
-    context, draft = torch.tensor([0]), CPDistribution(torch.ones(1), [torch.tensor([[1e-6], [1 - 1e-6]])] * 3)
-    exact = brute_force_survival(exact_joint(lm, context, 3).probs, draft.to_tensor(), rule, "target").sum()
+    lm = MarkovLanguageModel(
+        torch.tensor([0.5, 0.5]), torch.tensor([[0.999, 0.001], [0.001, 0.999]])
+    )
+    context, draft = (
+        torch.tensor([0]),
+        CPDistribution(torch.ones(1), [torch.tensor([[1e-6], [1 - 1e-6]])] * 3),
+    )
+    exact = brute_force_survival(
+        exact_joint(lm, context, 3).probs, draft.to_tensor(), rule, "target"
+    ).sum()
     hits = 0
     for seed in range(200):
-        low, high = estimate_acceptance(lm, draft, context, samples=300, seed=seed, rule=rule).tokens_per_call_interval
+        low, high = estimate_acceptance(
+            lm, draft, context, samples=300, seed=seed, rule=rule
+        ).tokens_per_call_interval
         hits += low <= float(exact) <= high
     assert hits >= 0.9 * 200
 
@@ -68,13 +85,18 @@ def test_the_interval_holds_where_acceptance_rests_on_texts_too_rare_to_be_drawn
 def test_a_draft_that_is_the_target_is_always_accepted():
     lm = RecurrentModel(5)
     for draft in (lm, exact_joint(lm, CONTEXT, 3)):
-        estimate = estimate_acceptance(lm, draft, CONTEXT, samples=50, horizon=3, first_token="draft")
+        estimate = estimate_acceptance(
+            lm, draft, CONTEXT, samples=50, horizon=3, first_token="draft"
+        )
         assert estimate.tokens_per_call == pytest.approx(4.0, abs=1e-5)
 
 
 def test_the_same_seed_gives_the_same_estimate_and_another_seed_another():
     lm, draft = RecurrentModel(5), random_draft(5, 3, 2, 0)
-    runs = [estimate_acceptance(lm, draft, CONTEXT, samples=100, seed=seed).tokens_per_call for seed in (0, 0, 1)]
+    runs = [
+        estimate_acceptance(lm, draft, CONTEXT, samples=100, seed=seed).tokens_per_call
+        for seed in (0, 0, 1)
+    ]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -82,11 +104,16 @@ def test_anchored_drafts_are_estimated_too():
     lm, draft = RecurrentModel(5), random_draft(5, 3, 2, 3)
     anchored = JointDistribution(draft.to_tensor()).given_first_token()
     expected = estimate_acceptance(lm, draft, CONTEXT, samples=100).survival
-    torch.testing.assert_close(estimate_acceptance(lm, anchored, CONTEXT, samples=100).survival, expected)
+    torch.testing.assert_close(
+        estimate_acceptance(lm, anchored, CONTEXT, samples=100).survival, expected
+    )
 
 
 def test_tokens_without_probability_are_never_drawn():
-    lm = MarkovLanguageModel(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]))
+    lm = MarkovLanguageModel(
+        torch.tensor([1.0, 0.0, 0.0]),
+        torch.tensor([[0.0, 1.0, 0.0], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]),
+    )
     uniform = CPDistribution(torch.ones(1), [torch.full((3, 1), 1 / 3)] * 3)
     estimate = estimate_acceptance(lm, uniform, torch.tensor([0]), samples=500, first_token="draft")
     assert torch.isfinite(estimate.survival).all()
@@ -95,7 +122,9 @@ def test_tokens_without_probability_are_never_drawn():
 
 def test_processing_applies_to_both():
     lm = RecurrentModel(5)
-    estimate = estimate_acceptance(lm, lm, CONTEXT, samples=50, horizon=3, temperature=0.5, top_p=0.8, first_token="draft")
+    estimate = estimate_acceptance(
+        lm, lm, CONTEXT, samples=50, horizon=3, temperature=0.5, top_p=0.8, first_token="draft"
+    )
     assert estimate.tokens_per_call == pytest.approx(4.0, abs=1e-5)
 
 

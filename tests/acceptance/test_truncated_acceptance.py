@@ -28,7 +28,9 @@ def assert_contains(bounds, exact):
     assert (bounds.survival_lower <= exact + ROUNDING).all()
     assert (exact <= bounds.survival_upper + ROUNDING).all()
     total = float(exact.sum()) + (bounds.first_token == "draft")
-    assert bounds.tokens_per_call_lower - ROUNDING <= total <= bounds.tokens_per_call_upper + ROUNDING
+    assert (
+        bounds.tokens_per_call_lower - ROUNDING <= total <= bounds.tokens_per_call_upper + ROUNDING
+    )
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -41,11 +43,15 @@ def assert_contains(bounds, exact):
     children=st.integers(1, 5),
     first_token=st.sampled_from(["target", "draft"]),
 )
-def test_the_interval_contains_the_exact_value(rule, vocab, horizon, seed, nodes, children, first_token):
+def test_the_interval_contains_the_exact_value(
+    rule, vocab, horizon, seed, nodes, children, first_token
+):
     lm, draft = BigramTable(vocab, seed), random_draft(vocab, horizon, 2, seed)
     context = torch.zeros(1, dtype=torch.long)
     tree = truncated_joint(lm, context, horizon, mass=0.9, max_nodes=nodes, max_children=children)
-    exact = brute_force_survival(exact_joint(lm, context, horizon).probs, draft.to_tensor(), rule, first_token)
+    exact = brute_force_survival(
+        exact_joint(lm, context, horizon).probs, draft.to_tensor(), rule, first_token
+    )
     bounds = certified_acceptance(tree, draft, rule=rule, first_token=first_token)
     assert_contains(bounds, exact)
     assert (bounds.survival_upper.diff() <= ROUNDING).all()
@@ -57,7 +63,9 @@ def test_the_width_falls_to_zero_as_the_mass_grows_to_one(rule, first_token):
     lm, draft = RecurrentModel(6), random_draft(6, 4, 3, 0)
     widths = []
     for mass in (0.5, 0.9, 0.99, 0.999, 1.0):
-        bounds = certified_acceptance(truncated_joint(lm, CONTEXT, 4, mass=mass), draft, rule=rule, first_token=first_token)
+        bounds = certified_acceptance(
+            truncated_joint(lm, CONTEXT, 4, mass=mass), draft, rule=rule, first_token=first_token
+        )
         widths.append(bounds.tokens_per_call_upper - bounds.tokens_per_call_lower)
     assert all(later <= earlier + ROUNDING for earlier, later in itertools.pairwise(widths))
     assert widths[-1] <= ROUNDING < widths[0]
@@ -109,7 +117,9 @@ def test_one_draft_as_mixture_tensor_and_anchored_batch_gets_one_interval():
     first = draft.factors[0]
     posterior = (draft.weights * first) / (draft.weights * first).sum(1, keepdim=True)
     batch = CPDistribution(posterior, [f.expand(5, 5, 2) for f in draft.factors[1:]])
-    torch.testing.assert_close(certified_acceptance(tree, batch).survival_lower, expected.survival_lower)
+    torch.testing.assert_close(
+        certified_acceptance(tree, batch).survival_lower, expected.survival_lower
+    )
 
 
 def test_a_first_token_that_the_draft_excludes_leaves_it_its_prior():
@@ -117,11 +127,14 @@ def test_a_first_token_that_the_draft_excludes_leaves_it_its_prior():
     first = torch.zeros(4, 2, dtype=torch.float64)
     first[0] = 1.0
     blind = CPDistribution(draft.weights, (first, *draft.factors[1:]))
-    always = CPDistribution(draft.weights, (torch.full((4, 2), 0.25, dtype=torch.float64), *draft.factors[1:]))
+    always = CPDistribution(
+        draft.weights, (torch.full((4, 2), 0.25, dtype=torch.float64), *draft.factors[1:])
+    )
     tree = truncated_joint(RecurrentModel(4), CONTEXT, 3, mass=1.0)
     for other in (blind, JointDistribution(blind.to_tensor())):
         torch.testing.assert_close(
-            certified_acceptance(tree, other).survival_lower, certified_acceptance(tree, always).survival_lower
+            certified_acceptance(tree, other).survival_lower,
+            certified_acceptance(tree, always).survival_lower,
         )
 
 
@@ -129,7 +142,9 @@ def test_the_drafts_conditionals_are_processed_as_asked():
     lm = RecurrentModel(5)
     tree = truncated_joint(lm, CONTEXT, 3, mass=1.0, temperature=0.5, top_k=3)
     bounds = certified_acceptance(tree, lm, context=CONTEXT, temperature=0.5, top_k=3)
-    torch.testing.assert_close(bounds.survival_lower, torch.ones(3, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        bounds.survival_lower, torch.ones(3, dtype=torch.float64), atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,7 +155,10 @@ def test_the_drafts_conditionals_are_processed_as_asked():
         ({"rule": "greedy", "temperature": 0.5}, "rule 'greedy' at temperature 0.5"),
         ({"draft": random_draft(4, 3, 1, 0)}, "a draft over 4 tokens for a target over 5"),
         ({"draft": random_draft(5, 2, 1, 0)}, "a draft of 2 tokens .* for a horizon of 3"),
-        ({"draft": random_draft(5, 2, 1, 0, (5,)), "first_token": "draft"}, "an anchored draft is told the first token"),
+        (
+            {"draft": random_draft(5, 2, 1, 0, (5,)), "first_token": "draft"},
+            "an anchored draft is told the first token",
+        ),
         ({"draft": random_draft(5, 2, 1, 0, (3,))}, "batch axes"),
         ({"draft": BigramTable(5)}, "needs the context"),
     ],

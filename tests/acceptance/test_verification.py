@@ -44,17 +44,25 @@ def test_what_is_emitted_follows_the_targets_law_exactly(rule):
 def test_long_blocks_keep_the_law_too(rule):
     for vocab, n, count in ((3, 4, 20), (4, 3, 20), (5, 3, 10), (4, 4, 3), (5, 4, 1)):
         for seed in range(count):
-            target, draft = random_joint(vocab, n + 1, seed, zeros=0.2), random_joint(vocab, n, seed + 1, zeros=0.2)
+            target, draft = (
+                random_joint(vocab, n + 1, seed, zeros=0.2),
+                random_joint(vocab, n, seed + 1, zeros=0.2),
+            )
             assert (emitted_law(target, draft, rule)[0] - target).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_accepted_lengths_have_the_survival_that_is_implied(rule):
     for vocab, n, seed in CASES[::3]:
-        target, draft = random_joint(vocab, n + 1, seed), random_joint(vocab, n, seed + 1000, zeros=0.2)
+        target, draft = (
+            random_joint(vocab, n + 1, seed),
+            random_joint(vocab, n, seed + 1000, zeros=0.2),
+        )
         _, lengths = emitted_law(target, draft, rule)
         reached = 1 - lengths.cumsum(0)[:-1]
-        torch.testing.assert_close(reached, survival(target.sum(-1), draft, rule), atol=1e-12, rtol=0)
+        torch.testing.assert_close(
+            reached, survival(target.sum(-1), draft, rule), atol=1e-12, rtol=0
+        )
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -62,7 +70,9 @@ def test_a_draft_that_is_the_target_is_accepted_whole(rule):
     p = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     p = p / p.sum(-1, keepdim=True)
     outcome = verify(p, p[:, :2], torch.tensor([[0, 1], [2, 3], [4, 0], [1, 1]]), rule)
-    torch.testing.assert_close(outcome.accepted_length_probs[:, -1], torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(
+        outcome.accepted_length_probs[:, -1], torch.ones(4, dtype=torch.float64)
+    )
 
 
 def _with(monkeypatch, change):
@@ -75,7 +85,8 @@ def _with(monkeypatch, change):
 
 
 def _correction_from_the_target(p, q, path, outcome, rule):
-    # Also what comes out when the correction is discarded and the next call begins with a token of the target's.
+    # Also what comes out when the correction is discarded and the next call begins with a token of
+    # the target's.
     return type(outcome)(outcome.accepted_length_probs, p)
 
 
@@ -111,7 +122,12 @@ def _greedy_match(p, q, path, outcome, rule):
 def test_a_lossy_variant_breaks_the_law(monkeypatch, change, rule):
     _with(monkeypatch, change)
     errors = [
-        (emitted_law(random_joint(3, 3, seed), random_joint(3, 2, seed + 50), rule)[0] - random_joint(3, 3, seed)).abs().max()
+        (
+            emitted_law(random_joint(3, 3, seed), random_joint(3, 2, seed + 50), rule)[0]
+            - random_joint(3, 3, seed)
+        )
+        .abs()
+        .max()
         for seed in range(3)
     ]
     assert min(errors) > 1e-3
@@ -127,11 +143,15 @@ def test_a_mixture_verified_as_the_product_of_its_marginals_breaks_the_law(monke
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_verifying_against_the_sampled_component_keeps_the_law_but_its_block_tokens_give_it_away(rule):
+def test_verifying_against_the_sampled_component_keeps_the_law_but_its_block_tokens_give_it_away(
+    rule,
+):
     target, mixture = random_joint(3, 3, 0), random_draft(3, 2, rank=3, seed=0)
     law, earned = torch.zeros_like(target), torch.zeros((), dtype=torch.float64)
     for a, weight in enumerate(mixture.weights):
-        component = CPDistribution(torch.ones(1, dtype=torch.float64), [f[:, a : a + 1] for f in mixture.factors])
+        component = CPDistribution(
+            torch.ones(1, dtype=torch.float64), [f[:, a : a + 1] for f in mixture.factors]
+        )
         emitted, lengths = emitted_law(target, component.to_tensor(), rule)
         law += weight * emitted
         earned += weight * (lengths * torch.arange(3)).sum()

@@ -1,11 +1,12 @@
-"""Decoding on this machine, head by head: tokens per second beside plain decoding, the cycle's cost, acceptance out of domain.
+"""Decoding on this machine, head by head: tokens per second beside plain decoding, the cycle's
+cost, acceptance out of domain.
 
     python tests/benchmarks/decoding_speed.py speed code HEADS/r1 HEADS/r8-anchored
     python tests/benchmarks/decoding_speed.py acceptance code HEADS/r1 HEADS/r8 [--shifted FILE]
 
-`speed` interleaves every way of decoding in one process, on the same prompts, and takes medians; `acceptance` gives tokens per
-call pooled over rows, with the half-width of a 95 % interval over the rows (the row is the
-unit: cycles of a row are dependent).
+`speed` interleaves every way of decoding in one process, on the same prompts, and takes medians;
+`acceptance` gives tokens per call pooled over rows, with the half-width of a 95 % interval over the
+rows (the row is the unit: cycles of a row are dependent).
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ def prompts_of(lm, count: int, length: int, shifted: Path | None = None) -> list
 
 
 def hugging_face(lm, prompt: torch.Tensor, count: int, temperature: float) -> float:
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0}
+        if temperature
+        else {"do_sample": False}
+    )
     torch.manual_seed(0)
     begun = time.perf_counter()
     out = lm.model.generate(
@@ -48,8 +53,13 @@ def hugging_face(lm, prompt: torch.Tensor, count: int, temperature: float) -> fl
 
 
 def speed(lm, folders: list[Path], *, rounds: int, count: int) -> None:
-    """A table: rows heads and rules, columns tokens per second and the ratios that are asked of them."""
-    heads = {folder.name: CPHead.from_pretrained(folder).attach(lm).eval().requires_grad_(False) for folder in folders}
+    """A table: rows heads and rules, columns tokens per second and the ratios that are asked of
+    them.
+    """
+    heads = {
+        folder.name: CPHead.from_pretrained(folder).attach(lm).eval().requires_grad_(False)
+        for folder in folders
+    }
     prompts = prompts_of(lm, rounds + 1, 32)
     for temperature, rules in ((1.0, ("token", "block")), (0.0, ("greedy",))):
         ways = {("generate", ""): None, ("off", ""): None} | {
@@ -64,26 +74,42 @@ def speed(lm, folders: list[Path], *, rounds: int, count: int) -> None:
                     rate = hugging_face(lm, prompt, count, temperature)
                 else:
                     out = speculative_generate(
-                        lm, head, prompt, max_new_tokens=count, rule=rule or "token", temperature=temperature, seed=k
+                        lm,
+                        head,
+                        prompt,
+                        max_new_tokens=count,
+                        rule=rule or "token",
+                        temperature=temperature,
+                        seed=k,
                     )
                     rate = out.stats.tokens_per_second
                     stages = out.stats.stage_seconds
                     if k:
-                        ratio[name, rule].append(sum(stages.values()) / (stages["target"] + stages["draft"]))
+                        ratio[name, rule].append(
+                            sum(stages.values()) / (stages["target"] + stages["draft"])
+                        )
                         calls[name, rule].append(out.stats.tokens_per_call)
                 if k:  # the first round warms up
                     rates[name, rule].append(rate)
         base, off = (statistics.median(rates[name, ""]) for name in ("generate", "off"))
         for way, values in rates.items():
             rate = statistics.median(values)
-            more = f"{statistics.median(ratio[way]):.3f} {statistics.mean(calls[way]):.3f}" if ratio[way] else ""
+            more = (
+                f"{statistics.median(ratio[way]):.3f} {statistics.mean(calls[way]):.3f}"
+                if ratio[way]
+                else ""
+            )
             print(
-                f"T={temperature:g} {way[0]:14} {way[1]:6} {rate:7.1f} {rate / base:6.2f} {rate / off:6.2f} {more}", flush=True
+                f"T={temperature:g} {way[0]:14} {way[1]:6} {rate:7.1f} {rate / base:6.2f} "
+                f"{rate / off:6.2f} {more}",
+                flush=True,
             )
 
 
 def cycle_cost(lm, folders: list[Path], *, repeats: int = 200) -> None:
-    """Seconds of a cycle over those of one bare forward pass of n tokens and the head alone, at the same cache length."""
+    """Seconds of a cycle over those of one bare forward pass of n tokens and the head alone, at the
+    same cache length.
+    """
     from transformers import DynamicCache
 
     for folder in folders:
@@ -108,18 +134,23 @@ def cycle_cost(lm, folders: list[Path], *, repeats: int = 200) -> None:
                 alone.append(time.perf_counter() - begun)
         floor = statistics.median(bare) + statistics.median(alone)
         print(
-            f"{folder.name:14} cycle {1e3 * cycles:.2f} ms, forward {1e3 * statistics.median(bare):.2f} ms, "
+            f"{folder.name:14} cycle {1e3 * cycles:.2f} ms, forward "
+            f"{1e3 * statistics.median(bare):.2f} ms, "
             f"head {1e3 * statistics.median(alone):.2f} ms, ratio {cycles / floor:.2f}",
             flush=True,
         )
 
 
-def acceptance(lm, folders: list[Path], *, rows: int, count: int, shifted: Path | None, temperature: float) -> None:
+def acceptance(
+    lm, folders: list[Path], *, rows: int, count: int, shifted: Path | None, temperature: float
+) -> None:
     prompts = prompts_of(lm, rows, 64, shifted)
     for folder in folders:
         head = CPHead.from_pretrained(folder).attach(lm).eval().requires_grad_(False)
         for rule in ("token", "block"):
-            out = speculative_generate(lm, head, prompts, max_new_tokens=count, rule=rule, temperature=temperature, seed=5)
+            out = speculative_generate(
+                lm, head, prompts, max_new_tokens=count, rule=rule, temperature=temperature, seed=5
+            )
             by_row = torch.tensor(out.stats.tokens_per_call_by_row)
             half = 1.96 * float(by_row.std()) / rows**0.5
             print(
@@ -130,7 +161,9 @@ def acceptance(lm, folders: list[Path], *, rows: int, count: int, shifted: Path 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("speed", "cycle", "acceptance"))
     parser.add_argument("model")
     parser.add_argument("heads", type=Path, nargs="+")
@@ -147,7 +180,12 @@ def main() -> None:
         cycle_cost(lm, options.heads)
     else:
         acceptance(
-            lm, options.heads, rows=options.rows, count=options.count, shifted=options.shifted, temperature=options.temperature
+            lm,
+            options.heads,
+            rows=options.rows,
+            count=options.count,
+            shifted=options.shifted,
+            temperature=options.temperature,
         )
 
 

@@ -1,9 +1,10 @@
-"""How the certified interval narrows with the time spent on the tree: a table, and a figure where a path is given.
+"""How the certified interval narrows with the time spent on the tree: a table, and a figure where a
+path is given.
 
     python tests/benchmarks/interval_width.py MODEL [FIGURE.svg]
 
-Ten contexts of 64 tokens drawn from the model, blocks of four tokens, block verification, the first token from the target; the
-draft is an em fit of rank 4 to a small tree of the same context.
+Ten contexts of 64 tokens drawn from the model, blocks of four tokens, block verification, the first
+token from the target; the draft is an em fit of rank 4 to a small tree of the same context.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def measure(lm) -> pd.DataFrame:
     rows = []
     for seed in range(CONTEXTS):
         context = lm.sample_tokens(1, LENGTH, seed=seed)[0]
-        draft = fit(truncated_joint(lm, context, HORIZON, mass=0.7), 4, "em", seed=seed).distribution
+        draft = fit(
+            truncated_joint(lm, context, HORIZON, mass=0.7), 4, "em", seed=seed
+        ).distribution
         for mass in MASSES:
             begun = time.perf_counter()
             tree = truncated_joint(lm, context, HORIZON, mass=mass)
@@ -43,19 +46,30 @@ def draw(table: pd.DataFrame, ax):
     for _, rows in table.groupby("context"):
         ax.plot(rows["seconds"], rows["width"], marker="o", markersize=3, linewidth=1)
     ax.axhline(0.02, linestyle=":", color="gray")
-    ax.set(xscale="log", yscale="log", xlabel="seconds of growing the tree", ylabel="width, tokens per call")
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="seconds of growing the tree",
+        ylabel="width, tokens per call",
+    )
 
 
 def main(model: str, figure: Path | None = None) -> None:
     """Print the table over masses; draw it."""
     table = measure(load_language_model(model))
     told = table.groupby("mass").agg(
-        seconds=("seconds", "median"), slowest=("seconds", "max"), width=("width", "median"), widest=("width", "max"),
+        seconds=("seconds", "median"),
+        slowest=("seconds", "max"),
+        width=("width", "median"),
+        widest=("width", "max"),
         nodes=("nodes", "median"),
-    )  # fmt: skip
+    )
     print(told.round(4).to_string())
     if figure:
-        figure.write_text(figure_svg(lambda ax: draw(table, ax), "Certified interval, four tokens"), encoding="utf-8")
+        figure.write_text(
+            figure_svg(lambda ax: draw(table, ax), "Certified interval, four tokens"),
+            encoding="utf-8",
+        )
 
 
 if __name__ == "__main__":

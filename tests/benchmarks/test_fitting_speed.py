@@ -1,7 +1,11 @@
-"""Fits against other libraries' fits, batches against one after another, one sweep against its matrix products.
+"""Fits against other libraries' fits, batches against one after another, one sweep against its
+matrix products.
 
-Run with ``OMP_NUM_THREADS=1 pytest tests/benchmarks/test_fitting_speed.py --benchmark-only --benchmark-disable-gc -s``. Arms of
-one comparison run one after another on the same joint; what is printed are ratios, and absolute figures only beside them.
+Run with
+``OMP_NUM_THREADS=1 pytest tests/benchmarks/test_fitting_speed.py --benchmark-only -s
+--benchmark-disable-gc``.
+Arms of one comparison run one after another on the same joint; what is printed are ratios, and
+absolute figures only beside them.
 """
 
 from __future__ import annotations
@@ -66,10 +70,15 @@ def test_a_sweep_costs_little_more_than_its_three_matrix_products(benchmark, joi
         torch.mm(right, model.T, out=pulls[0])
         torch.mm(left, model, out=pulls[1])
 
-    works = (products, lambda: expected_counts(targets, start, with_kl=False), lambda: expected_counts(targets, start))
+    works = (
+        products,
+        lambda: expected_counts(targets, start, with_kl=False),
+        lambda: expected_counts(targets, start),
+    )
     alone, plain, judged = once(benchmark, lambda: fastest(*works, rounds=15))
     print(
-        f"\nrank {rank}: products {1e3 * alone:.2f} ms; sweep x {plain / alone:.2f}, with its divergence x {judged / alone:.2f}"
+        f"\nrank {rank}: products {1e3 * alone:.2f} ms; sweep x {plain / alone:.2f}, with its "
+        f"divergence x {judged / alone:.2f}"
     )
 
 
@@ -78,27 +87,41 @@ def poisson_cp(joint: JointDistribution, rank: int, iterations: int) -> tuple[fl
     import pyttb
 
     start = random_starts(joint, rank, 1, 0)
-    initial = pyttb.ktensor([f.T.numpy().copy() for f in start.factors[0]], start.weights[0].numpy().copy())
+    initial = pyttb.ktensor(
+        [f.T.numpy().copy() for f in start.factors[0]], start.weights[0].numpy().copy()
+    )
     started = time.perf_counter()
     options = {"maxiters": iterations, "printitn": 0, "stoptol": 1e-8}
-    found, _, _ = pyttb.cp_apr(pyttb.tensor(joint.probs.numpy().copy()), rank, algorithm="mu", init=initial, **options)
+    found, _, _ = pyttb.cp_apr(
+        pyttb.tensor(joint.probs.numpy().copy()), rank, algorithm="mu", init=initial, **options
+    )
     seconds = time.perf_counter() - started
     found.normalize(normtype=1)
     factors = [torch.from_numpy(f.copy()).clamp_min(0) for f in found.factor_matrices]
-    return divergences(joint, normalised_cp(torch.from_numpy(found.weights.copy()).flatten(), factors)).kl_nats, seconds
+    return divergences(
+        joint, normalised_cp(torch.from_numpy(found.weights.copy()).flatten(), factors)
+    ).kl_nats, seconds
 
 
-def test_em_reaches_what_a_poisson_factorisation_ends_with_in_a_fraction_of_its_time(benchmark, joints):
+def test_em_reaches_what_a_poisson_factorisation_ends_with_in_a_fraction_of_its_time(
+    benchmark, joints
+):
     def compare():
         for place in (0, 4, 9, 13):
             kl, seconds = poisson_cp(joints[place], 32, 20)
             line = f"\nrank 32 context {place}: pyttb ends at {kl:.4f} nats after {seconds:.1f} s"
             for passes in (1, 2, 4, 8, 16, 32, 64, 128):
-                runs = [fit(joints[place], 32, "em", max_iterations=passes, tolerance=0.0) for _ in range(3)]
+                runs = [
+                    fit(joints[place], 32, "em", max_iterations=passes, tolerance=0.0)
+                    for _ in range(3)
+                ]
                 if runs[0].objective <= kl:
                     break
             fastest_run = min(run.seconds for run in runs)
-            print(f"{line} | em with {passes} passes: {runs[0].objective:.4f} in 1/{seconds / fastest_run:.0f} of its time")
+            print(
+                f"{line} | em with {passes} passes: {runs[0].objective:.4f} in "
+                f"1/{seconds / fastest_run:.0f} of its time"
+            )
 
     once(benchmark, compare)
 
@@ -108,11 +131,20 @@ def test_em_against_squared_error_fits(benchmark, joints, rank):
     def compare():
         for place in (0, 9):
             joint, em = joints[place], fit(joints[place], rank, "em")
-            line = f"\nrank {rank} context {place}: em {em.objective:.4f} nats, {tokens(joint, em.distribution):.3f} tokens"
+            line = (
+                f"\nrank {rank} context {place}: em {em.objective:.4f} nats, "
+                f"{tokens(joint, em.distribution):.3f} tokens"
+            )
             for method in ("als", "hals", "mu"):
                 other = fit(joint, rank, method, max_iterations=100, tolerance=0.0)
-                kl, earned = divergences(joint, other.distribution).kl_nats, tokens(joint, other.distribution)
-                line += f" | {method} {kl:.4f}, {earned:.3f}, em takes x {em.seconds / other.seconds:.2f}"
+                kl, earned = (
+                    divergences(joint, other.distribution).kl_nats,
+                    tokens(joint, other.distribution),
+                )
+                line += (
+                    f" | {method} {kl:.4f}, {earned:.3f}, em takes x "
+                    f"{em.seconds / other.seconds:.2f}"
+                )
             print(line)
 
     once(benchmark, compare)
@@ -130,7 +162,9 @@ def test_tokens_per_call_by_method_paired_over_contexts(benchmark, joints, rank)
         best = torch.tensor([-fit(joint, rank, "acceptance").objective for joint in joints])
         line = f"\nrank {rank}, {len(joints)} contexts: acceptance {best.mean():.4f}"
         for method in methods:
-            gain = best - torch.tensor([tokens(joint, fit(joint, rank, method).distribution) for joint in joints])
+            gain = best - torch.tensor(
+                [tokens(joint, fit(joint, rank, method).distribution) for joint in joints]
+            )
             half = 1.96 * gain.std() / len(gain) ** 0.5
             line += f" | over {method} {gain.mean():+.4f} ± {half:.4f} (worst {gain.min():+.4f})"
         print(line)
@@ -146,8 +180,10 @@ def test_gradient_against_em_in_divergence(benchmark, joints, rank):
         time_ratio = sum(g.seconds for _, g in pairs) / sum(e.seconds for e, _ in pairs)
         ratio = gradient / em
         print(
-            f"\nrank {rank}: gradient's divergence over em's, {len(joints)} contexts: sums {gradient.sum() / em.sum():.3f}, "
-            f"mean {ratio.mean():.3f}, median {ratio.median():.3f}, from {ratio.min():.3f} to {ratio.max():.3f}; "
+            f"\nrank {rank}: gradient's divergence over em's, {len(joints)} contexts: sums "
+            f"{gradient.sum() / em.sum():.3f}, "
+            f"mean {ratio.mean():.3f}, median {ratio.median():.3f}, from {ratio.min():.3f} to "
+            f"{ratio.max():.3f}; "
             f"its time x {time_ratio:.1f}"
         )
 
@@ -158,14 +194,22 @@ def test_gradient_against_em_in_divergence(benchmark, joints, rank):
 def test_one_batch_against_one_after_another(benchmark, vocab, horizon):
     contexts, rank = 32, 4
     lm = separated_hmm(6, vocab)
-    singles = [exact_joint(lm, torch.tensor([i % vocab, i // 2 % vocab]), horizon) for i in range(contexts)]
+    singles = [
+        exact_joint(lm, torch.tensor([i % vocab, i // 2 % vocab]), horizon) for i in range(contexts)
+    ]
     batch = JointDistribution(torch.stack([s.probs for s in singles]), horizon)
     settings = {"restarts": 4, "max_iterations": 40, "tolerance": 0.0}
 
     def compare():
-        works = (lambda: fit(batch, rank, **settings), lambda: [fit(single, rank, **settings) for single in singles])
+        works = (
+            lambda: fit(batch, rank, **settings),
+            lambda: [fit(single, rank, **settings) for single in singles],
+        )
         together, alone = fastest(*works, rounds=2)
-        print(f"\n{contexts} contexts x 4 restarts, V={vocab}, n={horizon}: one batch is {alone / together:.1f} x faster")
+        print(
+            f"\n{contexts} contexts x 4 restarts, V={vocab}, n={horizon}: one batch is "
+            f"{alone / together:.1f} x faster"
+        )
 
     once(benchmark, compare)
 
@@ -175,9 +219,15 @@ def test_one_batch_of_embedded_joints_is_not_slower(benchmark, joints):
     settings = {"restarts": 4, "max_iterations": 20, "tolerance": 0.0}
 
     def compare():
-        works = (lambda: fit(batch, 8, **settings), lambda: [fit(j, 8, **settings) for j in joints[:4]])
+        works = (
+            lambda: fit(batch, 8, **settings),
+            lambda: [fit(j, 8, **settings) for j in joints[:4]],
+        )
         together, alone = fastest(*works, rounds=2)
-        print(f"\n4 contexts x 4 restarts, V={batch.vocab_size}, n=3: one batch is {alone / together:.2f} x faster")
+        print(
+            f"\n4 contexts x 4 restarts, V={batch.vocab_size}, n=3: one batch is "
+            f"{alone / together:.2f} x faster"
+        )
 
     once(benchmark, compare)
 
@@ -189,7 +239,8 @@ def test_four_tokens_fit_in_memory(benchmark):
         result = fit(joint, 16)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(
-            f"\n10^8 entries, rank 16: {result.objective:.2e} nats, {result.iterations} sweeps, {result.seconds:.0f} s, "
+            f"\n10^8 entries, rank 16: {result.objective:.2e} nats, {result.iterations} sweeps, "
+            f"{result.seconds:.0f} s, "
             f"{result.status}, peak {peak:.1f} GB"
         )
 
@@ -200,12 +251,15 @@ def test_a_tree_of_a_hundred_thousand_sequences_over_a_wide_vocabulary(benchmark
     def run():
         model = new_llama(32_000, width=96, layers=2, window=64, seed=0)
         # Sharp enough for the entropy of real text.
-        model.lm_head.weight = torch.nn.Parameter(0.36 * torch.randn(32_000, 96, generator=torch.Generator().manual_seed(0)))
+        model.lm_head.weight = torch.nn.Parameter(
+            0.36 * torch.randn(32_000, 96, generator=torch.Generator().manual_seed(0))
+        )
         lm = HuggingFaceLanguageModel(model)
         tree = truncated_joint(lm, torch.arange(16), 3, mass=1.0, max_nodes=3000, max_children=47)
         result = fit(tree, 32)
         print(
-            f"\n{len(tree.levels[-1]):,} sequences of three tokens out of 32,000, rank 32: {result.iterations} sweeps in "
+            f"\n{len(tree.levels[-1]):,} sequences of three tokens out of 32,000, rank 32: "
+            f"{result.iterations} sweeps in "
             f"{result.seconds:.1f} s, {result.status}"
         )
 

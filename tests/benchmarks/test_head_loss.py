@@ -1,4 +1,5 @@
-"""The head's loss at the size of a real vocabulary: memory against the logits it does not keep, time against its products.
+"""The head's loss at the size of a real vocabulary: memory against the logits it does not keep,
+time against its products.
 
 Run with ``pytest tests/benchmarks/test_head_loss.py --benchmark-only -s``.
 """
@@ -20,15 +21,22 @@ positions, objective = int(sys.argv[1]), sys.argv[2]
 torch.manual_seed(0)
 vocab, d, horizon, rank = 32_000, 512, 4, 8
 unembedding = torch.randn(vocab, d) / d**0.5
-head = CPHead(hidden_size=d, vocab_size=vocab, horizon=horizon, rank=rank).attach_weights(unembedding, unembedding)
-hidden, tokens = torch.randn(1, positions + horizon, d), torch.randint(vocab, (1, positions + horizon))
+head = CPHead(hidden_size=d, vocab_size=vocab, horizon=horizon, rank=rank)
+head = head.attach_weights(unembedding, unembedding)
+length = positions + horizon
+hidden, tokens = torch.randn(1, length, d), torch.randint(vocab, (1, length))
 step = lambda count: head_loss(
-    head, hidden[:, : count + horizon], tokens[:, : count + horizon], lambda h: h @ unembedding.T, objective=objective
+    head,
+    hidden[:, : count + horizon],
+    tokens[:, : count + horizon],
+    lambda h: h @ unembedding.T,
+    objective=objective,
 ).loss.backward()
 
 def products(count):
-    # Of every position: the logits twice (the second time on the way back), their gradient to the moved hidden states; the
-    # maps forward, and back to their weights. The frozen unembedding takes no gradient. In chunks that the loss uses too.
+    # Of every position: the logits twice (the second time on the way back), their gradient to the
+    # moved hidden states; the maps forward, and back to their weights. The frozen unembedding takes
+    # no gradient. In chunks that the loss uses too.
     for rows in torch.arange(count * horizon * rank).split(1024):
         moved = torch.empty(len(rows), d)
         for _ in range(2):
@@ -60,15 +68,25 @@ NAIVE_BYTES = 4 * 2048 * 4 * 8 * 32_000
 
 
 def measure(positions: int, objective: str) -> tuple[float, float, float]:
-    """Bytes above what the head and its inputs take; seconds of loss and gradients; seconds of the products alone."""
-    done = subprocess.run([sys.executable, "-c", LOSS, str(positions), objective], capture_output=True, text=True, check=True)
+    """Bytes above what the head and its inputs take; seconds of loss and gradients; seconds of the
+    products alone.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", LOSS, str(positions), objective],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return tuple(map(float, done.stdout.split()))
 
 
 @pytest.mark.parametrize("objective", ["likelihood", "distillation"])
 def test_the_loss_takes_hardly_longer_than_its_matrix_products(benchmark, objective):
     _, loss, products = benchmark.pedantic(measure, (128, objective), rounds=1, iterations=1)
-    print(f"\n{objective}: loss and gradients / matrix products = {loss / products:.2f} ({loss:.1f} s)")
+    print(
+        f"\n{objective}: loss and gradients / matrix products = {loss / products:.2f} ({loss:.1f} "
+        "s)"
+    )
     assert loss <= 1.5 * products
 
 
@@ -76,5 +94,8 @@ def test_the_loss_takes_hardly_longer_than_its_matrix_products(benchmark, object
 @pytest.mark.parametrize("objective", ["likelihood", "distillation"])
 def test_the_loss_needs_a_twentieth_of_the_memory_of_its_logits(benchmark, objective):
     peak, *_ = benchmark.pedantic(measure, (2048, objective), rounds=1, iterations=1)
-    print(f"\n{objective}: peak {peak / 1e6:.0f} MB above head and inputs, {NAIVE_BYTES / peak:.0f} times less than the logits")
+    print(
+        f"\n{objective}: peak {peak / 1e6:.0f} MB above head and inputs, {NAIVE_BYTES / peak:.0f} "
+        "times less than the logits"
+    )
     assert peak <= NAIVE_BYTES / 20

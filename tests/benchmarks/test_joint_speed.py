@@ -1,7 +1,9 @@
-"""The dense joint against its floor, against copying the cache per branch, and against a full pass per prefix.
+"""The dense joint against its floor, against copying the cache per branch, and against a full pass
+per prefix.
 
-Run with ``pytest tests/benchmarks/test_joint_speed.py --benchmark-only --benchmark-disable-gc -s``. Every round times all arms
-one after another, so that a busy machine slows all alike; the ratios are of the fastest rounds.
+Run with ``pytest tests/benchmarks/test_joint_speed.py --benchmark-only --benchmark-disable-gc -s``.
+Every round times all arms one after another, so that a busy machine slows all alike; the ratios are
+of the fastest rounds.
 """
 
 from __future__ import annotations
@@ -15,7 +17,12 @@ import torch
 from transformers import DynamicCache
 
 from cpmtp.joint_distribution import exact_joint, grid_rows
-from cpmtp.pretrained import HuggingFaceLanguageModel, embedded_models, load_language_model, new_llama
+from cpmtp.pretrained import (
+    HuggingFaceLanguageModel,
+    embedded_models,
+    load_language_model,
+    new_llama,
+)
 
 CONTEXT_TOKENS = 64
 # Rows and tokens per row of the floor's plain batches.
@@ -31,11 +38,15 @@ def _model(name: str, root) -> HuggingFaceLanguageModel:
         return load_language_model(folder)
     if name in embedded_models():
         return load_language_model(name)
-    return HuggingFaceLanguageModel(new_llama(104, width=192, layers=4, window=512, seed=0), name="random")
+    return HuggingFaceLanguageModel(
+        new_llama(104, width=192, layers=4, window=512, seed=0), name="random"
+    )
 
 
 def _context(lm) -> torch.Tensor:
-    return torch.randint(lm.vocab_size, (CONTEXT_TOKENS,), generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        lm.vocab_size, (CONTEXT_TOKENS,), generator=torch.Generator().manual_seed(0)
+    )
 
 
 def seconds(work) -> float:
@@ -46,16 +57,20 @@ def seconds(work) -> float:
 
 @torch.inference_mode()
 def floor_seconds(lm, tokens: int, shape: tuple[int, int], share: float = 1.0) -> float:
-    """Time of `tokens` tokens as plain batches, logits included; extrapolated from a share of them."""
+    """Time of `tokens` tokens as plain batches, logits included; extrapolated from a share."""
     ids = torch.randint(lm.vocab_size, shape)
     passes = max(int(share * tokens / ids.numel()), 1)
-    spent = seconds(lambda: [lm.model(input_ids=ids, use_cache=False).logits for _ in range(passes)])
+    spent = seconds(
+        lambda: [lm.model(input_ids=ids, use_cache=False).logits for _ in range(passes)]
+    )
     return spent * tokens / (passes * ids.numel())
 
 
 @torch.inference_mode()
 def cache_copying_seconds(lm, context, horizon: int, share: float) -> float:
-    """Each parent's cache repeated for all its children, one token per row; extrapolated from a share of the parents."""
+    """Each parent's cache repeated for all its children, one token per row; extrapolated from a
+    share of the parents.
+    """
     vocab = lm.vocab_size
     spent, measured = 0.0, 0
     for parents in _parents(vocab, horizon - 1, share):
@@ -69,13 +84,17 @@ def _children_by_copying(lm, prefix: torch.Tensor) -> None:
     out = lm.model(input_ids=prefix[None], use_cache=True)
     cache = DynamicCache([(layer.keys, layer.values) for layer in out.past_key_values.layers])
     cache.batch_repeat_interleave(lm.vocab_size)
-    logits = lm.model(input_ids=torch.arange(lm.vocab_size)[:, None], past_key_values=cache, use_cache=True).logits
+    logits = lm.model(
+        input_ids=torch.arange(lm.vocab_size)[:, None], past_key_values=cache, use_cache=True
+    ).logits
     logits[:, -1].double().log_softmax(-1).exp()
 
 
 @torch.inference_mode()
 def naive_seconds(lm, context, horizon: int, share: float) -> float:
-    """Every prefix through a full forward pass, in batches; extrapolated from a share of the prefixes."""
+    """Every prefix through a full forward pass, in batches; extrapolated from a share of the
+    prefixes.
+    """
     vocab = lm.vocab_size
     count = max(int(share * vocab ** (horizon - 1)), 64)
     rows = grid_rows(0, count, vocab, horizon - 1)
@@ -98,12 +117,18 @@ def measure(lm, horizon: int, shares: dict[str, float], rounds: int = ROUNDS) ->
     times: dict[str, list[float]] = {}
     for _ in range(rounds):
         for shape in SHAPES:
-            times.setdefault(f"floor {shape}", []).append(floor_seconds(lm, tokens, shape, shares["floor"]))
+            times.setdefault(f"floor {shape}", []).append(
+                floor_seconds(lm, tokens, shape, shares["floor"])
+            )
         lm._context_cache = None
         times.setdefault("joint", []).append(seconds(lambda: exact_joint(lm, context, horizon)))
         if shares["copying"]:
-            times.setdefault("copying", []).append(cache_copying_seconds(lm, context, horizon, shares["copying"]))
-            times.setdefault("naive", []).append(naive_seconds(lm, context, horizon, shares["naive"]))
+            times.setdefault("copying", []).append(
+                cache_copying_seconds(lm, context, horizon, shares["copying"])
+            )
+            times.setdefault("naive", []).append(
+                naive_seconds(lm, context, horizon, shares["naive"])
+            )
     fastest = {arm: min(values) for arm, values in times.items()}
     fastest["floor"] = min(value for arm, value in fastest.items() if arm.startswith("floor"))
     return fastest
@@ -120,8 +145,14 @@ def report(title: str, fastest: dict[str, float]) -> None:
 def test_three_tokens_cost_hardly_more_than_their_floor(benchmark, name, root):
     lm = _model(name, root)
     large = lm.vocab_size > 200
-    shares = {"floor": 0.1 if large else 1.0, "copying": 0.01 if large else 0.1, "naive": 0.002 if large else 0.03}
-    fastest = benchmark.pedantic(measure, (lm, 3, shares, 2 if large else ROUNDS), rounds=1, iterations=1)
+    shares = {
+        "floor": 0.1 if large else 1.0,
+        "copying": 0.01 if large else 0.1,
+        "naive": 0.002 if large else 0.03,
+    }
+    fastest = benchmark.pedantic(
+        measure, (lm, 3, shares, 2 if large else ROUNDS), rounds=1, iterations=1
+    )
     benchmark.extra_info.update(fastest)
     report(f"{lm.name}, V={lm.vocab_size}, n=3", fastest)
     assert fastest["joint"] <= 1.5 * fastest["floor"]
@@ -132,7 +163,9 @@ def test_three_tokens_cost_hardly_more_than_their_floor(benchmark, name, root):
 @pytest.mark.slow
 def test_four_tokens_cost_hardly_more_than_their_floor(benchmark, root):
     lm = _model("code", root)
-    fastest = benchmark.pedantic(measure, (lm, 4, {"floor": 0.003, "copying": 0.0}, 1), rounds=1, iterations=1)
+    fastest = benchmark.pedantic(
+        measure, (lm, 4, {"floor": 0.003, "copying": 0.0}, 1), rounds=1, iterations=1
+    )
     benchmark.extra_info.update(fastest)
     report(f"{lm.name}, V={lm.vocab_size}, n=4", fastest)
     assert fastest["joint"] <= 2 * fastest["floor"]
@@ -155,7 +188,12 @@ print(peak(), peak() - before - joint.probs.nbytes)
 
 def peak_bytes(model: str, horizon: int) -> tuple[float, float]:
     """Of a process that makes one joint: all of it, and what it needs beyond the joint."""
-    done = subprocess.run([sys.executable, "-c", PEAK, model, str(horizon)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, model, str(horizon)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     whole, beyond = map(float, done.stdout.split())
     return whole, beyond
 
@@ -170,7 +208,10 @@ def test_four_tokens_need_a_gigabyte_beyond_the_joint(benchmark):
 def test_five_hundred_tokens_at_three_fit_into_two_and_a_half_gigabytes(benchmark, root):
     _model("stories260K", root)  # skips where it is not
     whole, _ = benchmark.pedantic(
-        peak_bytes, (str(root.parent / "shared" / "models" / "stories260K"), 3), rounds=1, iterations=1
+        peak_bytes,
+        (str(root.parent / "shared" / "models" / "stories260K"), 3),
+        rounds=1,
+        iterations=1,
     )
     print(f"\n1.3 10^8 entries: {whole / 1e9:.2f} GB in all")
     assert whole <= 2.5e9

@@ -19,8 +19,12 @@ def large_table() -> pd.DataFrame:
     contexts = ROWS // (2 * 3 * 8)
     for model in ("a", "b"):
         for horizon in (2, 3, 4):
-            part = study_table(lambda r: 0.4 / r, contexts=contexts, documents=contexts, horizon=horizon)
-            parts.append(part.assign(model=model, joint_entropy_nats=part["tokens_per_call_block_target"]))
+            part = study_table(
+                lambda r: 0.4 / r, contexts=contexts, documents=contexts, horizon=horizon
+            )
+            parts.append(
+                part.assign(model=model, joint_entropy_nats=part["tokens_per_call_block_target"])
+            )
     table = pd.concat(parts, ignore_index=True)
     for k in (3, 4):
         table[f"survival_block_target_{k}"] = np.where(table["horizon"] >= k, 0.5, np.nan)

@@ -32,7 +32,12 @@ def test_nothing_measured_is_no_drift():
 @pytest.mark.parametrize("suffix", ["parquet", "csv"])
 def test_the_row_of_the_model_and_head_is_taken(tmp_path, suffix):
     table = pd.DataFrame(
-        dict(model=["a", "a", "b"], rank=[1, 8, 8], forecast_low=[1.0, 2.0, 3.0], forecast_high=[1.5, 2.5, 3.5])
+        dict(
+            model=["a", "a", "b"],
+            rank=[1, 8, 8],
+            forecast_low=[1.0, 2.0, 3.0],
+            forecast_high=[1.5, 2.5, 3.5],
+        )
     )
     path = tmp_path / f"table.{suffix}"
     table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
@@ -55,7 +60,12 @@ def test_what_is_no_table_of_forecasts_is_refused(tmp_path):
 
 def test_of_several_such_heads_the_named_one_is_meant(tmp_path):
     rows = [("r8", 1.9, 2.0), ("recommended", 2.5, 2.6)]
-    table = pd.DataFrame([{"head": h, "rank": 8, "forecast_low": low, "forecast_high": high} for h, low, high in rows])
+    table = pd.DataFrame(
+        [
+            {"head": h, "rank": 8, "forecast_low": low, "forecast_high": high}
+            for h, low, high in rows
+        ]
+    )
     table.to_parquet(tmp_path / "table.parquet")
     assert expected_interval(tmp_path / "table.parquet", rank=8, head="recommended") == (2.5, 2.6)
     with pytest.raises(ValueError, match="2 rows"):
@@ -67,5 +77,7 @@ def test_of_several_such_heads_the_named_one_is_meant(tmp_path):
 @pytest.mark.parametrize("model", ["code", "prose"])
 def test_the_stored_forecasts_know_the_recommended_heads(root, model):
     path = root / "data" / "studies" / "head" / "decoding.parquet"
-    low, high = expected_interval(path, model=model, rank=8, anchored=True, rule="block", head="recommended")
+    low, high = expected_interval(
+        path, model=model, rank=8, anchored=True, rule="block", head="recommended"
+    )
     assert 2.4 < low < high < 3

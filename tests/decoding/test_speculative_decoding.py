@@ -1,4 +1,6 @@
-"""Self-speculative decoding: the target's law untouched, whatever the draft; caches, endings, batches."""
+"""Self-speculative decoding: the target's law untouched, whatever the draft; caches, endings,
+batches.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ from cpmtp.decoding.speculative import custom_generate, speculative_generate
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.language_model import MarkovLanguageModel, sample_sequences, separated_hmm
-from cpmtp.pretrained import HuggingFaceLanguageModel, embedded_heads, load_language_model, new_llama
+from cpmtp.pretrained import (
+    HuggingFaceLanguageModel,
+    embedded_heads,
+    load_language_model,
+    new_llama,
+)
 from cpmtp.validation.checks import law_p_value
 
 VOCAB = 5
@@ -40,27 +47,41 @@ def a_draft(seed: int = 1, horizon: int = 2, vocab: int = 4):
 def a_model(*, dtype=torch.float64, window: int = 64, seed: int = 0) -> HuggingFaceLanguageModel:
     model = new_llama(VOCAB, width=96, layers=2, window=window, seed=seed).to(dtype)
     generator = torch.Generator().manual_seed(seed)
-    model.lm_head.weight = torch.nn.Parameter(0.05 * torch.randn(VOCAB, 96, generator=generator, dtype=dtype))
+    model.lm_head.weight = torch.nn.Parameter(
+        0.05 * torch.randn(VOCAB, 96, generator=generator, dtype=dtype)
+    )
     return HuggingFaceLanguageModel(model)
 
 
 def a_head(lm, *, anchored=True, rank=2, horizon=4) -> CPHead:
     torch.manual_seed(3)
-    head = CPHead(hidden_size=96, vocab_size=VOCAB, horizon=horizon, rank=rank, anchored=anchored).attach(lm).eval()
+    head = (
+        CPHead(hidden_size=96, vocab_size=VOCAB, horizon=horizon, rank=rank, anchored=anchored)
+        .attach(lm)
+        .eval()
+    )
     return head.requires_grad_(False)
 
 
 def plain_greedy(lm, prompt: torch.Tensor, count: int) -> torch.Tensor:
     """By transformers, one token after another; nothing is padding and nothing ends the text."""
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    return lm.model.generate(prompt[None], attention_mask=torch.ones(1, len(prompt)), max_new_tokens=count, **options)
+    return lm.model.generate(
+        prompt[None], attention_mask=torch.ones(1, len(prompt)), max_new_tokens=count, **options
+    )
 
 
 def p_value(seed: int, *, rule="block", temperature=1.0, rows=1500, horizon=3) -> float:
     lm = a_chain()
     prompt = torch.tensor([1])
     out = speculative_generate(
-        lm, a_draft(), [prompt] * rows, max_new_tokens=horizon, rule=rule, temperature=temperature, seed=seed
+        lm,
+        a_draft(),
+        [prompt] * rows,
+        max_new_tokens=horizon,
+        rule=rule,
+        temperature=temperature,
+        seed=seed,
     )
     joint = exact_joint(lm, prompt, horizon, temperature=temperature).probs
     return law_p_value(torch.stack(list(out.token_ids)), joint)
@@ -101,7 +122,10 @@ def _greedy_match(p, q, path, rule, uniform):
 speculative_decoding_judge = speculative_decoding._judge
 
 
-@pytest.mark.parametrize("variant", [_correction_from_the_target, _everything_accepted, _another_temperature, _greedy_match])
+@pytest.mark.parametrize(
+    "variant",
+    [_correction_from_the_target, _everything_accepted, _another_temperature, _greedy_match],
+)
 def test_a_lossy_variant_in_the_loop_is_rejected(variant, monkeypatch):
     monkeypatch.setattr(speculative_decoding, "_judge", variant)
     assert p_value(0, rows=4000) < 1e-6
@@ -122,9 +146,14 @@ def test_greedy_output_is_plain_greedy_decoding(rule, anchored):
 def test_a_batch_of_prompts_of_different_lengths_gives_what_each_gives_alone():
     lm = a_model()
     head = a_head(lm)
-    prompts = [torch.randint(VOCAB, (k,), generator=torch.Generator().manual_seed(k)) for k in (3, 9, 5, 1)]
+    prompts = [
+        torch.randint(VOCAB, (k,), generator=torch.Generator().manual_seed(k)) for k in (3, 9, 5, 1)
+    ]
     together = speculative_generate(lm, head, prompts, max_new_tokens=30, temperature=0)
-    alone = [speculative_generate(lm, head, prompt, max_new_tokens=30, temperature=0) for prompt in prompts]
+    alone = [
+        speculative_generate(lm, head, prompt, max_new_tokens=30, temperature=0)
+        for prompt in prompts
+    ]
     assert [row.tolist() for row in together.token_ids] == [one.token_ids.tolist() for one in alone]
 
 
@@ -138,7 +167,9 @@ def test_a_batch_on_a_real_cache_follows_the_law():
 
 def test_processing_applies_to_target_and_draft_alike():
     lm, prompt = a_model(), torch.tensor([2, 1])
-    out = speculative_generate(lm, a_head(lm), [prompt] * 1000, max_new_tokens=3, top_k=3, top_p=0.9, temperature=0.8)
+    out = speculative_generate(
+        lm, a_head(lm), [prompt] * 1000, max_new_tokens=3, top_k=3, top_p=0.9, temperature=0.8
+    )
     joint = exact_joint(lm, prompt, 3, top_k=3, top_p=0.9, temperature=0.8).probs
     assert law_p_value(torch.stack(list(out.token_ids)), joint) > 1e-3
 
@@ -161,7 +192,10 @@ def test_a_draft_equal_to_the_target_is_always_accepted():
 
 def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
     lm = a_model()
-    runs = [speculative_generate(lm, a_head(lm), torch.tensor([1]), max_new_tokens=30, seed=s).token_ids for s in (0, 0, 1)]
+    runs = [
+        speculative_generate(lm, a_head(lm), torch.tensor([1]), max_new_tokens=30, seed=s).token_ids
+        for s in (0, 0, 1)
+    ]
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
 
@@ -179,7 +213,9 @@ def test_a_row_ends_with_the_end_of_text_inside_an_accepted_draft():
     head = a_head(lm)
     whole = speculative_generate(lm, head, torch.tensor([1]), max_new_tokens=40, seed=5).token_ids
     for eos in range(VOCAB):
-        cut = speculative_generate(lm, head, torch.tensor([1]), max_new_tokens=40, seed=5, eos_token_id=eos).token_ids
+        cut = speculative_generate(
+            lm, head, torch.tensor([1]), max_new_tokens=40, seed=5, eos_token_id=eos
+        ).token_ids
         places = (whole == eos).nonzero()
         expected = whole[: int(places[0]) + 1] if len(places) else whole
         assert torch.equal(cut, expected)
@@ -200,15 +236,21 @@ def test_a_callback_sees_every_block_before_its_release_and_may_stop_it():
 def test_a_stop_string_ends_a_row_with_the_token_that_completes_it():
     lm = a_model()
     lm.decode = lambda ids: "".join("abcde"[i] for i in ids.tolist())
-    whole = lm.decode(speculative_generate(lm, a_head(lm), torch.tensor([1]), max_new_tokens=40, seed=2).token_ids)
+    whole = lm.decode(
+        speculative_generate(lm, a_head(lm), torch.tensor([1]), max_new_tokens=40, seed=2).token_ids
+    )
     stop = whole[7:9]
-    out = speculative_generate(lm, a_head(lm), torch.tensor([1]), max_new_tokens=40, seed=2, stop_strings=[stop])
+    out = speculative_generate(
+        lm, a_head(lm), torch.tensor([1]), max_new_tokens=40, seed=2, stop_strings=[stop]
+    )
     assert lm.decode(out.token_ids) == whole[: whole.index(stop) + 2]
 
 
 def test_the_window_can_be_filled_to_its_last_position():
     lm = a_model(window=16)
-    out = speculative_generate(lm, a_head(lm), torch.tensor([1, 2, 3]), max_new_tokens=13, temperature=0)
+    out = speculative_generate(
+        lm, a_head(lm), torch.tensor([1, 2, 3]), max_new_tokens=13, temperature=0
+    )
     plain = plain_greedy(lm, torch.tensor([1, 2, 3]), 13)
     assert out.sequences[0].tolist() == plain[0].tolist()
 
@@ -235,7 +277,14 @@ def test_whatever_is_asked_only_possible_tokens_come_out_and_rows_end_where_they
     draft = random_draft(6, horizon, 2, seed=seed)
     prompts = [torch.randint(6, (1 + k,), generator=generator) for k in range(rows)]
     out = speculative_generate(
-        lm, lambda text: draft, prompts, max_new_tokens=count, rule=rule, temperature=temperature, seed=seed, eos_token_id=eos
+        lm,
+        lambda text: draft,
+        prompts,
+        max_new_tokens=count,
+        rule=rule,
+        temperature=temperature,
+        seed=seed,
+        eos_token_id=eos,
     )
     for prompt, new in zip(prompts, out.token_ids, strict=True):
         text = torch.cat([prompt[-1:], new])
@@ -253,7 +302,9 @@ def test_whatever_is_asked_only_possible_tokens_come_out_and_rows_end_where_they
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("model", ["code", "prose"])
-def test_a_real_model_with_its_head_emits_the_law_of_the_model_alone(model, rule, temperature, batch):
+def test_a_real_model_with_its_head_emits_the_law_of_the_model_alone(
+    model, rule, temperature, batch
+):
     lm = load_language_model(model)
     head = CPHead.from_pretrained(embedded_heads(model)["recommended"]).attach(lm)
     prompt = sample_sequences(lm, 1, 24, seed=5)[0]
@@ -263,7 +314,10 @@ def test_a_real_model_with_its_head_emits_the_law_of_the_model_alone(model, rule
         out = speculative_generate(lm, head, [prompt] * batch, seed=seed, **options)
         tokens += [new[:3] for new in out.token_ids]
     # One in a thousand for all sixteen cells together.
-    assert law_p_value(torch.stack(tokens), exact_joint(lm, prompt, 3, temperature=temperature).probs) > 1e-3 / 16
+    assert (
+        law_p_value(torch.stack(tokens), exact_joint(lm, prompt, 3, temperature=temperature).probs)
+        > 1e-3 / 16
+    )
 
 
 @pytest.mark.slow
@@ -275,14 +329,19 @@ def test_greedy_output_of_a_real_model_is_plain_greedy_decoding_over_ten_thousan
     head.base_sha256 = ""  # the same weights in another precision
     head.attach(lm)
     for prompt in sample_sequences(lm, 50, 40, seed=3):
-        out = speculative_generate(lm, head, prompt, max_new_tokens=200, rule="greedy", temperature=0.0)
+        out = speculative_generate(
+            lm, head, prompt, max_new_tokens=200, rule="greedy", temperature=0.0
+        )
         assert torch.equal(out.sequences[0][None], plain_greedy(lm, prompt, 200))
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_as_many_tokens_as_asked_come_out(count):
     lm = a_model()
-    assert len(speculative_generate(lm, a_head(lm), torch.tensor([1]), max_new_tokens=count).token_ids) == count
+    assert (
+        len(speculative_generate(lm, a_head(lm), torch.tensor([1]), max_new_tokens=count).token_ids)
+        == count
+    )
 
 
 @pytest.mark.parametrize(
@@ -309,12 +368,16 @@ def test_transformers_generate_can_call_it():
     prompt = torch.tensor([[1, 2, 3]])
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     plain = lm.model.generate(prompt, **options)
-    assert torch.equal(lm.model.generate(prompt, custom_generate=custom_generate(lm, a_head(lm)), **options), plain)
+    assert torch.equal(
+        lm.model.generate(prompt, custom_generate=custom_generate(lm, a_head(lm)), **options), plain
+    )
 
 
 def test_the_monitor_gets_a_line_per_cycle(tmp_path):
     lm = a_model()
-    out = speculative_generate(lm, a_head(lm), torch.tensor([1]), max_new_tokens=20, monitor=tmp_path / "log.jsonl")
+    out = speculative_generate(
+        lm, a_head(lm), torch.tensor([1]), max_new_tokens=20, monitor=tmp_path / "log.jsonl"
+    )
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(lines) == out.stats.calls - 1
     assert sum(line["accepted"][0] + 1 for line in lines) >= 19

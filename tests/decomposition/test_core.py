@@ -1,4 +1,4 @@
-"""Large joints are begun on their noticeable tokens: quicker, and where the whole joint would lead."""
+"""Large joints are begun on their noticeable tokens: quicker, and to the same end."""
 
 import pytest
 import torch
@@ -23,7 +23,10 @@ def every_joint_has_a_core(monkeypatch):
 def with_rare_tokens(seed: int = 0) -> JointDistribution:
     """Three tokens over 12, half of them rare everywhere."""
     rarity = torch.cat([torch.ones(6), torch.full((6,), 1e-5)]).double()
-    values = torch.rand(12, 12, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 6
+    values = (
+        torch.rand(12, 12, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        ** 6
+    )
     values = values * rarity[:, None, None] * rarity[:, None] * rarity
     return JointDistribution(values / values.sum())
 
@@ -66,7 +69,10 @@ def test_a_fit_through_the_core_reports_the_whole_joint(method):
     assert found.kl_nats < float("inf")
     if method != "acceptance":
         assert result.objective == pytest.approx(found.kl_nats, abs=1e-9)
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(result.trace[:-1], result.trace[1:], strict=True))
+    assert all(
+        later <= earlier + 1e-12
+        for earlier, later in zip(result.trace[:-1], result.trace[1:], strict=True)
+    )
 
 
 @pytest.mark.usefixtures("every_joint_has_a_core")
@@ -75,4 +81,9 @@ def test_a_batch_through_its_cores_gives_what_its_entries_give_alone():
     together = fit(JointDistribution(torch.stack([j.probs for j in joints]), 3), 3, restarts=2)
     for place, joint in enumerate(joints):
         alone = fit(joint, 3, restarts=2)
-        torch.testing.assert_close(together.distribution[place].to_tensor(), alone.distribution.to_tensor(), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            together.distribution[place].to_tensor(),
+            alone.distribution.to_tensor(),
+            rtol=0,
+            atol=1e-9,
+        )

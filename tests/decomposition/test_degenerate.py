@@ -23,13 +23,17 @@ def one_hot(vocab: int, horizon: int) -> torch.Tensor:
 
 
 def zero_rows(vocab: int, horizon: int) -> torch.Tensor:
-    probs = torch.rand((vocab,) * horizon, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probs = torch.rand(
+        (vocab,) * horizon, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     probs[::2] = 0.0
     return probs / probs.sum()
 
 
 def two_sequences(vocab: int, horizon: int) -> torch.Tensor:
-    return 0.75 * one_hot(vocab, horizon) + 0.25 * one_hot(vocab, horizon).flip(tuple(range(horizon)))
+    return 0.75 * one_hot(vocab, horizon) + 0.25 * one_hot(vocab, horizon).flip(
+        tuple(range(horizon))
+    )
 
 
 DEGENERATE = {
@@ -48,7 +52,10 @@ def assert_is_a_fit(joint: JointDistribution, result) -> None:
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-9)
     assert not math.isnan(result.objective)
     found = divergences(joint, result.distribution)
-    assert not any(math.isnan(v) for v in (found.kl_nats, found.total_variation, found.relative_frobenius, found.hellinger))
+    assert not any(
+        math.isnan(v)
+        for v in (found.kl_nats, found.total_variation, found.relative_frobenius, found.hellinger)
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -60,7 +67,9 @@ def test_a_degenerate_joint_gives_a_distribution(method, name, anchored):
         assert_is_a_fit(joint, fit(joint, rank, method, anchored=anchored, max_iterations=60))
 
 
-@pytest.mark.parametrize("name", ["one-hot", "uniform", "fewer sequences than components", "a vocabulary of one token"])
+@pytest.mark.parametrize(
+    "name", ["one-hot", "uniform", "fewer sequences than components", "a vocabulary of one token"]
+)
 def test_em_is_exact_where_few_components_suffice(name):
     assert fit(JointDistribution(DEGENERATE[name]), 3, "em", restarts=2).objective <= 1e-6
 
@@ -91,9 +100,13 @@ def test_twenty_planted_ranks_are_recovered_exactly(method, states):
     short = []
     for seed in range(20):
         joint = exact_joint(separated_hmm(states, 16, seed=seed), EMPTY, 3)
-        planted = fit(joint, states, method, restarts=4, seed=seed, max_iterations=3000, tolerance=1e-9)
+        planted = fit(
+            joint, states, method, restarts=4, seed=seed, max_iterations=3000, tolerance=1e-9
+        )
         at_rank = divergences(joint, planted.distribution).kl_nats
-        below = divergences(joint, fit(joint, states - 1, method, restarts=4, seed=seed).distribution).kl_nats
+        below = divergences(
+            joint, fit(joint, states - 1, method, restarts=4, seed=seed).distribution
+        ).kl_nats
         assert below >= 1e-3
         short += [seed] if at_rank > (1e-4 if method == "acceptance" else 1e-6) else []
     assert not short

@@ -1,4 +1,6 @@
-"""Expectation-maximisation: it never rises, finds planted ranks, and ends where an independent implementation ends."""
+"""Expectation-maximisation: it never rises, finds planted ranks, and ends where an independent
+implementation ends.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def embedded_joint() -> JointDistribution:
 
 
 def naive_sweep(probs: torch.Tensor, dist: CPDistribution) -> CPDistribution:
-    """One sweep by the definition (three tokens): the responsibilities of every component for every sequence."""
+    """One sweep by the definition (three tokens): the responsibilities of every component for every
+    sequence.
+    """
     a, b, c = dist.factors
     terms = torch.einsum("r,xr,yr,zr->xyzr", dist.weights, a, b, c)
     counts = probs[..., None] * torch.nan_to_num(terms / terms.sum(-1, keepdim=True))
@@ -48,7 +52,8 @@ def test_a_plain_sweep_is_the_definition():
     for _ in range(5):
         expected = naive_sweep(joint.probs, expected)
     runs = em_runs(Targets.of(joint), start, max_iterations=5, tolerance=0.0, accelerate=False)
-    # The objective a run ends with belongs to the last point it evaluated, so the sweep count is found by the closest.
+    # The objective a run ends with belongs to the last point it evaluated, so the sweep count is
+    # found by the closest.
     found = as_distribution(runs.mixtures).to_tensor()
     candidates = [as_distribution(start)]
     for _ in range(6):
@@ -56,7 +61,8 @@ def test_a_plain_sweep_is_the_definition():
     assert min((found - c.to_tensor()).abs().max().item() for c in candidates[4:]) < 1e-12
 
 
-# Two states that keep themselves with probability one half forget at once: their tokens are independent, of rank one.
+# Two states that keep themselves with probability one half forget at once: their tokens are
+# independent, of rank one.
 @pytest.mark.parametrize("states", [3, 4, 5])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_planted_rank_is_found_and_one_less_does_not_do(states, seed):
@@ -69,7 +75,9 @@ def test_a_planted_rank_is_found_and_one_less_does_not_do(states, seed):
 @pytest.mark.parametrize("accelerate", [False, True])
 def test_the_objective_never_rises(embedded_joint, rank, accelerate):
     start = random_starts(embedded_joint, rank, 1, 0)
-    runs = em_runs(Targets.of(embedded_joint), start, max_iterations=60, tolerance=0.0, accelerate=accelerate)
+    runs = em_runs(
+        Targets.of(embedded_joint), start, max_iterations=60, tolerance=0.0, accelerate=accelerate
+    )
     trace = np.array(runs.traces[0])
     assert len(trace) > 10
     assert (np.diff(trace) <= 1e-12).all()
@@ -77,24 +85,35 @@ def test_the_objective_never_rises(embedded_joint, rank, accelerate):
 
 def test_the_objective_is_the_divergence_of_what_is_returned(embedded_joint):
     result = fit(embedded_joint, 8, "em", seed=0, max_iterations=40)
-    assert result.objective == pytest.approx(divergences(embedded_joint, result.distribution).kl_nats, abs=1e-9)
+    assert result.objective == pytest.approx(
+        divergences(embedded_joint, result.distribution).kl_nats, abs=1e-9
+    )
 
 
 def test_rank_one_is_the_product_of_the_marginals(embedded_joint):
     result = fit(embedded_joint, 1, "em", seed=0)
     entropies = [-torch.special.xlogy(m, m).sum().item() for m in embedded_joint.marginals()]
-    assert result.objective == pytest.approx(sum(entropies) - embedded_joint.entropy().item(), abs=1e-9)
+    assert result.objective == pytest.approx(
+        sum(entropies) - embedded_joint.entropy().item(), abs=1e-9
+    )
 
 
 def poisson_cp(joint: JointDistribution, start: Mixtures, iterations: int) -> float:
-    """The divergence at which an independent Poisson tensor factorisation ends from the same start."""
+    """The divergence at which an independent Poisson tensor factorisation ends from there."""
     import pyttb
 
     dist = as_distribution(start)
     initial = pyttb.ktensor([f.numpy().copy() for f in dist.factors], dist.weights.numpy().copy())
     data = pyttb.tensor(joint.probs.numpy().copy())
     found, _, _ = pyttb.cp_apr(
-        data, dist.rank, algorithm="mu", init=initial, maxiters=iterations, maxinneriters=10, stoptol=1e-6, printitn=0
+        data,
+        dist.rank,
+        algorithm="mu",
+        init=initial,
+        maxiters=iterations,
+        maxinneriters=10,
+        stoptol=1e-6,
+        printitn=0,
     )
     found.normalize(normtype=1)
     weights = torch.from_numpy(np.asarray(found.weights, float)).reshape(-1)
@@ -104,9 +123,13 @@ def poisson_cp(joint: JointDistribution, start: Mixtures, iterations: int) -> fl
 
 
 def common_start(joint: JointDistribution, rank: int) -> Mixtures:
-    """A random start and a few sweeps: from the random start itself the two roads lead into different valleys."""
+    """A random start and a few sweeps: from the random start itself the two roads lead into
+    different valleys.
+    """
     start = random_starts(joint, rank, 1, 0)
-    return em_runs(Targets.of(joint), start, max_iterations=60, tolerance=0.0, accelerate=False).mixtures
+    return em_runs(
+        Targets.of(joint), start, max_iterations=60, tolerance=0.0, accelerate=False
+    ).mixtures
 
 
 @pytest.mark.parametrize("rank", [2, 4])
@@ -118,7 +141,11 @@ def test_an_independent_poisson_factorisation_ends_at_the_same_divergence(embedd
 
 
 @pytest.mark.slow
-def test_an_independent_poisson_factorisation_ends_at_the_same_divergence_for_three_tokens(embedded_joint):
+def test_an_independent_poisson_factorisation_ends_at_the_same_divergence_for_three_tokens(
+    embedded_joint,
+):
     start = common_start(embedded_joint, 4)
-    ours = em_runs(Targets.of(embedded_joint), start, max_iterations=3000, tolerance=1e-7).objective.item()
+    ours = em_runs(
+        Targets.of(embedded_joint), start, max_iterations=3000, tolerance=1e-7
+    ).objective.item()
     assert ours == pytest.approx(poisson_cp(embedded_joint, start, 60), rel=0.02)

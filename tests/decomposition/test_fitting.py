@@ -13,7 +13,12 @@ from cpmtp.joint_distribution import JointDistribution
 
 
 def random_joint(vocab: int, horizon: int, seed: int = 0) -> JointDistribution:
-    values = torch.rand((vocab,) * horizon, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4
+    values = (
+        torch.rand(
+            (vocab,) * horizon, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        ** 4
+    )
     return JointDistribution(values / values.sum())
 
 
@@ -24,7 +29,9 @@ def test_every_method_gives_a_distribution_whose_objective_is_what_it_says(metho
     result = fit(joint, 3, method)
     assert result.status in ("ok", "not_converged")
     assert result.distribution.to_tensor().sum().item() == pytest.approx(1, abs=1e-9)
-    assert result.objective == pytest.approx(objective_of(method, joint, result.distribution), abs=1e-9)
+    assert result.objective == pytest.approx(
+        objective_of(method, joint, result.distribution), abs=1e-9
+    )
 
 
 def objective_of(method: str, joint: JointDistribution, draft) -> float:
@@ -37,7 +44,11 @@ def objective_of(method: str, joint: JointDistribution, draft) -> float:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_seed_gives_the_same_fit_and_more_restarts_never_a_worse_one(method):
     joint = random_joint(6, 3)
-    first, again, more = fit(joint, 3, method), fit(joint, 3, method), fit(joint, 3, method, restarts=3)
+    first, again, more = (
+        fit(joint, 3, method),
+        fit(joint, 3, method),
+        fit(joint, 3, method, restarts=3),
+    )
     assert torch.equal(first.distribution.to_tensor(), again.distribution.to_tensor())
     assert more.objective <= first.objective + 1e-12
     assert more.restart_objectives.shape == (3,)
@@ -51,7 +62,9 @@ def test_an_anchored_fit_holds_one_distribution_per_first_token(method):
     assert result.distribution.horizon == 2
     assert isinstance(result.objective, float)
     if method in ("em", "gradient", "acceptance"):
-        assert objective_of(method, joint, result.distribution) == pytest.approx(result.objective, abs=1e-6)
+        assert objective_of(method, joint, result.distribution) == pytest.approx(
+            result.objective, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +99,9 @@ def test_a_fit_that_fails_gives_the_product_of_the_marginals_and_says_why(method
     assert "Singular matrix" in result.message
     assert result.objective == math.inf
     first, second, third = joint.marginals()
-    assert torch.allclose(result.distribution.to_tensor(), first[:, None, None] * second[:, None] * third)
+    assert torch.allclose(
+        result.distribution.to_tensor(), first[:, None, None] * second[:, None] * third
+    )
 
 
 def test_an_anchored_draft_cannot_be_asked_for_the_first_token():
@@ -98,13 +113,26 @@ def test_an_anchored_draft_cannot_be_asked_for_the_first_token():
 @pytest.mark.parametrize("anchored", [False, True])
 def test_a_joint_is_fitted_the_same_whatever_else_is_in_its_batch(method, anchored):
     joints = [random_joint(5, 3, seed) for seed in range(3)]
-    together = fit(JointDistribution(torch.stack([j.probs for j in joints]), 3), 3, method, restarts=2, anchored=anchored)
+    together = fit(
+        JointDistribution(torch.stack([j.probs for j in joints]), 3),
+        3,
+        method,
+        restarts=2,
+        anchored=anchored,
+    )
     for place, joint in enumerate(joints):
         alone = fit(joint, 3, method, restarts=2, anchored=anchored)
-        torch.testing.assert_close(together.distribution[place].to_tensor(), alone.distribution.to_tensor(), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            together.distribution[place].to_tensor(),
+            alone.distribution.to_tensor(),
+            rtol=0,
+            atol=1e-9,
+        )
         assert together.objective[place].item() == pytest.approx(alone.objective, abs=1e-9)
         assert together.status[place] == alone.status
-        torch.testing.assert_close(together.restart_match_scores[place], alone.restart_match_scores, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            together.restart_match_scores[place], alone.restart_match_scores, rtol=0, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
@@ -113,6 +141,16 @@ def test_maximising_tokens_per_call_never_ends_below_its_em_start(rule, first_to
     for seed in range(3):
         joint = random_joint(6, 3, seed)
         start = fit(joint, 2, "em", seed=seed, max_iterations=600)
-        found = fit(joint, 2, "acceptance", seed=seed, rule=rule, first_token=first_token, max_iterations=300)
-        before = implied_acceptance(joint, start.distribution, rule=rule, first_token=first_token).tokens_per_call
+        found = fit(
+            joint,
+            2,
+            "acceptance",
+            seed=seed,
+            rule=rule,
+            first_token=first_token,
+            max_iterations=300,
+        )
+        before = implied_acceptance(
+            joint, start.distribution, rule=rule, first_token=first_token
+        ).tokens_per_call
         assert -found.objective >= before - 1e-12

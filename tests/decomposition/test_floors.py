@@ -14,10 +14,14 @@ from cpmtp.language_model import separated_hmm
 EMPTY = torch.empty(0, dtype=torch.long)
 
 
-def peaked_joint(vocab: int, horizon: int, seed: int, batch: tuple[int, ...] = ()) -> JointDistribution:
+def peaked_joint(
+    vocab: int, horizon: int, seed: int, batch: tuple[int, ...] = ()
+) -> JointDistribution:
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand(*batch, *(vocab,) * horizon, generator=generator, dtype=torch.float64) ** 8
-    return JointDistribution(values / values.sum(dim=tuple(range(-horizon, 0)), keepdim=True), horizon)
+    return JointDistribution(
+        values / values.sum(dim=tuple(range(-horizon, 0)), keepdim=True), horizon
+    )
 
 
 @pytest.mark.parametrize("horizon", [1, 2, 3, 4])
@@ -34,7 +38,9 @@ def test_no_fit_falls_below_its_floors(horizon):
 
 def test_at_rank_one_the_divergence_is_the_total_correlation():
     joint = peaked_joint(6, 3, 0)
-    assert fit(joint, 1).objective == pytest.approx(rank_floors(joint, [1]).kl_nats.item(), abs=1e-12)
+    assert fit(joint, 1).objective == pytest.approx(
+        rank_floors(joint, [1]).kl_nats.item(), abs=1e-12
+    )
 
 
 def test_a_copied_token_needs_as_many_components_as_it_has_values():
@@ -42,7 +48,9 @@ def test_a_copied_token_needs_as_many_components_as_it_has_values():
     floors = rank_floors(joint, [1, 2, 4, 8])
     expected = [math.log(8 / rank) for rank in (1, 2, 4, 8)]
     assert floors.kl_from_mutual_information.tolist() == pytest.approx(expected, abs=1e-12)
-    assert floors.relative_frobenius.tolist() == pytest.approx([math.sqrt(1 - rank / 8) for rank in (1, 2, 4, 8)], abs=1e-7)
+    assert floors.relative_frobenius.tolist() == pytest.approx(
+        [math.sqrt(1 - rank / 8) for rank in (1, 2, 4, 8)], abs=1e-7
+    )
 
 
 def test_the_unfolding_floor_is_that_of_the_best_low_rank_matrix():

@@ -16,10 +16,14 @@ from cpmtp.language_model import separated_hmm
 EMPTY = torch.empty(0, dtype=torch.long)
 
 
-def peaked_joint(vocab: int, horizon: int, seed: int = 0, batch: tuple[int, ...] = ()) -> JointDistribution:
+def peaked_joint(
+    vocab: int, horizon: int, seed: int = 0, batch: tuple[int, ...] = ()
+) -> JointDistribution:
     generator = torch.Generator().manual_seed(seed)
     values = torch.rand(*batch, *(vocab,) * horizon, generator=generator, dtype=torch.float64) ** 8
-    return JointDistribution(values / values.sum(dim=tuple(range(-horizon, 0)), keepdim=True), horizon)
+    return JointDistribution(
+        values / values.sum(dim=tuple(range(-horizon, 0)), keepdim=True), horizon
+    )
 
 
 @pytest.mark.parametrize("method", ["em", "gradient", "acceptance"])
@@ -45,11 +49,14 @@ def test_a_path_takes_batches():
     joint = peaked_joint(5, 2, batch=(3,))
     path = fit_path(joint, [1, 2, 4])
     assert all(result.objective.shape == (3,) for result in path)
-    assert (path[0].objective >= path[1].objective).all() and (path[1].objective >= path[2].objective).all()
+    assert (path[0].objective >= path[1].objective).all() and (
+        path[1].objective >= path[2].objective
+    ).all()
 
 
 @pytest.mark.parametrize(
-    ("ranks", "method", "words"), [([1], "als", "start from a fit"), ([], "em", "no ranks"), ([0], "em", "rank 0")]
+    ("ranks", "method", "words"),
+    [([1], "als", "start from a fit"), ([], "em", "no ranks"), ([0], "em", "rank 0")],
 )
 def test_a_path_that_cannot_be_is_refused_in_words(ranks, method, words):
     with pytest.raises(ValueError, match=words):

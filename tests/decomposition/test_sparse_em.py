@@ -1,4 +1,6 @@
-"""A fit to a truncated joint is the dense fit where the tree is whole, and stays near it where it is not."""
+"""A fit to a truncated joint is the dense fit where the tree is whole, and stays near it where it
+is not.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,13 @@ CONTEXT = torch.tensor([1, 0, 2])
 def test_the_fit_to_a_tree_of_everything_is_the_fit_to_the_joint():
     lm = RecurrentModel(6)
     dense = fit(exact_joint(lm, CONTEXT, 3), rank=3, restarts=2, seed=1, max_iterations=100)
-    sparse = fit(truncated_joint(lm, CONTEXT, 3, mass=1.0), rank=3, restarts=2, seed=1, max_iterations=100)
+    sparse = fit(
+        truncated_joint(lm, CONTEXT, 3, mass=1.0), rank=3, restarts=2, seed=1, max_iterations=100
+    )
     assert sparse.objective == pytest.approx(dense.objective, abs=1e-6)
-    torch.testing.assert_close(sparse.distribution.to_tensor(), dense.distribution.to_tensor(), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        sparse.distribution.to_tensor(), dense.distribution.to_tensor(), atol=1e-4, rtol=1e-3
+    )
 
 
 def test_the_anchored_fit_to_a_tree_of_everything_is_the_anchored_fit_to_the_joint():
@@ -47,7 +53,10 @@ def test_the_objective_never_rises_and_never_exceeds_the_divergence_of_the_whole
     gaps = []
     for mass in (0.6, 0.9, 0.999):
         found = fit(truncated_joint(lm, CONTEXT, 3, mass=mass), rank=3, seed=0)
-        assert all(later <= earlier + 1e-9 for earlier, later in zip(found.trace[:-1], found.trace[1:], strict=True))
+        assert all(
+            later <= earlier + 1e-9
+            for earlier, later in zip(found.trace[:-1], found.trace[1:], strict=True)
+        )
         gaps.append(divergences(joint, found.distribution).kl_nats - found.objective)
     assert all(gap >= -1e-9 for gap in gaps)
     assert gaps[-1] == min(gaps)

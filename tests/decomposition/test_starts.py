@@ -12,7 +12,12 @@ from cpmtp.joint_distribution import JointDistribution
 
 
 def a_joint(seed: int, vocab: int = 5, horizon: int = 3) -> torch.Tensor:
-    values = torch.rand((vocab,) * horizon, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4
+    values = (
+        torch.rand(
+            (vocab,) * horizon, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        ** 4
+    )
     return values / values.sum()
 
 
@@ -24,7 +29,9 @@ def test_weights_and_factors_are_laws_and_reach_every_possible_token(make):
     assert torch.allclose(start.weights.sum(-1), torch.ones(3, dtype=torch.float64))
     assert torch.allclose(start.factors.sum(-1), torch.ones(3, 3, 4, dtype=torch.float64))
     possible = torch.tensor([True, True, False, True, True])
-    assert (start.factors[:, 0, :, possible] > 0).all() and (start.factors[:, 0, :, ~possible] == 0).all()
+    assert (start.factors[:, 0, :, possible] > 0).all() and (
+        start.factors[:, 0, :, ~possible] == 0
+    ).all()
 
 
 @pytest.mark.parametrize("make", [random_starts, fibre_starts])
@@ -36,7 +43,10 @@ def test_a_joints_starts_do_not_depend_on_what_is_beside_it_nor_on_the_number_of
 
 
 def test_every_fibre_of_a_product_is_a_marginal():
-    laws = [torch.rand(4, generator=torch.Generator().manual_seed(i), dtype=torch.float64) + 0.1 for i in range(3)]
+    laws = [
+        torch.rand(4, generator=torch.Generator().manual_seed(i), dtype=torch.float64) + 0.1
+        for i in range(3)
+    ]
     laws = [law / law.sum() for law in laws]
     start = fibre_starts(JointDistribution(torch.einsum("i,j,k->ijk", *laws)), 5, 2, seed=0)
     for position, law in enumerate(laws):
@@ -62,6 +72,8 @@ def test_on_a_peaked_joint_fibres_end_below_marginals():
     joint = JointDistribution(probs / probs.sum())
     least = []
     for make in (random_starts, fibre_starts):
-        runs = em_runs(Targets.of(joint, 8), make(joint, 8, 8, seed=0), max_iterations=300, tolerance=1e-6)
+        runs = em_runs(
+            Targets.of(joint, 8), make(joint, 8, 8, seed=0), max_iterations=300, tolerance=1e-6
+        )
         least.append(float(runs.objective.median()))
     assert least[1] < 0.9 * least[0]

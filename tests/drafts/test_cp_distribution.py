@@ -15,7 +15,11 @@ from cpmtp.drafts.cp_distribution import CPDistribution, normalised_cp
 def naive_tensor(dist: CPDistribution) -> torch.Tensor:
     """The definition, entry by entry (no batch)."""
     total = torch.zeros((dist.vocab_size,) * dist.horizon, dtype=dist.weights.dtype)
-    for index in torch.cartesian_prod(*[torch.arange(dist.vocab_size)] * dist.horizon).reshape(-1, dist.horizon).tolist():
+    for index in (
+        torch.cartesian_prod(*[torch.arange(dist.vocab_size)] * dist.horizon)
+        .reshape(-1, dist.horizon)
+        .tolist()
+    ):
         for a in range(dist.rank):
             term = dist.weights[a]
             for i, token in enumerate(index):
@@ -62,9 +66,14 @@ def test_conditioning_obeys_the_chain_rule(vocab, horizon, rank, seed):
     for token in range(vocab):
         prefix = torch.tensor([token])
         torch.testing.assert_close(
-            dist.prefix_probs(1)[token] * dist.condition(prefix).to_tensor(), dist.to_tensor()[token], atol=1e-13, rtol=0
+            dist.prefix_probs(1)[token] * dist.condition(prefix).to_tensor(),
+            dist.to_tensor()[token],
+            atol=1e-13,
+            rtol=0,
         )
-        torch.testing.assert_close(dist.condition(prefix).prefix_probs(1), dist.next_token_probs(prefix))
+        torch.testing.assert_close(
+            dist.condition(prefix).prefix_probs(1), dist.next_token_probs(prefix)
+        )
 
 
 def test_conditioning_a_batch_is_conditioning_each_entry():
@@ -77,7 +86,9 @@ def test_conditioning_a_batch_is_conditioning_each_entry():
 
 def test_a_prefix_without_mass_leaves_the_prior_weights():
     factor = torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
-    dist = CPDistribution(torch.tensor([0.3, 0.7], dtype=torch.float64), [factor, torch.eye(2, dtype=torch.float64)])
+    dist = CPDistribution(
+        torch.tensor([0.3, 0.7], dtype=torch.float64), [factor, torch.eye(2, dtype=torch.float64)]
+    )
     assert dist.condition(torch.tensor([1])).weights.tolist() == [0.3, 0.7]
     assert dist.next_token_probs(torch.tensor([1])).tolist() == [0.3, 0.7]
 
@@ -100,7 +111,9 @@ def test_samples_of_a_batch_come_from_their_own_entry():
 
 def test_tensorly_rebuilds_the_same_tensor():
     dist = random_cp((), 4, 3, 2)
-    torch.testing.assert_close(torch.from_numpy(tensorly.cp_to_tensor(dist.to_tensorly())), dist.to_tensor())
+    torch.testing.assert_close(
+        torch.from_numpy(tensorly.cp_to_tensor(dist.to_tensorly())), dist.to_tensor()
+    )
 
 
 def test_parameters_are_counted_without_the_simplex_constraints():

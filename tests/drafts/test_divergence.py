@@ -15,12 +15,21 @@ def random_simplex(*shape: int, seed: int, dim: int = -1) -> torch.Tensor:
     return values / values.sum(dim, keepdim=True)
 
 
-def random_joint(vocab: int, horizon: int, seed: int, batch: tuple[int, ...] = ()) -> JointDistribution:
-    return JointDistribution(random_simplex(*batch, vocab**horizon, seed=seed).reshape(*batch, *(vocab,) * horizon), horizon)
+def random_joint(
+    vocab: int, horizon: int, seed: int, batch: tuple[int, ...] = ()
+) -> JointDistribution:
+    return JointDistribution(
+        random_simplex(*batch, vocab**horizon, seed=seed).reshape(*batch, *(vocab,) * horizon),
+        horizon,
+    )
 
 
-def random_cp(vocab: int, horizon: int, rank: int, seed: int, batch: tuple[int, ...] = ()) -> CPDistribution:
-    factors = [random_simplex(*batch, vocab, rank, seed=seed + 1 + i, dim=-2) for i in range(horizon)]
+def random_cp(
+    vocab: int, horizon: int, rank: int, seed: int, batch: tuple[int, ...] = ()
+) -> CPDistribution:
+    factors = [
+        random_simplex(*batch, vocab, rank, seed=seed + 1 + i, dim=-2) for i in range(horizon)
+    ]
     return CPDistribution(random_simplex(*batch, rank, seed=seed), tuple(factors))
 
 
@@ -39,12 +48,16 @@ def as_list(result) -> list[float]:
 @pytest.mark.parametrize("horizon", [1, 2, 3, 4])
 def test_divergences_equal_plain_sums(horizon):
     joint, draft = random_joint(5, horizon, seed=1), random_cp(5, horizon, 3, seed=2)
-    assert as_list(divergences(joint, draft)) == pytest.approx(naive(joint.probs, draft.to_tensor()), abs=1e-12)
+    assert as_list(divergences(joint, draft)) == pytest.approx(
+        naive(joint.probs, draft.to_tensor()), abs=1e-12
+    )
 
 
 def test_a_dense_draft_is_compared_as_it_is():
     joint, draft = random_joint(4, 3, seed=1), random_joint(4, 3, seed=2)
-    assert as_list(divergences(joint, draft)) == pytest.approx(naive(joint.probs, draft.probs), abs=1e-12)
+    assert as_list(divergences(joint, draft)) == pytest.approx(
+        naive(joint.probs, draft.probs), abs=1e-12
+    )
 
 
 def test_an_anchored_draft_takes_the_first_token_from_the_target():
@@ -58,7 +71,11 @@ def test_an_anchored_draft_takes_the_first_token_from_the_target():
 @pytest.mark.parametrize("anchored", [False, True])
 def test_a_batch_gives_what_its_entries_give_alone(anchored):
     joint = random_joint(4, 3, seed=1, batch=(2, 3))
-    draft = random_cp(4, 2, 2, seed=3, batch=(2, 3, 4)) if anchored else random_cp(4, 3, 2, seed=3, batch=(2, 3))
+    draft = (
+        random_cp(4, 2, 2, seed=3, batch=(2, 3, 4))
+        if anchored
+        else random_cp(4, 3, 2, seed=3, batch=(2, 3))
+    )
     together = torch.stack(as_list(divergences(joint, draft)), -1)
     for i in range(2):
         for j in range(3):
@@ -68,7 +85,9 @@ def test_a_batch_gives_what_its_entries_give_alone(anchored):
 
 def test_the_target_itself_is_at_distance_zero():
     draft = random_cp(5, 3, 2, seed=4)
-    assert as_list(divergences(JointDistribution(draft.to_tensor()), draft)) == pytest.approx([0.0] * 4, abs=1e-7)
+    assert as_list(divergences(JointDistribution(draft.to_tensor()), draft)) == pytest.approx(
+        [0.0] * 4, abs=1e-7
+    )
 
 
 def test_zeros_never_give_nan():
@@ -76,7 +95,9 @@ def test_zeros_never_give_nan():
     same_support = JointDistribution(torch.tensor([[0.25, 0.0], [0.75, 0.0]], dtype=torch.float64))
     excluding = JointDistribution(torch.tensor([[1.0, 0.0], [0.0, 0.0]], dtype=torch.float64))
     joint = JointDistribution(target)
-    assert as_list(divergences(joint, same_support)) == pytest.approx(naive(target, same_support.probs))
+    assert as_list(divergences(joint, same_support)) == pytest.approx(
+        naive(target, same_support.probs)
+    )
     assert divergences(joint, excluding).kl_nats == math.inf
     assert divergences(joint, excluding).total_variation == 0.5
 

@@ -1,4 +1,6 @@
-"""Forecasts of decoding from texts alone: exact where everything can be enumerated, and what decoding then measures."""
+"""Forecasts of decoding from texts alone: exact where everything can be enumerated, and what
+decoding then measures.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,12 @@ from random_drafts import random_draft
 
 from cpmtp.acceptance.verification import verify
 from cpmtp.decoding.speculative import speculative_generate
-from cpmtp.forecasting.cycles import forecast_cycles, forecast_from_ratios, kept_along_text, start_probs
+from cpmtp.forecasting.cycles import (
+    forecast_cycles,
+    forecast_from_ratios,
+    kept_along_text,
+    start_probs,
+)
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.language_model import MarkovLanguageModel, sample_sequences
 from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
@@ -32,7 +39,9 @@ def drafts():
 
 @cache
 def cycle_from(known: int, length: int, rule: str) -> list[tuple[tuple[int, ...], float]]:
-    """Emitted blocks of one cycle that drafts `length` tokens, with their probabilities; everything enumerated."""
+    """Emitted blocks of one cycle that drafts `length` tokens, with their probabilities; everything
+    enumerated.
+    """
     return list(_blocks(known, length, rule))
 
 
@@ -48,12 +57,16 @@ def _blocks(known: int, length: int, rule: str):
         chance = float(draft.to_tensor()[path])
         verdict = verify(p, q, tokens, rule)
         for kept, token in itertools.product(range(length + 1), range(VOCAB)):
-            share = float(verdict.accepted_length_probs[kept] * verdict.next_token_probs[kept, token])
+            share = float(
+                verdict.accepted_length_probs[kept] * verdict.next_token_probs[kept, token]
+            )
             yield (*path[:kept], token), chance * share
 
 
 def enumerated_starts(time: int, rule: str) -> torch.Tensor:
-    """(time - 1, vocab): the probability that decoding starts a cycle at a position with a known token there."""
+    """(time - 1, vocab): the probability that decoding starts a cycle at a position with a known
+    token there.
+    """
     found = torch.zeros(time, VOCAB, dtype=torch.float64)
     found[0, 0] = 1
     for t in range(time - 1):
@@ -69,7 +82,10 @@ def ratios_of(texts: torch.Tensor) -> torch.Tensor:
     padded = torch.cat([texts, texts[:, -1:].expand(-1, DRAFTED)], 1)
     known, first, second = (padded[:, k : k + texts.shape[1] - 1] for k in range(3))
     alone = joints.sum(-1)[known, first]
-    found = torch.stack([alone / table[known, first], joints[known, first, second] / alone / table[first, second]], -1)
+    found = torch.stack(
+        [alone / table[known, first], joints[known, first, second] / alone / table[first, second]],
+        -1,
+    )
     found[:, -1, 1] = 0
     return found
 
@@ -89,23 +105,40 @@ def test_the_forecast_weighs_known_tokens_as_cycles_do_and_that_is_what_decoding
     texts, time = 400, 301
     starts = enumerated_starts(time, rule)
     exact = (time - 1) / float(starts.sum())
-    tokens = torch.cat([torch.zeros(texts, 1, dtype=torch.long), sample_sequences(a_chain(), texts, time - 1, seed=4)], 1)
+    tokens = torch.cat(
+        [
+            torch.zeros(texts, 1, dtype=torch.long),
+            sample_sequences(a_chain(), texts, time - 1, seed=4),
+        ],
+        1,
+    )
     forecast = forecast_from_ratios(ratios_of(tokens), rule=rule, confidence=0.9999)
     assert forecast.interval[0] < exact < forecast.interval[1]
-    # Far from both ends the known tokens of cycles follow their stationary law, which is not that of the text.
-    kernel, emitted = torch.zeros(VOCAB, VOCAB, dtype=torch.float64), torch.zeros(VOCAB, dtype=torch.float64)
+    # Far from both ends the known tokens of cycles follow their stationary law, which is not that
+    # of the text.
+    kernel, emitted = (
+        torch.zeros(VOCAB, VOCAB, dtype=torch.float64),
+        torch.zeros(VOCAB, dtype=torch.float64),
+    )
     for known in range(VOCAB):
         for block, chance in cycle_from(known, DRAFTED, rule):
             kernel[known, block[-1]] += chance
             emitted[known] += chance * len(block)
-    of_cycles, of_text = (torch.linalg.matrix_power(law, 1000)[0] for law in (kernel, a_chain().transition))
+    of_cycles, of_text = (
+        torch.linalg.matrix_power(law, 1000)[0] for law in (kernel, a_chain().transition)
+    )
     torch.testing.assert_close(starts[200] / starts[200].sum(), of_cycles, atol=1e-9, rtol=0)
     assert abs(float(of_cycles @ emitted) - exact) < 0.01
     assert not forecast.interval[0] < float(of_text @ emitted) < forecast.interval[1]
     assert abs(forecast.unweighted - float(of_text @ emitted)) < 0.02
     laws = drafts()
     out = speculative_generate(
-        a_chain(), lambda text: laws[int(text[-1])], [torch.tensor([0])] * 60, max_new_tokens=time, rule=rule, seed=2
+        a_chain(),
+        lambda text: laws[int(text[-1])],
+        [torch.tensor([0])] * 60,
+        max_new_tokens=time,
+        rule=rule,
+        seed=2,
     )
     by_row = torch.tensor(out.stats.tokens_per_call_by_row)
     assert abs(out.stats.tokens_per_call - exact) < 4 * float(by_row.std()) / 60**0.5
@@ -119,16 +152,27 @@ def test_a_heads_forecast_is_what_decoding_with_it_measures(anchored, temperatur
     model.lm_head.weight = torch.nn.Parameter(0.05 * torch.randn(5, 96, generator=generator))
     lm = HuggingFaceLanguageModel(model)
     torch.manual_seed(3)
-    head = CPHead(hidden_size=96, vocab_size=5, horizon=3, rank=2, anchored=anchored).attach(lm).requires_grad_(False)
+    head = (
+        CPHead(hidden_size=96, vocab_size=5, horizon=3, rank=2, anchored=anchored)
+        .attach(lm)
+        .requires_grad_(False)
+    )
     prompts = [torch.tensor([1, 2])] * 300
     law = {"temperature": temperature}
-    texts = torch.stack(speculative_generate(lm, None, prompts, max_new_tokens=40, seed=1, **law).sequences)
+    texts = torch.stack(
+        speculative_generate(lm, None, prompts, max_new_tokens=40, seed=1, **law).sequences
+    )
     for rule in ("token", "block"):
         forecast = forecast_cycles(lm, head, texts, start=2, rule=rule, **law)
-        stats = speculative_generate(lm, head, prompts, max_new_tokens=40, rule=rule, seed=5, **law).stats
+        stats = speculative_generate(
+            lm, head, prompts, max_new_tokens=40, rule=rule, seed=5, **law
+        ).stats
         error = float(torch.tensor(stats.tokens_per_call_by_row).std()) / 300**0.5
         forecast_error = (forecast.interval[1] - forecast.tokens_per_call) / 1.96
-        assert abs(stats.tokens_per_call - forecast.tokens_per_call) < 4 * (error**2 + forecast_error**2) ** 0.5
+        assert (
+            abs(stats.tokens_per_call - forecast.tokens_per_call)
+            < 4 * (error**2 + forecast_error**2) ** 0.5
+        )
 
 
 def test_a_perfect_draft_always_earns_the_horizon_but_for_the_texts_end():
@@ -141,7 +185,10 @@ def test_a_perfect_draft_always_earns_the_horizon_but_for_the_texts_end():
     [
         (lambda: forecast_from_ratios(torch.ones(1, 3, 1)), "at least 2"),
         (lambda: forecast_from_ratios(torch.ones(2, 3, 1), rule="greedy"), "unknown rule"),
-        (lambda: forecast_cycles(None, None, torch.zeros(2, 3, dtype=torch.long), start=2), "start 2"),
+        (
+            lambda: forecast_cycles(None, None, torch.zeros(2, 3, dtype=torch.long), start=2),
+            "start 2",
+        ),
     ],
 )
 def test_bad_input_is_refused(call, message):

@@ -21,14 +21,20 @@ SHAPES = [
 
 def a_head(*, hidden_size=12, vocab_size=7, horizon=3, rank=2, **shape) -> CPHead:
     torch.manual_seed(0)
-    head = CPHead(hidden_size=hidden_size, vocab_size=vocab_size, horizon=horizon, rank=rank, **shape)
+    head = CPHead(
+        hidden_size=hidden_size, vocab_size=vocab_size, horizon=horizon, rank=rank, **shape
+    )
     for parameter in head.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape)
-    return head.attach_weights(torch.randn(vocab_size, hidden_size), torch.randn(vocab_size, hidden_size)).eval()
+    return head.attach_weights(
+        torch.randn(vocab_size, hidden_size), torch.randn(vocab_size, hidden_size)
+    ).eval()
 
 
 def base(seed: int = 0) -> HuggingFaceLanguageModel:
-    return HuggingFaceLanguageModel(new_llama(7, width=96, layers=1, window=64, seed=seed), name=f"base{seed}")
+    return HuggingFaceLanguageModel(
+        new_llama(7, width=96, layers=1, window=64, seed=seed), name=f"base{seed}"
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -58,13 +64,19 @@ def test_rank_one_is_independent_heads():
     head, hidden = a_head(rank=1), torch.randn(4, 12)
     product = torch.einsum("bi,bj,bk->bijk", *(f[..., 0] for f in head(hidden).factors))
     assert torch.allclose(head(hidden).to_tensor(), product, atol=1e-6)
-    assert torch.allclose(head.draft(hidden, torch.tensor([0, 1, 2, 3])).factors[0], head(hidden).factors[1])
+    assert torch.allclose(
+        head.draft(hidden, torch.tensor([0, 1, 2, 3])).factors[0], head(hidden).factors[1]
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_head_comes_back_from_its_folder(shape, tmp_path):
     lm = base()
-    head = CPHead(hidden_size=96, vocab_size=7, horizon=3, rank=2, base_sha256=lm.fingerprint, **shape).attach(lm).eval()
+    head = (
+        CPHead(hidden_size=96, vocab_size=7, horizon=3, rank=2, base_sha256=lm.fingerprint, **shape)
+        .attach(lm)
+        .eval()
+    )
     head.save_pretrained(tmp_path)
     again = CPHead.from_pretrained(tmp_path).attach(lm)
     hidden, tokens = torch.randn(2, 96), torch.randint(7, (2,))
@@ -74,7 +86,9 @@ def test_a_head_comes_back_from_its_folder(shape, tmp_path):
 
 def test_a_head_refuses_another_base_model():
     lm = base()
-    head = CPHead(hidden_size=96, vocab_size=7, horizon=3, rank=2, base="base0", base_sha256=lm.fingerprint)
+    head = CPHead(
+        hidden_size=96, vocab_size=7, horizon=3, rank=2, base="base0", base_sha256=lm.fingerprint
+    )
     with pytest.raises(ValueError, match=r"trained on 'base0'.*not on 'base1'"):
         head.attach(base(seed=1))
     other = HuggingFaceLanguageModel(new_llama(9, width=96, layers=1, window=64, seed=0))

@@ -1,4 +1,6 @@
-"""The losses of a head: equal to their naive versions, and to what the exact joint says of the same draft."""
+"""The losses of a head: equal to their naive versions, and to what the exact joint says of the same
+draft.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def a_window(lm, rows=2, length=12):
 
 
 def drafts(lm, head, tokens):
-    """At every position that has a whole horizon after it: the head's law of all tokens given the context."""
+    """At every position that has a whole horizon after it: the head's law of all tokens given the
+    context.
+    """
     for row in tokens:
         for t in range(1, len(row) - head.horizon + 1):
             yield row[:t], row[t : t + head.horizon], head_draft(lm, head, row[:t])
@@ -51,7 +55,9 @@ def test_likelihood_is_the_mean_negative_log_probability_of_what_came(lm, shape)
     hidden, tokens = a_window(lm)
     found = []
     for _, path, draft in drafts(lm, head, tokens):
-        found.append(-(draft[path[0].item()].log_prob(path[1:]) if head.anchored else draft.log_prob(path)))
+        found.append(
+            -(draft[path[0].item()].log_prob(path[1:]) if head.anchored else draft.log_prob(path))
+        )
     loss = head_loss(head, hidden, tokens, lm.unembed, objective="likelihood").loss
     assert loss.item() == pytest.approx(torch.stack(found).mean().item(), abs=1e-4)
 
@@ -77,7 +83,8 @@ def test_survival_is_unbiased_for_the_exact_block_survival(lm, shape):
     head, context = a_head(lm, **shape), torch.tensor([1, 2, 3, 4, 0, 1])
     joint = exact_joint(lm, context, horizon=3)
     exact = implied_acceptance(joint, head_draft(lm, head, context), rule="block").survival
-    # Every continuation of the context, weighted by its probability, seen at the context's last position alone.
+    # Every continuation of the context, weighted by its probability, seen at the context's last
+    # position alone.
     total = torch.zeros(3, dtype=torch.float64)
     paths = torch.cartesian_prod(*[torch.arange(5)] * 3)
     for path in paths:
@@ -96,7 +103,9 @@ def test_chunks_give_the_gradients_of_the_whole(lm, shape, objective, monkeypatc
     for size in (1 << 22, 128):
         monkeypatch.setattr(head_objectives, "_LOGITS_AT_ONCE", size)
         head = a_head(lm, **shape)
-        head_loss(head, hidden, tokens, lm.unembed, objective=objective, balance=0.0).loss.backward()
+        head_loss(
+            head, hidden, tokens, lm.unembed, objective=objective, balance=0.0
+        ).loss.backward()
         gradients.append([p.grad for p in head.parameters()])
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
     assert any(g.abs().max() > 1e-3 for g in gradients[0])
@@ -112,7 +121,9 @@ def test_gradients_agree_with_finite_differences(lm, objective):
     def loss(maps):
         with torch.no_grad():
             head.maps.copy_(maps)
-        return head_loss(head, hidden, tokens, lambda h: lm.unembed(h.float()).double(), objective=objective).loss
+        return head_loss(
+            head, hidden, tokens, lambda h: lm.unembed(h.float()).double(), objective=objective
+        ).loss
 
     loss(head.maps.detach().clone()).backward()
     step = torch.zeros_like(head.maps).flatten()
@@ -131,7 +142,9 @@ def test_balance_is_zero_for_equal_weights_and_positive_otherwise(lm):
     head = CPHead(hidden_size=96, vocab_size=5, horizon=3, rank=2).attach(lm)
 
     def cost():
-        losses = [head_loss(head, hidden, tokens, lm.unembed, balance=b).loss.item() for b in (0.0, 1.0)]
+        losses = [
+            head_loss(head, hidden, tokens, lm.unembed, balance=b).loss.item() for b in (0.0, 1.0)
+        ]
         return losses[1] - losses[0]
 
     assert cost() == pytest.approx(0, abs=1e-5)

@@ -32,7 +32,10 @@ def test_ranks_are_compared_paired_so_that_noise_common_to_a_context_does_not_ma
     quiet = select_rank(study_table(lambda r: 0.4 / r, noise=0.01))
     loud = select_rank(study_table(lambda r: 0.4 / r, noise=0.5))
     common_only = loud.table["shortfall_standard_error"].max()
-    assert common_only < 0.1 * (loud.table["tokens_per_call_high"] - loud.table["tokens_per_call_low"]).max()
+    assert (
+        common_only
+        < 0.1 * (loud.table["tokens_per_call_high"] - loud.table["tokens_per_call_low"]).max()
+    )
     assert quiet.rank == {3: 8}
 
 
@@ -40,7 +43,10 @@ def test_the_tolerance_is_one_standard_error_where_that_is_more_than_one_percent
     table = study_table(lambda r: 0.0, contexts=4, documents=4, noise=2.0)
     choice = select_rank(table)
     row = choice.table[choice.table["rank"] == choice.rank[3]].iloc[0]
-    assert row.shortfall <= max(row.shortfall_standard_error, 0.01 * choice.table["tokens_per_call"].max()) + 1e-12
+    assert (
+        row.shortfall
+        <= max(row.shortfall_standard_error, 0.01 * choice.table["tokens_per_call"].max()) + 1e-12
+    )
     smaller = choice.table[choice.table["rank"] < choice.rank[3]]
     assert not smaller["tolerated"].any()
 
@@ -50,7 +56,9 @@ def test_contexts_of_one_document_count_as_one_for_the_interval():
         table = study_table(lambda r: 0.0, contexts=64, documents=64, noise=0.0)
         by_document = table["context"] % documents
         table["document"] = by_document.astype(str)
-        table["tokens_per_call_block_target"] += np.random.default_rng(1).standard_normal(64)[by_document]
+        table["tokens_per_call_block_target"] += np.random.default_rng(1).standard_normal(64)[
+            by_document
+        ]
         row = select_rank(table).table.iloc[0]
         return row.tokens_per_call_high - row.tokens_per_call_low
 
@@ -108,14 +116,19 @@ def test_side_by_side_and_one_by_one_are_the_same():
     table = study_table(lambda r: 0.4 / r)
     for name, choice in compare_criteria(table, latency=LATENCY).items():
         alone = select_rank(table, name, latency=LATENCY)
-        assert (alone.rank, alone.frequency, alone.horizon) == (choice.rank, choice.frequency, choice.horizon)
+        assert (alone.rank, alone.frequency, alone.horizon) == (
+            choice.rank,
+            choice.frequency,
+            choice.horizon,
+        )
         pd.testing.assert_frame_equal(alone.table, choice.table)
 
 
 def test_a_dearer_component_lowers_the_fastest_rank():
     table = study_table(lambda r: 0.4 / r)
     chosen = [
-        select_rank(table, "throughput", latency=LatencyModel(0.01, 0.01, per_component=c)).rank[3] for c in (1e-6, 1e-4, 3e-3)
+        select_rank(table, "throughput", latency=LatencyModel(0.01, 0.01, per_component=c)).rank[3]
+        for c in (1e-6, 1e-4, 3e-3)
     ]
     assert chosen == sorted(chosen, reverse=True) and len(set(chosen)) == 3
 
@@ -134,8 +147,12 @@ def test_a_planted_elbow_is_found_and_a_straight_line_has_none():
 
 def test_the_interval_is_that_of_scipy_on_contexts_when_every_context_is_a_document():
     table = study_table(lambda r: 0.4 / r, contexts=40, documents=40)
-    values = table[(table["rank"] == 2) & (table["method"] == "em")].sort_values("document")["tokens_per_call_block_target"]
-    drawn = stats.bootstrap((values.to_numpy(),), np.mean, n_resamples=9999, rng=np.random.default_rng(0))
+    values = table[(table["rank"] == 2) & (table["method"] == "em")].sort_values("document")[
+        "tokens_per_call_block_target"
+    ]
+    drawn = stats.bootstrap(
+        (values.to_numpy(),), np.mean, n_resamples=9999, rng=np.random.default_rng(0)
+    )
     expected = drawn.confidence_interval
     row = select_rank(table).table.set_index("rank").loc[2]
     assert row.tokens_per_call_low == pytest.approx(expected.low, abs=0.003)
@@ -143,8 +160,12 @@ def test_the_interval_is_that_of_scipy_on_contexts_when_every_context_is_a_docum
 
 
 def test_paired_gains_say_how_many_contexts_improved():
-    gains = paired_gains(study_table(lambda r: {1: 0.5, 2: 0.2, 4: 0.2, 8: 0.2}[r], noise=0.01)).set_index("rank")
-    assert gains.loc[1, "share_improved"] == 1 and gains.loc[1, "gain"] == pytest.approx(0.3, abs=0.01)
+    gains = paired_gains(
+        study_table(lambda r: {1: 0.5, 2: 0.2, 4: 0.2, 8: 0.2}[r], noise=0.01)
+    ).set_index("rank")
+    assert gains.loc[1, "share_improved"] == 1 and gains.loc[1, "gain"] == pytest.approx(
+        0.3, abs=0.01
+    )
     assert gains.loc[2, "gain_low"] < 0 < gains.loc[2, "gain_high"]
     assert gains.loc[2, "detectable_gain"] > 2 * gains.loc[2, "standard_error"]
 

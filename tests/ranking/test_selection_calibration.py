@@ -1,4 +1,4 @@
-"""How often the choice is right and the intervals cover, on simulated tables whose truth is known."""
+"""How often the choice is right and the intervals cover, on simulated tables of known truth."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from cpmtp.ranking.selection import select_rank
 
 RANKS = (1, 2, 4, 8, 16, 32)
 TRUE_RANK = 8
-# Share of the way from 1 to the ceiling that a rank falls short of: beyond rank 8 half a percent is left in all.
+# Share of the way from 1 to the ceiling that a rank falls short of: beyond rank 8 half a percent is
+# left in all.
 MISSING = np.array([0.20, 0.10, 0.04, 0.005, 0.002, 0.0])
 HORIZON = 3
 
 
-def simulated_table(generator: np.random.Generator, *, contexts: int, documents: int) -> pd.DataFrame:
-    """Contexts differ in how hard they are (skewed, correlated within a document), ranks share the context's difficulty."""
+def simulated_table(
+    generator: np.random.Generator, *, contexts: int, documents: int
+) -> pd.DataFrame:
+    """Contexts differ in how hard they are (skewed, correlated within a document), ranks share the
+    context's difficulty.
+    """
     document = np.arange(contexts) % documents
     hard = generator.gamma(4.0, 0.25, documents)[document] * generator.gamma(4.0, 0.25, contexts)
     ceiling = HORIZON - 0.15 * hard
@@ -39,20 +44,28 @@ def simulated_table(generator: np.random.Generator, *, contexts: int, documents:
 
 
 def true_means() -> np.ndarray:
-    """Expected tokens per call: ``hard`` is a product of two gammas of mean 1 and variance 1/4 each."""
+    """Expected tokens per call: ``hard`` is a product of two gammas of mean 1 and variance 1/4
+    each.
+    """
     second_moment = (1 + 0.25) ** 2
     return HORIZON * (1 - MISSING) - 0.15 * (1 - MISSING * second_moment)
 
 
 def simulate(draws: int, *, contexts: int, documents: int, seed: int) -> tuple[float, float]:
-    """Share of tables whose choice is the true rank, and coverage of the 95 % intervals over all ranks."""
+    """Share of tables whose choice is the true rank, and coverage of the 95 % intervals over all
+    ranks.
+    """
     generator = np.random.default_rng(seed)
     right, covered, truth = 0, 0.0, true_means()
     for draw in range(draws):
-        choice = select_rank(simulated_table(generator, contexts=contexts, documents=documents), seed=draw)
+        choice = select_rank(
+            simulated_table(generator, contexts=contexts, documents=documents), seed=draw
+        )
         right += choice.rank[HORIZON] == TRUE_RANK
         table = choice.table
-        covered += ((table["tokens_per_call_low"] <= truth) & (truth <= table["tokens_per_call_high"])).mean()
+        covered += (
+            (table["tokens_per_call_low"] <= truth) & (truth <= table["tokens_per_call_high"])
+        ).mean()
     return right / draws, covered / draws
 
 
@@ -72,7 +85,9 @@ def test_the_true_rank_is_found_in_a_few_simulated_tables():
 def test_few_clusters_are_warned_about():
     table = simulated_table(np.random.default_rng(0), contexts=64, documents=8)
     assert select_rank(table).few_documents
-    assert not select_rank(simulated_table(np.random.default_rng(0), contexts=64, documents=32)).few_documents
+    assert not select_rank(
+        simulated_table(np.random.default_rng(0), contexts=64, documents=32)
+    ).few_documents
 
 
 @pytest.mark.slow

@@ -97,10 +97,19 @@ def test_two_real_studies_are_compared_from_the_command_line(tmp_path, monkeypat
     small = replace(settings, contexts=3, context_length=4)
     run_study(small, tmp_path / "one", workers=1)
     run_study(replace(small, methods=("em", "hals")), tmp_path / "two", workers=1)
-    arguments = ["cpmtp", "compare", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "c.csv")]
+    arguments = [
+        "cpmtp",
+        "compare",
+        str(tmp_path / "one"),
+        str(tmp_path / "two"),
+        "--out",
+        str(tmp_path / "c.csv"),
+    ]
     monkeypatch.setattr("sys.argv", arguments)
     with pytest.raises(SystemExit) as stopped:
         main()
     shown = capsys.readouterr().out
-    assert not stopped.value.code and "3 shared contexts, paired" in shown and "95 % interval" in shown
+    assert (
+        not stopped.value.code and "3 shared contexts, paired" in shown and "95 % interval" in shown
+    )
     assert len(pd.read_csv(tmp_path / "c.csv")) == 2

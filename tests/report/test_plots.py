@@ -15,9 +15,21 @@ from cpmtp.report import plots
 # Machado, Oliveira and Fernandes 2009, full severity, on linear RGB.
 BLINDNESS = {
     "none": np.eye(3),
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritanopia": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
 }
 TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 
@@ -38,7 +50,10 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-PALETTES = [((*plots.COLOURS, plots.INK), "#ffffff"), ((*plots.DARK_COLOURS, plots.DARK_INK), "#14171b")]
+PALETTES = [
+    ((*plots.COLOURS, plots.INK), "#ffffff"),
+    ((*plots.DARK_COLOURS, plots.DARK_INK), "#14171b"),
+]
 
 
 @pytest.mark.parametrize(("palette", "page"), PALETTES)
@@ -61,7 +76,16 @@ def test_every_plot_takes_axes_and_returns_them():
 
 
 def test_a_waterfall_ends_where_the_head_is():
-    row = pd.Series(dict(exact_limit=3.0, acceptance_fit=2.8, em_fit=2.7, learned=2.1, learned_low=2.0, learned_high=2.2))
+    row = pd.Series(
+        dict(
+            exact_limit=3.0,
+            acceptance_fit=2.8,
+            em_fit=2.7,
+            learned=2.1,
+            learned_low=2.0,
+            learned_high=2.2,
+        )
+    )
     ax = plots.plot_waterfall(row, Figure().add_subplot())
     heights = [patch.get_height() for patch in ax.patches]
     np.testing.assert_allclose(heights, [3.0, 0.2, 0.1, 0.6, 2.1])
@@ -69,7 +93,15 @@ def test_a_waterfall_ends_where_the_head_is():
 
 
 def test_losses_over_ranks_stack_up_to_the_exact_draft():
-    rows = pd.DataFrame(dict(rank=[4, 1], exact_limit=3.0, acceptance_fit=[2.8, 2.4], em_fit=[2.7, 2.3], learned=[2.1, 1.9]))
+    rows = pd.DataFrame(
+        dict(
+            rank=[4, 1],
+            exact_limit=3.0,
+            acceptance_fit=[2.8, 2.4],
+            em_fit=[2.7, 2.3],
+            learned=[2.1, 1.9],
+        )
+    )
     ax = plots.plot_losses_over_rank(rows, Figure().add_subplot())
     heights = np.array([patch.get_height() for patch in ax.patches]).reshape(4, 2)
     np.testing.assert_allclose(heights[0], [1.9, 2.1])
@@ -78,7 +110,12 @@ def test_losses_over_ranks_stack_up_to_the_exact_draft():
 
 def test_the_fastest_cells_are_outlined():
     cells = pd.DataFrame(
-        dict(horizon=[2, 2, 3, 3], rank=[1, 2, 1, 2], speedup=[1.5, 1.6, 1.8, 2.0], fastest_frequency=[0, 0, 0.04, 0.96])
+        dict(
+            horizon=[2, 2, 3, 3],
+            rank=[1, 2, 1, 2],
+            speedup=[1.5, 1.6, 1.8, 2.0],
+            fastest_frequency=[0, 0, 0.04, 0.96],
+        )
     )
     ax = plots.plot_speedup(cells, Figure().add_subplot())
     assert sum(not patch.get_fill() for patch in ax.patches) == 1

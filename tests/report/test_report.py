@@ -20,7 +20,9 @@ QUOTED = """it's a "file".txt"""
 
 
 def hostile_table() -> pd.DataFrame:
-    table = study_table(lambda r: 1 / r).assign(joint_entropy_nats=2.0, survival_coupling_target_1=1.0, domain=QUOTED)
+    table = study_table(lambda r: 1 / r).assign(
+        joint_entropy_nats=2.0, survival_coupling_target_1=1.0, domain=QUOTED
+    )
     table["tokens_per_call_coupling_target"] = table["tokens_per_call_block_target"]
     table.loc[0, ["status", "message"]] = ["failed", f"{HOSTILE} `code` | *star* $x$"]
     return table
@@ -34,14 +36,18 @@ LEARNED = ReportExtras(
             | dict(acceptance_fit=2.9, em_fit=2.85, learned=2.4, learned_low=2.3, learned_high=2.5)
         ]
     ),
-    decoding=pd.DataFrame([dict(rank=4, forecast=2.4, forecast_low=2.3, forecast_high=2.5, measured=2.38)]),
+    decoding=pd.DataFrame(
+        [dict(rank=4, forecast=2.4, forecast_low=2.3, forecast_high=2.5, measured=2.38)]
+    ),
     step_times=pd.DataFrame([dict(label="rank 4", target_seconds=0.01, draft_seconds=0.001)]),
 )
 
 
 @pytest.fixture(scope="module")
 def report_file(tmp_path_factory):
-    return write_report(hostile_table(), MANIFEST, tmp_path_factory.mktemp("report") / "report.html", LEARNED)
+    return write_report(
+        hostile_table(), MANIFEST, tmp_path_factory.mktemp("report") / "report.html", LEARNED
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,9 @@ def page(report_file) -> str:
 
 @pytest.fixture(scope="module")
 def markdown(tmp_path_factory):
-    return write_report(hostile_table(), MANIFEST, tmp_path_factory.mktemp("markdown") / "report.md", LEARNED)
+    return write_report(
+        hostile_table(), MANIFEST, tmp_path_factory.mktemp("markdown") / "report.md", LEARNED
+    )
 
 
 def test_the_first_lines_answer_the_question(page):
@@ -75,7 +83,9 @@ def test_everything_from_outside_is_shown_as_text(page):
 
 
 def test_the_page_needs_nothing_else(page):
-    assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)""", page.replace("xlink:href", "xlink:ref"))
+    assert not re.search(
+        r"""(?:src|href)\s*=\s*["'](?!#)""", page.replace("xlink:href", "xlink:ref")
+    )
     assert not re.search(r"url\((?!#)", page)
     assert "@import" not in page
 
@@ -122,7 +132,9 @@ def test_the_same_table_gives_the_same_page(report_file, tmp_path):
 
 
 def test_without_tables_of_a_head_their_sections_are_left_out(tmp_path):
-    text = write_report(study_table(lambda r: 1 / r), MANIFEST, tmp_path / "a.html").read_text("utf-8")
+    text = write_report(study_table(lambda r: 1 / r), MANIFEST, tmp_path / "a.html").read_text(
+        "utf-8"
+    )
     assert "Forecast against measurement" not in text
     assert "Where tokens per call are lost" not in text
     assert "assumed, not measured" in text
@@ -141,7 +153,15 @@ def test_the_markdown_says_the_same_and_names_figures_that_exist(markdown, page)
 
 def test_the_pilot_plan_says_what_to_measure_when_to_stop_and_what_cannot_change(page):
     plan = page[page.index('id="pilot-plan"') :]
-    for said in ("tokens per call", "throughput", "edits", "cost", "O&#39;Brien", "requests in each arm", "Break-even"):
+    for said in (
+        "tokens per call",
+        "throughput",
+        "edits",
+        "cost",
+        "O&#39;Brien",
+        "requests in each arm",
+        "Break-even",
+    ):
         assert said in plan, said
     assert "law of the output" in plan
 
@@ -159,12 +179,20 @@ _PROBE = """<script>
 const e = document.documentElement;
 const wide = [...document.querySelectorAll("body *")].filter(
   x => !x.closest(".scroll") && x.getBoundingClientRect().right > e.clientWidth + 1);
-parent.postMessage(JSON.stringify({page: e.scrollWidth, window: e.clientWidth, wide: wide.map(x => x.tagName),
+parent.postMessage(JSON.stringify({page: e.scrollWidth, window: e.clientWidth,
+  wide: wide.map(x => x.tagName),
   requests: performance.getEntriesByType("resource").length}), "*");
 </script></body>"""
-_FRAME = """<title></title><script>addEventListener("message", m => { document.title = m.data; })</script>
+_FRAME = """<title></title>
+<script>addEventListener("message", m => { document.title = m.data; })</script>
 <iframe style="width: %dpx; height: 900px; border: 0" src="%s"></iframe>"""
-_QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+_QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+)
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
@@ -174,8 +202,17 @@ def test_a_browser_shows_it_without_overflow_error_or_request(page, tmp_path, wi
     file.write_text(page.replace("</body>", _PROBE), "utf-8")
     frame = tmp_path / "frame.html"
     frame.write_text(_FRAME % (width, file.as_uri()))
-    options = ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
-    options += ["--enable-logging=stderr", "--virtual-time-budget=5000", "--window-size=1300,1000", "--dump-dom"]
+    options = [
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
+    options += [
+        "--enable-logging=stderr",
+        "--virtual-time-budget=5000",
+        "--window-size=1300,1000",
+        "--dump-dom",
+    ]
     command = ["chromium", "--headless", *_QUIET, *options, frame.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = json.loads(re.search(r"<title>(\{.*?\})</title>", done.stdout)[1])

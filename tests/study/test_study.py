@@ -21,7 +21,12 @@ from cpmtp.study.running import read_study, run_study
 from cpmtp.study.table import KEY_COLUMNS, TIMING_COLUMNS, table_columns
 
 TINY = StudySettings(
-    models=("tiny_models:bigram",), horizons=(2, 3), ranks=(1, 2, 4), methods=("als", "em"), contexts=3, context_length=4
+    models=("tiny_models:bigram",),
+    horizons=(2, 3),
+    ranks=(1, 2, 4),
+    methods=("als", "em"),
+    contexts=3,
+    context_length=4,
 )
 
 
@@ -43,8 +48,12 @@ def test_there_is_one_row_per_cell(table):
 
 def test_numbers_in_the_table_keep_their_laws(table):
     em = table[table["method"] == "em"]
-    assert (table["tokens_per_call_token_target"] <= table["tokens_per_call_block_target"] + 1e-9).all()
-    assert (table["tokens_per_call_block_target"] <= table["tokens_per_call_coupling_target"] + 1e-9).all()
+    assert (
+        table["tokens_per_call_token_target"] <= table["tokens_per_call_block_target"] + 1e-9
+    ).all()
+    assert (
+        table["tokens_per_call_block_target"] <= table["tokens_per_call_coupling_target"] + 1e-9
+    ).all()
     assert (table["tokens_per_call_coupling_target"] <= table["horizon"] + 1e-9).all()
     assert (table["survival_block_target_1"] - 1).abs().max() < 1e-12
     rank_one = em[em["rank"] == 1]
@@ -73,7 +82,9 @@ def test_local_processes_give_the_same_table(table, tmp_path, monkeypatch, root)
 
 def test_what_is_finished_is_not_computed_again(tmp_path, monkeypatch):
     first = run_study(TINY, tmp_path, workers=1)
-    monkeypatch.setattr("cpmtp.study.workers.study_unit_rows", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(
+        "cpmtp.study.workers.study_unit_rows", lambda *_: pytest.fail("computed again")
+    )
     pd.testing.assert_frame_equal(run_study(TINY, tmp_path, workers=1), first)
 
 
@@ -94,7 +105,9 @@ def test_the_manifest_names_versions_settings_and_models(tmp_path):
 def test_contexts_are_cut_from_a_corpus_document_by_document(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(name * 50)
-    settings = replace(TINY, models=("tiny_models:characters",), corpus=(str(tmp_path),), contexts=5)
+    settings = replace(
+        TINY, models=("tiny_models:characters",), corpus=(str(tmp_path),), contexts=5
+    )
     units, identity = plan_study(settings)
     assert len({u.document for u in units}) == 3
     assert all(len(set(u.token_ids)) == 1 and len(u.token_ids) == 4 for u in units)
@@ -110,9 +123,13 @@ def test_temperatures_and_anchored_drafts_are_axes_of_the_table(table, tmp_path)
     keys = ["context", "horizon", "rank"]
     # What was there without the axes is there with them: the same contexts, seeds and numbers.
     alone = table[table["method"] == "em"].set_index(keys)["tokens_per_call_block_target"]
-    plain = found[~found["anchored"] & (found["temperature"] == 1)].set_index(keys)["tokens_per_call_block_target"]
+    plain = found[~found["anchored"] & (found["temperature"] == 1)].set_index(keys)[
+        "tokens_per_call_block_target"
+    ]
     pd.testing.assert_series_equal(plain, alone.loc[plain.index])
-    told = found[found["anchored"] & (found["temperature"] == 1)].set_index(keys)["tokens_per_call_block_target"]
+    told = found[found["anchored"] & (found["temperature"] == 1)].set_index(keys)[
+        "tokens_per_call_block_target"
+    ]
     assert (told > plain.loc[told.index]).mean() > 0.5
     assert found[found["anchored"]]["tokens_per_call_block_draft"].isna().all()
     cooler = found.groupby("temperature")["joint_entropy_nats"].mean()
@@ -122,9 +139,16 @@ def test_temperatures_and_anchored_drafts_are_axes_of_the_table(table, tmp_path)
 def test_a_joint_that_is_too_large_becomes_a_tree_with_bounds(tmp_path):
     settings = replace(TINY, methods=("em", "als"), max_bytes=8 * 8 * 6**2, tree_nodes=15)
     found = run_study(settings, tmp_path, workers=1)
-    assert found.groupby("horizon")["joint"].unique().map(list).to_dict() == {2: ["dense"], 3: ["tree"]}
+    assert found.groupby("horizon")["joint"].unique().map(list).to_dict() == {
+        2: ["dense"],
+        3: ["tree"],
+    }
     tree = found[found["joint"] == "tree"]
-    assert set(tree["method"]) == {"em"} and (tree["status"] == "ok").all() and (tree["kept_mass"] < 1).all()
+    assert (
+        set(tree["method"]) == {"em"}
+        and (tree["status"] == "ok").all()
+        and (tree["kept_mass"] < 1).all()
+    )
     assert (tree["tokens_per_call_block_target"] < tree["tokens_per_call_upper_block_target"]).all()
     assert read_study(tmp_path)[1]["models"]["tiny_models:bigram"]["truncated_horizons"] == [3]
     assert len(found) == estimate_study(settings).cells
@@ -137,7 +161,14 @@ def test_domains_stand_side_by_side_with_their_bits_per_byte(tmp_path):
     for name, letters in (("one", "abcdef"), ("two", "aaab")):
         (tmp_path / f"{name}.txt").write_text(letters * 30)
     domains = {"one": tmp_path / "one.txt", "two": tmp_path / "two.txt"}
-    settings = replace(TINY, models=("tiny_models:characters",), domains=domains, methods=("em",), ranks=(1,), contexts=2)
+    settings = replace(
+        TINY,
+        models=("tiny_models:characters",),
+        domains=domains,
+        methods=("em",),
+        ranks=(1,),
+        contexts=2,
+    )
     found = run_study(settings, tmp_path / "out", workers=1)
     assert found.groupby("domain")["context"].nunique().to_dict() == {"one": 2, "two": 2}
     lm = tiny_models.characters()
@@ -148,7 +179,9 @@ def test_domains_stand_side_by_side_with_their_bits_per_byte(tmp_path):
             laws = lm.next_token_log_probs(torch.tensor(unit.token_ids[:-1])[:, None])
             nats -= laws.gather(1, torch.tensor(unit.token_ids[1:])[:, None]).sum().item()
         expected = nats / math.log(2) / (2 * 3)
-        assert found[found["domain"] == domain]["domain_bits_per_byte"].unique() == pytest.approx(expected)
+        assert found[found["domain"] == domain]["domain_bits_per_byte"].unique() == pytest.approx(
+            expected
+        )
 
 
 def test_a_fit_that_breaks_is_a_row_with_a_message(tmp_path, monkeypatch):
@@ -211,8 +244,26 @@ def test_what_cannot_be_studied_is_refused_before_any_work(change, said, tmp_pat
 
 
 def test_a_study_killed_half_way_finishes_with_the_same_table(tmp_path, root):
-    command = [sys.executable, "-m", "cpmtp.cli", "study", "--model", "tiny_models:hidden_markov", "--contexts", "8"]
-    command += ["--context-length", "4", "--ranks", "1,2,4,8", "--methods", "als,em", "--workers", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "cpmtp.cli",
+        "study",
+        "--model",
+        "tiny_models:hidden_markov",
+        "--contexts",
+        "8",
+    ]
+    command += [
+        "--context-length",
+        "4",
+        "--ranks",
+        "1,2,4,8",
+        "--methods",
+        "als,em",
+        "--workers",
+        "1",
+    ]
     environment = os.environ | {"PYTHONPATH": str(root / "tests"), "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen([*command, "--out", tmp_path / "killed"], cwd=root, env=environment)
     parts = tmp_path / "killed" / "parts"
@@ -224,7 +275,12 @@ def test_a_study_killed_half_way_finishes_with_the_same_table(tmp_path, root):
     running.wait()
     assert len(list(parts.glob("[0-9]*.parquet"))) < 8
     for folder in ("killed", "whole"):
-        done = subprocess.run([*command, "--out", tmp_path / folder], cwd=root, env=environment, capture_output=True)
-        assert done.returncode in (0, 1)  # 1: least squares above the true rank is singular, and said to be
+        done = subprocess.run(
+            [*command, "--out", tmp_path / folder], cwd=root, env=environment, capture_output=True
+        )
+        assert done.returncode in (
+            0,
+            1,
+        )  # 1: least squares above the true rank is singular, and said to be
     killed, whole = (read_study(tmp_path / folder)[0] for folder in ("killed", "whole"))
     pd.testing.assert_frame_equal(without_times(killed), without_times(whole))

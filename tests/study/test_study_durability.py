@@ -1,4 +1,6 @@
-"""Whatever happens to a study, its table is whole in the end: killed, interrupted, disk full, damaged parts, lost workers."""
+"""Whatever happens to a study, its table is whole in the end: killed, interrupted, disk full,
+damaged parts, lost workers.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,14 @@ from cpmtp.study.plan import StudySettings, plan_study
 from cpmtp.study.running import read_study, run_study
 from cpmtp.study.table import KEY_COLUMNS, TIMING_COLUMNS
 
-TINY = StudySettings(models=("tiny_models:bigram",), horizons=(2,), ranks=(1, 2), methods=("em",), contexts=4, context_length=4)
+TINY = StudySettings(
+    models=("tiny_models:bigram",),
+    horizons=(2,),
+    ranks=(1, 2),
+    methods=("em",),
+    contexts=4,
+    context_length=4,
+)
 
 
 def without_times(table: pd.DataFrame) -> pd.DataFrame:
@@ -77,7 +86,9 @@ def test_a_part_under_another_ones_name_is_not_believed(table, tmp_path):
     run_study(TINY, tmp_path, workers=1)
     first, second = parts_of(tmp_path)[:2]
     first.write_bytes(second.read_bytes())
-    pd.testing.assert_frame_equal(without_times(run_study(TINY, tmp_path, workers=1)), without_times(table))
+    pd.testing.assert_frame_equal(
+        without_times(run_study(TINY, tmp_path, workers=1)), without_times(table)
+    )
 
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing(table, tmp_path, monkeypatch):
@@ -90,7 +101,9 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(table, tmp_path, monkeypa
         return whole(self, unit, table)
 
     monkeypatch.setattr(StudyFolder, "write", full_once)
-    pd.testing.assert_frame_equal(without_times(run_study(TINY, tmp_path, workers=1)), without_times(table))
+    pd.testing.assert_frame_equal(
+        without_times(run_study(TINY, tmp_path, workers=1)), without_times(table)
+    )
     assert len(parts_of(tmp_path)) == 4 and len(refused) == 1
 
 
@@ -99,7 +112,9 @@ def test_a_part_that_cannot_be_written_is_in_the_table_all_the_same(table, tmp_p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(StudyFolder, "write", full)
-    pd.testing.assert_frame_equal(without_times(run_study(TINY, tmp_path, workers=1)), without_times(table))
+    pd.testing.assert_frame_equal(
+        without_times(run_study(TINY, tmp_path, workers=1)), without_times(table)
+    )
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux's")
@@ -111,8 +126,21 @@ def test_a_full_disk_is_one_line_and_status_one(monkeypatch, capsys, tmp_path):
             file.write("x" * 100_000)
 
     monkeypatch.setattr("cpmtp.study.table.write_atomically", full)
-    arguments = ["cpmtp", "study", "--model", "tiny_models:bigram", "--contexts", "2", "--context-length", "4", "--ranks", "1"]
-    monkeypatch.setattr("sys.argv", [*arguments, "--methods", "em", "--workers", "1", "--out", str(tmp_path)])
+    arguments = [
+        "cpmtp",
+        "study",
+        "--model",
+        "tiny_models:bigram",
+        "--contexts",
+        "2",
+        "--context-length",
+        "4",
+        "--ranks",
+        "1",
+    ]
+    monkeypatch.setattr(
+        "sys.argv", [*arguments, "--methods", "em", "--workers", "1", "--out", str(tmp_path)]
+    )
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 1
@@ -141,14 +169,20 @@ def test_a_context_whose_worker_vanished_is_sent_again(table, tmp_path):
     pd.testing.assert_frame_equal(without_times(found), without_times(table))
 
 
-def test_a_context_that_always_takes_its_worker_down_fails_alone_and_is_tried_again_by_the_next_run(table, tmp_path):
+def test_a_context_that_always_takes_its_worker_down_fails_alone_and_is_tried_again_by_the_next_run(
+    table, tmp_path
+):
     with Forgetful(99) as executor:
         found = run_study(TINY, tmp_path, executor)
     failed = found["context"] == 2
-    assert (found[failed]["status"] == "failed").all() and found[failed]["message"].str.contains("worker gone").all()
+    assert (found[failed]["status"] == "failed").all() and found[failed]["message"].str.contains(
+        "worker gone"
+    ).all()
     columns = [c for c in table if c not in (*TIMING_COLUMNS, "domain_bits_per_byte")]
     pd.testing.assert_frame_equal(found[~failed][columns], table[~failed][columns])
-    pd.testing.assert_frame_equal(without_times(run_study(TINY, tmp_path, workers=1)), without_times(table))
+    pd.testing.assert_frame_equal(
+        without_times(run_study(TINY, tmp_path, workers=1)), without_times(table)
+    )
 
 
 def test_an_executor_that_takes_no_work_leaves_failed_rows(tmp_path):
@@ -160,7 +194,10 @@ def test_an_executor_that_takes_no_work_leaves_failed_rows(tmp_path):
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
     identity = plan_study(TINY)[1]
-    with StudyFolder.opened(tmp_path, TINY, identity), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"):
+    with (
+        StudyFolder.opened(tmp_path, TINY, identity),
+        pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"),
+    ):
         run_study(TINY, tmp_path, workers=1)
     assert len(run_study(TINY, tmp_path, workers=1)) == 8
 
@@ -168,7 +205,9 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
 def test_another_text_under_the_same_name_is_another_study(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abcdef" * 20)
-    settings = replace(TINY, models=("tiny_models:characters",), domains={"letters": text}, contexts=2)
+    settings = replace(
+        TINY, models=("tiny_models:characters",), domains={"letters": text}, contexts=2
+    )
     run_study(settings, tmp_path / "out", workers=1)
     text.write_text("fedcba" * 20)
     with pytest.raises(ValueError, match="the texts of domain 'letters' itself"):
@@ -188,13 +227,44 @@ def test_another_model_under_the_same_name_is_another_study(tmp_path, monkeypatc
     open_language_model.cache_clear()
 
 
-COMMAND = [sys.executable, "-m", "cpmtp.cli", "study", "--model", "tiny_models:hidden_markov", "--contexts", "24"]
-COMMAND += ["--context-length", "4", "--horizons", "2", "--ranks", "1,2", "--methods", "em", "--quiet", "--workers", "2"]
+COMMAND = [
+    sys.executable,
+    "-m",
+    "cpmtp.cli",
+    "study",
+    "--model",
+    "tiny_models:hidden_markov",
+    "--contexts",
+    "24",
+]
+COMMAND += [
+    "--context-length",
+    "4",
+    "--horizons",
+    "2",
+    "--ranks",
+    "1,2",
+    "--methods",
+    "em",
+    "--quiet",
+    "--workers",
+    "2",
+]
 
 
 def started(root, out, **options):
-    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*COMMAND, "--out", out], cwd=root, env=environment, stderr=subprocess.PIPE, text=True, **options)
+    environment = os.environ | {
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.Popen(
+        [*COMMAND, "--out", out],
+        cwd=root,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def wait_for_parts(running, out, count: int) -> None:
@@ -220,8 +290,12 @@ LONGER = replace(TINY, models=("tiny_models:hidden_markov",), contexts=24)
 
 
 def run_in_a_process(out, workers: int):
-    """A study in a process of its own that has everything imported already; its moments are those of the work."""
-    process = multiprocessing.get_context("fork").Process(target=run_study, args=(LONGER, out), kwargs={"workers": workers})
+    """A study in a process of its own that has everything imported already; its moments are those
+    of the work.
+    """
+    process = multiprocessing.get_context("fork").Process(
+        target=run_study, args=(LONGER, out), kwargs={"workers": workers}
+    )
     process.start()
     return process
 
@@ -288,18 +362,31 @@ def children_of(pid: int) -> list[psutil.Process]:
 @pytest.mark.slow
 def test_a_dask_cluster_that_loses_a_worker_gives_the_same_table(table, tmp_path, root):
     distributed = pytest.importorskip("distributed")
-    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+    }
     base = [sys.executable, "-m", "distributed.cli"]
     address_file = tmp_path / "scheduler.json"
     options = ["--scheduler-file", str(address_file), "--no-dashboard"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
-    scheduler = [*base[:2], "distributed.cli.dask_scheduler", *options, "--host", "127.0.0.1", "--port", "0"]
+    scheduler = [
+        *base[:2],
+        "distributed.cli.dask_scheduler",
+        *options,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+    ]
     worker = [*base[:2], "distributed.cli.dask_worker", *options, "--nthreads", "1", "--no-nanny"]
     running = [subprocess.Popen(command, **quiet) for command in (scheduler, worker, worker)]
     settings = replace(TINY, models=("tiny_models:hidden_markov",), horizons=(2, 3), contexts=24)
     expected = run_study(settings, tmp_path / "local", workers=1)
     try:
-        with distributed.Client(scheduler_file=str(address_file), timeout="60s", set_as_default=False) as client:
+        with distributed.Client(
+            scheduler_file=str(address_file), timeout="60s", set_as_default=False
+        ) as client:
             client.wait_for_workers(2, timeout=60)
             killer = ThreadPoolExecutor(1)
             killed = killer.submit(kill_when, running[1], tmp_path / "dask", 3)

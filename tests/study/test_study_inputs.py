@@ -1,4 +1,6 @@
-"""Bad input is refused in one line before any work, through Python and the command line; good input runs."""
+"""Bad input is refused in one line before any work, through Python and the command line; good input
+runs.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +128,18 @@ def test_bad_calls_are_value_errors(call, said, tmp_path):
     assert said in str(error.value) and not (tmp_path / "out").exists()
 
 
-BASE = ("--model", "tiny_models:bigram", "--contexts", "1", "--context-length", "3", "--methods", "em", "--workers", "1")
+BASE = (
+    "--model",
+    "tiny_models:bigram",
+    "--contexts",
+    "1",
+    "--context-length",
+    "3",
+    "--methods",
+    "em",
+    "--workers",
+    "1",
+)
 BAD_COMMANDS = [
     (("study", *BASE, "--ranks", "0"), "rank 0"),
     (("study", *BASE, "--ranks", "1,two"), "--ranks '1,two'"),
@@ -206,7 +219,9 @@ VALID = {
     "max_bytes": some([4_000_000_000, 20_000]),
     "seed": st.integers(-(2**40), 2**40),
 }
-quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @quick
@@ -224,7 +239,9 @@ def test_valid_settings_run(tmp_path_factory, change):
 
 @quick
 @given(st.fixed_dictionaries({}, optional=VALID), some([*BAD_SETTINGS, *BAD_STUDIES]))
-def test_whatever_else_is_said_one_bad_value_is_refused_before_any_work(tmp_path_factory, change, bad):
+def test_whatever_else_is_said_one_bad_value_is_refused_before_any_work(
+    tmp_path_factory, change, bad
+):
     out = tmp_path_factory.mktemp("bad") / "out"
     with pytest.raises(ValueError):
         run_study(StudySettings(**SMALL | change | {"methods": ("als",)} | bad[0]), out, workers=1)

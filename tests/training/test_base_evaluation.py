@@ -30,7 +30,9 @@ def test_bits_per_byte_is_the_chain_rule_over_every_token(lm):
         context = ids[max(0, scored + 1 - 32) : scored]
         nats -= lm.next_token_log_probs(context[None])[0, ids[scored]].item()
     expected = nats / math.log(2) / len(TEXT.encode())
-    assert bits_per_byte(lm.model, lm.tokenizer, [Document("a", TEXT)], stride=1) == pytest.approx(expected, rel=1e-5)
+    assert bits_per_byte(lm.model, lm.tokenizer, [Document("a", TEXT)], stride=1) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("stride", [1, 7, 16, 31])
@@ -48,13 +50,17 @@ def test_every_token_is_scored_once_whatever_the_stride(lm, stride):
 
     tokens = len(lm.encode_document(TEXT))
     expected = tokens * math.log2(lm.vocab_size) / len(TEXT)
-    assert bits_per_byte(Uniform(), lm.tokenizer, [Document("a", TEXT)], stride=stride) == pytest.approx(expected)
+    assert bits_per_byte(
+        Uniform(), lm.tokenizer, [Document("a", TEXT)], stride=stride
+    ) == pytest.approx(expected)
 
 
 @pytest.mark.skipif(shutil.which("xz") is None, reason="xz is not installed")
 def test_the_compressor_is_xz(tmp_path):
     (tmp_path / "a").write_text(TEXT)
-    size = len(subprocess.run(["xz", "-9e", "-c", tmp_path / "a"], capture_output=True, check=True).stdout)
+    size = len(
+        subprocess.run(["xz", "-9e", "-c", tmp_path / "a"], capture_output=True, check=True).stdout
+    )
     assert xz_bits_per_byte([Document("a", TEXT)]) == pytest.approx(8 * size / len(TEXT), rel=0.02)
 
 

@@ -47,7 +47,9 @@ def test_training_earns_more_tokens_per_call(lm, anchored):
     tokens = lm.sample_tokens(64, 24, seed=5)
     untrained = train_head(lm, TINY, steps=1, anchored=anchored)
     trained = train_head(lm, TINY, steps=150, anchored=anchored, sequences=64)
-    before, after = (held_out_survival(lm, head, tokens).sum(1).mean() for head in (untrained, trained))
+    before, after = (
+        held_out_survival(lm, head, tokens).sum(1).mean() for head in (untrained, trained)
+    )
     assert after > before + 0.3
 
 
@@ -61,7 +63,9 @@ def test_a_training_stopped_and_resumed_ends_with_the_same_weights(lm, tmp_path)
         train_head(lm, TINY, out=tmp_path / "stopped", checkpoint_seconds=0.0, callback=stop)
     train_head(lm, TINY, out=tmp_path / "stopped")
     assert weights(tmp_path / "whole") == weights(tmp_path / "stopped")
-    rows = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("whole", "stopped")]
+    rows = [
+        (tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("whole", "stopped")
+    ]
     assert [r.split(",")[0::2] for r in rows[0]] == [r.split(",")[0::2] for r in rows[1]]
     assert not (tmp_path / "stopped" / "checkpoint.safetensors").exists()
 
@@ -81,14 +85,20 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(root, tmp_path):
     script = TRAIN.format(tests=str(root / "tests" / "training"))
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, env=environment)
-    process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True, env=environment)
+    subprocess.run(
+        [*command, str(tmp_path / "whole")], check=True, capture_output=True, env=environment
+    )
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True, env=environment
+    )
     while process.stdout.readline().strip() != "6":
         assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "model.safetensors").exists()
-    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True, env=environment)
+    subprocess.run(
+        [*command, str(tmp_path / "killed")], check=True, capture_output=True, env=environment
+    )
     assert weights(tmp_path / "whole") == weights(tmp_path / "killed")
 
 
@@ -97,7 +107,9 @@ def test_heads_trained_side_by_side_are_those_trained_alone(lm):
     together = train_heads(lm, settings)
     for head, setting in zip(together, settings, strict=True):
         alone = train_head(lm, setting)
-        assert all(torch.equal(a, b) for a, b in zip(head.parameters(), alone.parameters(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(head.parameters(), alone.parameters(), strict=True)
+        )
 
 
 def test_heads_with_other_data_are_not_trained_side_by_side(lm):
@@ -118,7 +130,13 @@ def test_a_checkpoint_of_other_settings_is_refused(lm, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_head(lm, TINY, out=tmp_path, checkpoint_seconds=0.0, callback=lambda step, out: step == 2 and stop(step, out))
+        train_head(
+            lm,
+            TINY,
+            out=tmp_path,
+            checkpoint_seconds=0.0,
+            callback=lambda step, out: step == 2 and stop(step, out),
+        )
     with pytest.raises(ValueError, match="other settings"):
         train_head(lm, TINY, out=tmp_path, rank=3)
     file = tmp_path / "checkpoint.safetensors"
@@ -137,7 +155,9 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(lm, tmp_pa
 
     broken.calls = 0
     monkeypatch.setattr(head_training, "head_loss", broken)
-    with pytest.raises(ValueError, match=r"loss is nan at step 3, windows \[\d.*lower the learning rate"):
+    with pytest.raises(
+        ValueError, match=r"loss is nan at step 3, windows \[\d.*lower the learning rate"
+    ):
         train_head(lm, TINY, out=tmp_path, checkpoint_seconds=0.0)
     checkpoint = load_file(tmp_path / "checkpoint.safetensors")
     assert all(torch.isfinite(value.float()).all() for value in checkpoint.values())
@@ -150,7 +170,10 @@ def test_windows_longer_than_the_models_are_refused(lm):
         train_head(lm, TINY, length=3)
 
 
-@pytest.mark.parametrize("bad", [{"objective": "luck"}, {"steps": 0}, {"seconds": -1.0}, {"learning_rate": 0.0}, {"rank": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"objective": "luck"}, {"steps": 0}, {"seconds": -1.0}, {"learning_rate": 0.0}, {"rank": 0}],
+)
 def test_settings_out_of_range_are_refused(lm, bad):
     with pytest.raises(ValueError, match=r"expected|unknown"):
         train_head(lm, TINY, **bad)
@@ -161,20 +184,28 @@ def test_text_is_cut_into_windows():
         def encode_document(self, text):
             return torch.tensor([ord(c) for c in text])
 
-    assert windows_of_text(Letters(), ["abcde", "fg", "h"], 2).tolist() == [[97, 98], [99, 100], [102, 103]]
+    assert windows_of_text(Letters(), ["abcde", "fg", "h"], 2).tolist() == [
+        [97, 98],
+        [99, 100],
+        [102, 103],
+    ]
     with pytest.raises(ValueError, match="no text is 9 tokens long"):
         windows_of_text(Letters(), ["abc"], 9)
 
 
 @pytest.mark.parametrize("anchored", [True, False])
 def test_a_head_with_enough_capacity_reaches_the_fit_of_one_context(anchored):
-    """What the fit finds, the module can represent: trained on every continuation of one context."""
+    """What the fit finds, the module can represent: trained on all continuations of a context."""
     lm = a_model(seed=2)
     context = torch.tensor([1, 4, 2, 0, 5])
     joint = exact_joint(lm, context, horizon=3)
-    ceiling = implied_acceptance(joint, fit(joint, rank=2, method="em", anchored=anchored, restarts=4).distribution)
+    ceiling = implied_acceptance(
+        joint, fit(joint, rank=2, method="em", anchored=anchored, restarts=4).distribution
+    )
     torch.manual_seed(0)
-    head = CPHead(hidden_size=96, vocab_size=VOCAB, horizon=3, rank=2, anchored=anchored, blocks=1).attach(lm)
+    head = CPHead(
+        hidden_size=96, vocab_size=VOCAB, horizon=3, rank=2, anchored=anchored, blocks=1
+    ).attach(lm)
     hidden = lm.hidden_states(context[None])[0, -1]
     paths = torch.cartesian_prod(*[torch.arange(VOCAB)] * 3)
     law = joint.probs.flatten().float()
@@ -182,7 +213,9 @@ def test_a_head_with_enough_capacity_reaches_the_fit_of_one_context(anchored):
     for _ in range(400):
         if anchored:
             each = head(hidden.expand(VOCAB, -1), torch.arange(VOCAB))
-            found = torch.stack([each[x].log_prob(paths[paths[:, 0] == x][:, 1:]) for x in range(VOCAB)]).flatten()
+            found = torch.stack(
+                [each[x].log_prob(paths[paths[:, 0] == x][:, 1:]) for x in range(VOCAB)]
+            ).flatten()
         else:
             found = head(hidden).log_prob(paths)
         loss = -(law * found).sum()
@@ -194,11 +227,19 @@ def test_a_head_with_enough_capacity_reaches_the_fit_of_one_context(anchored):
 
 
 def test_the_waterfall_adds_up_and_falls(lm):
-    heads = train_heads(lm, [HeadTrainingSettings(**(vars(TINY) | {"anchored": a, "steps": 30})) for a in (True, False)])
+    heads = train_heads(
+        lm,
+        [
+            HeadTrainingSettings(**(vars(TINY) | {"anchored": a, "steps": 30}))
+            for a in (True, False)
+        ],
+    )
     contexts = {f"c{i}": row for i, row in enumerate(lm.sample_tokens(3, 6, seed=9))}
     table = waterfall(lm, heads, contexts)
     assert len(table) == 6
     total = table[["rank_gap", "objective_gap", "learning_gap", "learned"]].sum(axis=1)
-    assert torch.allclose(torch.tensor(total.to_numpy()), torch.full((6,), 3.0, dtype=torch.float64))
+    assert torch.allclose(
+        torch.tensor(total.to_numpy()), torch.full((6,), 3.0, dtype=torch.float64)
+    )
     assert (table["acceptance_fit"] >= table["em_fit"] - 1e-9).all()
     assert (table["acceptance_fit"] >= table["learned"] - 0.05).all()

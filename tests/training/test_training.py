@@ -12,14 +12,18 @@ from cpmtp.pretrained import load_language_model
 from cpmtp.training.base_models import BaseTrainingSettings, learning_rate_factor, train_base
 from cpmtp.training.muon import orthogonalise
 
-TINY = BaseTrainingSettings(steps=6, windows_per_step=2, window=32, width=96, layers=1, warmup=2, merges=2)
+TINY = BaseTrainingSettings(
+    steps=6, windows_per_step=2, window=32, width=96, layers=1, warmup=2, merges=2
+)
 
 
 @pytest.fixture
 def library(monkeypatch):
     """A standard library of a few lines, so that a training takes seconds."""
     documents = [Document(f"{i}.py", f"def f{i}(x):\n    return x + {i}\n" * 8) for i in range(40)]
-    monkeypatch.setattr("cpmtp.training.base_models.standard_library_documents", lambda domain: documents)
+    monkeypatch.setattr(
+        "cpmtp.training.base_models.standard_library_documents", lambda domain: documents
+    )
 
 
 def test_a_training_stopped_and_resumed_ends_with_the_same_weights(library, tmp_path):
@@ -32,7 +36,9 @@ def test_a_training_stopped_and_resumed_ends_with_the_same_weights(library, tmp_
         train_base("code", tmp_path / "stopped", TINY, checkpoint_seconds=0.0, callback=stop)
     assert (tmp_path / "stopped" / "checkpoint.safetensors").is_file()
     train_base("code", tmp_path / "stopped", TINY)
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    weights = [
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")
+    ]
     assert weights[0] == weights[1]
     assert not (tmp_path / "stopped" / "checkpoint.safetensors").exists()
 
@@ -44,14 +50,18 @@ def test_a_checkpoint_of_other_settings_is_refused(library, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train_base("code", tmp_path, TINY, checkpoint_seconds=0.0, callback=stop)
-    other = BaseTrainingSettings(steps=6, windows_per_step=2, window=32, width=96, layers=2, warmup=2, merges=2)
+    other = BaseTrainingSettings(
+        steps=6, windows_per_step=2, window=32, width=96, layers=2, warmup=2, merges=2
+    )
     with pytest.raises(ValueError, match="other settings"):
         train_base("code", tmp_path, other)
 
 
 def test_training_lowers_the_loss_and_writes_its_recipe(library, tmp_path):
     losses = []
-    settings = BaseTrainingSettings(steps=40, windows_per_step=4, window=32, width=96, layers=1, warmup=2, merges=2)
+    settings = BaseTrainingSettings(
+        steps=40, windows_per_step=4, window=32, width=96, layers=1, warmup=2, merges=2
+    )
     result = train_base("code", tmp_path, settings, callback=lambda step, loss: losses.append(loss))
     assert losses[-1] < 0.5 * losses[0]
     recipe = json.loads((tmp_path / "recipe.json").read_text())

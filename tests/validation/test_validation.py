@@ -1,4 +1,6 @@
-"""The validation at its smallest size, every stage of it; and the way it trains a base model of its own."""
+"""The validation at its smallest size, every stage of it; and the way it trains a base model of its
+own.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ main()
 def finished(tmp_path_factory):
     """The command line's tiny preset, on a machine without TensorLy."""
     folder = tmp_path_factory.mktemp("validation")
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TENSORLY, str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TENSORLY, str(folder)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "report" in done.stdout, done.stdout + done.stderr
     return folder
@@ -42,7 +46,13 @@ def _error(table, name):
 
 def test_few_files_come_out_and_none_is_large(finished):
     files = list((finished / "results").iterdir())
-    assert {f.name for f in files} >= {"report.html", "summary.json", "decoding.parquet", "heads.parquet", "overhead.parquet"}
+    assert {f.name for f in files} >= {
+        "report.html",
+        "summary.json",
+        "decoding.parquet",
+        "heads.parquet",
+        "overhead.parquet",
+    }
     assert len(files) <= 8
     assert all(f.stat().st_size < 16e6 for f in files)
 
@@ -106,17 +116,42 @@ def test_the_gpu_preset_without_a_gpu_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA"))]
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+        ),
+    ],
 )
 def test_bases_of_its_own_and_all_that_follows_work_at_a_small_size(tmp_path, device):
-    training = BaseTrainingSettings(seconds=3.0, windows_per_step=4, window=64, width=96, layers=1, bfloat16=True)
+    training = BaseTrainingSettings(
+        seconds=3.0, windows_per_step=4, window=64, width=96, layers=1, bfloat16=True
+    )
     bases = tuple(
-        BasePlan(f"base{v}", vocab_size=v, training=training, corpus_bytes=600_000, held_out_bytes=20_000) for v in (300, 257)
+        BasePlan(
+            f"base{v}", vocab_size=v, training=training, corpus_bytes=600_000, held_out_bytes=20_000
+        )
+        for v in (300, 257)
     )
     preset = replace(
-        PRESETS["tiny"], device=device, dtype="bfloat16", bases=bases, horizons=(3,), ranks=(1,), head_seconds=1.0, windows=8,
-        window=32, prompts=4, prompt=8, new_tokens=8, batches=(2,), temperatures=(1.0,), widths=(96,), law_rows=50,
-    )  # fmt: skip
+        PRESETS["tiny"],
+        device=device,
+        dtype="bfloat16",
+        bases=bases,
+        horizons=(3,),
+        ranks=(1,),
+        head_seconds=1.0,
+        windows=8,
+        window=32,
+        prompts=4,
+        prompt=8,
+        new_tokens=8,
+        batches=(2,),
+        temperatures=(1.0,),
+        widths=(96,),
+        law_rows=50,
+    )
     done = validate(preset, tmp_path)
     assert done.finished
     table = pd.read_parquet(tmp_path / "parts" / "bases-base300.parquet")
