@@ -1,4 +1,4 @@
-"""Which rank does a multi-token prediction head need, and what will it buy?
+"""Which draft head a language model needs, what it will earn, and what it buys.
 
 Public names are loaded when they are first used, so that ``import cpmtp`` costs hardly more than
 ``import torch``.

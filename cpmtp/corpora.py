@@ -32,7 +32,7 @@ _SHORTEST_DOCSTRING_FILE = 200
 
 @dataclass(frozen=True)
 class Document:
-    """One file's text.
+    r"""One file's text.
 
     Attributes
     ----------

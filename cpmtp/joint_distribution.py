@@ -83,10 +83,12 @@ class JointDistribution:
 
     @property
     def vocab_size(self) -> int:
+        """Number of token ids."""
         return self.probs.shape[-1]
 
     @property
     def batch_shape(self) -> torch.Size:
+        """Axes before the token axes."""
         return self.probs.shape[: self.probs.ndim - self.horizon]
 
     def prefix_probs(self, length: int) -> Float[Tensor, "..."]:

@@ -108,11 +108,13 @@ class MarkovLanguageModel:
 
     @property
     def vocab_size(self) -> int:
+        """Number of token ids."""
         return self.initial.shape[-1]
 
     def next_token_log_probs(
         self, token_ids: Int[Tensor, "batch time"]
     ) -> Float[Tensor, "batch vocab"]:
+        """Log-probabilities (nats) of the token that follows each row."""
         if token_ids.shape[1] == 0:
             return self.initial.log().expand(len(token_ids), -1)
         return self.transition[token_ids[:, -1]].log()
@@ -151,11 +153,13 @@ class HiddenMarkovLanguageModel:
 
     @property
     def vocab_size(self) -> int:
+        """Number of token ids."""
         return self.emission.shape[1]
 
     def next_token_log_probs(
         self, token_ids: Int[Tensor, "batch time"]
     ) -> Float[Tensor, "batch vocab"]:
+        """Log-probabilities (nats) of the token that follows each row."""
         state = self.initial.expand(len(token_ids), -1)
         for t in range(token_ids.shape[1]):
             seen = state * self.emission[:, token_ids[:, t]].T

@@ -91,6 +91,7 @@ class PrefixTree:
 
     @property
     def horizon(self) -> int:
+        """Number of tokens."""
         return len(self.levels)
 
     @property

@@ -38,6 +38,7 @@ _LOGITS_AT_ONCE = 1 << 24  # entries of one pass's logits
 _TREE_ATTENTION = "cpmtp_tree"
 # What some architectures ask of their attention beyond softmax over all they see.
 _ATTENTION_VARIANTS = ("softcap", "s_aux", "sliding_window", "position_bias", "alibi")
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 _ALPHABET = "\t\n" + "".join(chr(c) for c in range(32, 127))
 
 
@@ -70,10 +71,16 @@ class HuggingFaceLanguageModel:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.max_context: int | None = _window(model.config)
         self._context_cache: tuple[tuple[int, ...], Cache, Tensor] | None = None
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        arguments = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in arguments
+        # What the key/value cache is called changed from one release of transformers to the next.
+        self.cache_name = next(
+            (name for name in _CACHE_NAMES if name in arguments), _CACHE_NAMES[0]
+        )
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.model.device
 
     @property
@@ -175,10 +182,9 @@ class HuggingFaceLanguageModel:
         cache, last, drawn = None, tokens, []
         for _ in range(length):
             if self.shares_prefixes:
-                out = self.model(
-                    input_ids=last.to(self.device), past_key_values=cache, use_cache=True
-                )
-                cache, logits = out.past_key_values, out.logits[:, -1]
+                inputs = {"input_ids": last.to(self.device), self.cache_name: cache}
+                out = self.model(**inputs, use_cache=True)
+                cache, logits = out[self.cache_name], out.logits[:, -1]
             else:
                 logits = self._forward(tokens, keep=1)[:, -1]
             law = self._log_probs(logits / max(temperature, 1e-6)).exp()
@@ -265,8 +271,12 @@ class HuggingFaceLanguageModel:
             position_ids=(seen + tree.depths)[None].to(self.device),
             # A 4-D mask is handed to the attention as it is: here it carries the tree.
             attention_mask=tree.lineage[None, None].to(self.device),
-            past_key_values=DynamicCache([(layer.keys, layer.values) for layer in cache.layers]),
             use_cache=True,
+            **{
+                self.cache_name: DynamicCache(
+                    [(layer.keys, layer.values) for layer in cache.layers]
+                )
+            },
             **({"logits_to_keep": count} if self._keeps_logits else {}),
         )
         return self._log_probs(out.logits[0, -count:])
@@ -292,7 +302,7 @@ class HuggingFaceLanguageModel:
         key = tuple(context.tolist())
         if self._context_cache is None or self._context_cache[0] != key:
             out = self.model(input_ids=context[None].to(self.device), use_cache=True)
-            self._context_cache = (key, out.past_key_values, self._log_probs(out.logits[:, -1]))
+            self._context_cache = (key, out[self.cache_name], self._log_probs(out.logits[:, -1]))
         return self._context_cache[1:]
 
     def _forward(self, token_ids: Tensor, keep: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Writes results.md and its figures from the stored studies: python docs/make_results.py [FOLDER]"""
+"""Writes results.md and its figures from the stored studies: python docs/make_results.py [FOLDER]."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 
-with install_import_hook("cpmtp", "beartype.beartype"):
-    pass
+# Without ``with``: the hook must still be there when the tests import the package.
+install_import_hook("cpmtp", "typechecker.checked")
 
 
 ROOT = Path(importlib.util.find_spec("cpmtp").origin).parents[1]

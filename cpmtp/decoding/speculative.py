@@ -58,7 +58,7 @@ class Generation:
 def speculative_generate(
     lm: Any,
     draft: CPHead | ContextDraft | None,
-    token_ids: Int[Tensor, " time"] | Sequence[Int[Tensor, " time"]],
+    token_ids: Int[Tensor, " time"] | Sequence[Int[Tensor, " _"]],
     *,
     max_new_tokens: int = 200,
     rule: str = "block",

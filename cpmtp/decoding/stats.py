@@ -44,11 +44,12 @@ class GenerationStats:
 
     @property
     def tokens_per_second(self) -> float:
+        """New tokens over the whole run's seconds; 0 where no time was taken."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
     def accepted_per_position(self) -> tuple[int, ...]:
-        """In how many cycles of a row the k-th drafted token was accepted, k = 1, 2, …"""
+        """In how many cycles of a row the k-th drafted token was accepted, k = 1, 2, …."""
         return tuple(int(c) for c in np.cumsum(self.accepted_counts[::-1])[::-1][1:])
 
     def latency(self, quantile: float) -> float:
@@ -84,6 +85,7 @@ class Recorder:
                 file.write(json.dumps(line) + "\n")
 
     def finish(self, seconds: float, tokens: int) -> GenerationStats:
+        """The run's numbers from what was collected."""
         table = np.array(self.accepted, dtype=int).reshape(-1, self.rows)
         running = table >= 0
         emitted = np.where(running, table + 1, 0)

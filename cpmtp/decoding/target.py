@@ -30,7 +30,7 @@ class CachedTarget:
         self._added = 0
         self._only_unembeds = False
 
-    def begin(self, prompts: Sequence[Int[Tensor, " time"]]) -> tuple[Tensor, Tensor]:
+    def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, Tensor]:
         """Read the prompts; scores (batch, vocab) after each and the hidden state (batch, hidden)
         they come from.
         """
@@ -85,7 +85,7 @@ class CachedTarget:
             "position_ids": positions.to(device),
             "attention_mask": mask,
         }
-        inputs |= {"past_key_values": self._cache, "use_cache": True}
+        inputs |= {lm.cache_name: self._cache, "use_cache": True}
         if self._only_unembeds:
             hidden = lm.model.base_model(**inputs).last_hidden_state
             return lm.unembed(hidden), hidden
@@ -100,11 +100,13 @@ class PlainTarget:
         self._lm, self._added, self.device = lm, 0, torch.device("cpu")
         self._texts: list[Tensor] = []
 
-    def begin(self, prompts: Sequence[Int[Tensor, " time"]]) -> tuple[Tensor, None]:
+    def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, None]:
+        """Scores (batch, vocab) after each prompt."""
         self._texts = list(prompts)
         return torch.stack([self._law(text) for text in self._texts]), None
 
     def extend(self, tokens: Int[Tensor, "batch count"]) -> tuple[Tensor, None]:
+        """Scores (batch, count, vocab) after each of some more tokens."""
         laws = []
         for row, text in enumerate(self._texts):
             laws.append(
@@ -122,6 +124,7 @@ class PlainTarget:
         return torch.stack(laws), None
 
     def keep(self, counts: Int[Tensor, " batch"]) -> None:
+        """Only the first `counts` tokens of the last extension stay."""
         self._texts = [
             text[: len(text) - self._added + int(c)]
             for text, c in zip(self._texts, counts, strict=True)

@@ -132,7 +132,8 @@ def _squarem_cycle(
 ) -> tuple[Mixtures, Counts, Tensor, list[int]]:
     """Next mixtures with their counts, the new step limits, and the passes over the joint this took
     (3 after a
-    rejected point, otherwise 2)."""
+    rejected point, otherwise 2).
+    """
     current, counts_here = here
     once = m_step(counts_here, current)
     counts_once = expected_counts(targets, once, with_kl=False)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -128,10 +128,13 @@ class Targets:
         return len(self.owner)
 
 
+@runtime_checkable
 class CountingTargets(Protocol):
     """Targets that are no matrices and do their own expectation step."""
 
-    def expected_counts(self, mixtures: Mixtures) -> Counts: ...
+    def expected_counts(self, mixtures: Mixtures) -> Counts:
+        """Do the expectation step for every run."""
+        ...
 
     def __getitem__(self, runs) -> CountingTargets: ...
 

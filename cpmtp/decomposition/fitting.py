@@ -164,6 +164,7 @@ class Problem:
 
     @classmethod
     def of(cls, joint: JointDistribution, anchored: bool) -> Problem:
+        """What there is to fit of a joint."""
         given = joint.given_first_token() if anchored else joint
         shape = (-1, *(joint.vocab_size,) * given.horizon)
         flat = JointDistribution(given.probs.reshape(shape), given.horizon)

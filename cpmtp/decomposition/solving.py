@@ -65,6 +65,7 @@ class Solved:
 
     @classmethod
     def of(cls, runs: Runs, runs_per_item: int) -> Solved:
+        """The best of every `runs_per_item` consecutive runs."""
         chosen = runs.best_of(runs_per_item)
         return cls(
             runs[chosen],

@@ -72,44 +72,42 @@ class TreeTargets:
 
     def expected_counts(self, mixtures: Mixtures) -> Counts:
         """The expectation step for every run, and the objective it started from."""
-        counts = [self._count(int(item), mixtures[run]) for run, item in enumerate(self.owner)]
-        return Counts(
-            *(
-                torch.stack(fields)
-                for fields in zip(*(vars(c).values() for c in counts), strict=True)
-            )
-        )
+        runs = zip(self.owner.tolist(), mixtures.weights, mixtures.factors, strict=True)
+        counted = [_cell_counts(self.items[item], *mixture) for item, *mixture in runs]
+        weights, factors, kl = (torch.stack(fields) for fields in zip(*counted, strict=True))
+        return Counts(weights, factors, kl)
 
-    def _count(self, item: int, mixture: Mixtures) -> Counts:
-        cells = self.items[item]
-        # A token's probabilities in all components lie side by side; the token beyond the end has
-        # ones.
-        factors = torch.cat(
-            [mixture.factors.mT, mixture.factors.new_ones(*mixture.factors.mT[:, :1].shape)], 1
-        )
-        pulls, weights, log_likelihood = (
-            torch.zeros_like(factors),
-            torch.zeros_like(mixture.weights),
-            0.0,
-        )
-        for tokens, mass in zip(
-            cells.tokens.split(_CELLS_AT_ONCE), cells.weights.split(_CELLS_AT_ONCE), strict=True
-        ):
-            share = mixture.weights.expand(len(tokens), -1).clone()
-            for factor, token in zip(factors, tokens.T, strict=True):
-                share *= factor.index_select(0, token)
-            model = share.sum(1).clamp_min_(_TINY)
-            log_likelihood += float(mass @ model.log())
-            share *= (mass / model)[:, None]
-            weights += share.sum(0)
-            for pull, token in zip(pulls, tokens.T, strict=True):
-                pull.index_add_(0, token, share)
-        negative_entropy = float(torch.special.xlogy(cells.weights, cells.weights).sum())
-        return Counts(
-            weights,
-            pulls[:, :-1].mT,
-            torch.tensor(negative_entropy - log_likelihood, dtype=weights.dtype),
-        )
+
+def _cell_counts(
+    cells: Cells, weights: Float[Tensor, " rank"], factors: Float[Tensor, "horizon rank vocab"]
+) -> tuple[Float[Tensor, " rank"], Float[Tensor, "horizon rank vocab"], Float[Tensor, ""]]:
+    """Expected counts of one mixture's components and tokens, and its divergence from the cells."""
+    # A token's probabilities in all components lie side by side; the token beyond the end has ones.
+    by_token = factors.mT  # (horizon, vocab, rank)
+    columns = torch.cat(
+        [by_token, torch.ones_like(by_token[:, :1])], 1
+    )  # (horizon, vocab + 1, rank)
+    pulls, totals = torch.zeros_like(columns), torch.zeros_like(weights)
+    log_likelihood = 0.0
+
+    parts = zip(
+        cells.tokens.split(_CELLS_AT_ONCE), cells.weights.split(_CELLS_AT_ONCE), strict=True
+    )
+    for tokens, mass in parts:
+        share = weights.expand(len(tokens), -1).clone()  # (cells, rank)
+        for column, token in zip(columns, tokens.T, strict=True):
+            share *= column.index_select(0, token)
+        model = share.sum(1).clamp_min_(_TINY)  # (cells,)
+        log_likelihood += float(mass @ model.log())
+
+        share *= (mass / model)[:, None]
+        totals += share.sum(0)
+        for pull, token in zip(pulls, tokens.T, strict=True):
+            pull.index_add_(0, token, share)
+
+    negative_entropy = float(torch.special.xlogy(cells.weights, cells.weights).sum())
+    kl = torch.tensor(negative_entropy - log_likelihood, dtype=weights.dtype)
+    return totals, pulls[:, :-1].mT, kl
 
 
 def tree_cells(tree: PrefixTree, most: int = _MOST_CELLS) -> Cells:

@@ -64,18 +64,22 @@ class CPDistribution:
 
     @property
     def rank(self) -> int:
+        """Number of components."""
         return self.weights.shape[-1]
 
     @property
     def horizon(self) -> int:
+        """Number of tokens."""
         return len(self.factors)
 
     @property
     def vocab_size(self) -> int:
+        """Number of token ids."""
         return self.factors[0].shape[-2]
 
     @property
     def batch_shape(self) -> torch.Size:
+        """Axes before the distribution's own."""
         return self.weights.shape[:-1]
 
     @property

@@ -281,6 +281,7 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, z: Tensor) -> Tensor:
+        """What the block adds to `z`, (*batch, width)."""
         return self.down(functional.silu(self.up(self.norm(z))))
 
 

@@ -75,7 +75,7 @@ def held_out_survival(
 def waterfall(
     lm: Any,
     heads: Sequence[CPHead],
-    contexts: Mapping[str, Int[Tensor, " time"]],
+    contexts: Mapping[str, Int[Tensor, " _"]],
     *,
     horizon: int = 3,
     rule: str = "token",

@@ -39,6 +39,7 @@ class HeadLoss:
 
     @property
     def tokens_per_call(self) -> float:
+        """Expected tokens per call of the target: the sum of the survival."""
         return float(self.survival.sum())
 
 

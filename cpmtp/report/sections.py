@@ -96,14 +96,17 @@ class Subject:
 
     @classmethod
     def of(cls, title: str, table: pd.DataFrame, economics: Economics) -> Subject:
+        """A part of a study's table with every criterion's choice from it."""
         return cls(title, table, compare_criteria(table, latency=economics.latency), economics)
 
     @property
     def default(self) -> RankChoice:
+        """The choice whatever a call costs."""
         return self.choices["tolerance"]
 
     @property
     def fastest(self) -> RankChoice:
+        """The choice of most throughput."""
         return self.choices["throughput"]
 
     @property

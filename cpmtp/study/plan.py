@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import no_type_check
 
 import torch
 
@@ -28,6 +29,8 @@ _AXES = ("models", "corpus", "horizons", "ranks", "methods", "anchored", "temper
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
+# Fields take one value or any sequence and refuse the rest themselves; then they hold tuples.
+@no_type_check
 @dataclass(frozen=True)
 class StudySettings:
     """What defines a study; two equal settings give the same table but for its timing columns.

@@ -42,6 +42,7 @@ class Validation:
 
     @property
     def results(self) -> Path:
+        """Where the summary, the tables and the report are."""
         return self.folder / "results"
 
 

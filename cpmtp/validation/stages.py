@@ -45,6 +45,7 @@ class Workplace:
     folder: Path
 
     def base_folder(self, plan: BasePlan) -> Path:
+        """Where a base model is."""
         return self.folder / "bases" / plan.name
 
     def load(self, plan: BasePlan) -> HuggingFaceLanguageModel:
@@ -59,6 +60,7 @@ class Workplace:
         return load_file(self.base_folder(plan) / "text.safetensors")[side].long()
 
     def head_folder(self, plan: BasePlan, settings: HeadTrainingSettings) -> Path:
+        """Where a head is."""
         kind = "anchored" if settings.anchored else "unanchored"
         return self.folder / "heads" / plan.name / f"n{settings.horizon}-r{settings.rank}-{kind}"
 
@@ -216,7 +218,7 @@ def forecast_tokens(place: Workplace, plan: BasePlan, temperature: float) -> lis
 
 
 def decode(place: Workplace, plan: BasePlan, temperature: float, batch: int) -> list[dict]:
-    """transformers' own generation, the loop without drafts and every head in turn, on other
+    """Transformers' own generation, the loop without drafts and every head in turn, on other
     held-out prompts.
     """
     preset, lm = place.preset, place.load(plan)

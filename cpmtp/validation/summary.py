@@ -54,7 +54,9 @@ def decoded_cells(tables: dict[str, pd.DataFrame], latency: LatencyModel) -> pd.
         tables["decoding"].merge(forecast, on=keys, how="left").merge(measured, on=keys, how="left")
     )
     seconds = [
-        latency.call_seconds(row.horizon, row.rank) if row.horizon == row.horizon else np.nan
+        latency.call_seconds(int(row.horizon), int(row.rank))
+        if row.horizon == row.horizon
+        else np.nan
         for row in cells.itertuples()
     ]
     cells["predicted_tokens_per_second"] = cells["forecast"] / np.array(seconds)

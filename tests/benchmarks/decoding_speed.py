@@ -121,12 +121,12 @@ def cycle_cost(lm, folders: list[Path], *, repeats: int = 200) -> None:
             cache = DynamicCache()
             # The middle of the run: half of what it generated is in the cache.
             hidden = lm.model.model(
-                sample_sequences(lm, 1, 278, seed=2), past_key_values=cache, use_cache=True
+                sample_sequences(lm, 1, 278, seed=2), use_cache=True, **{lm.cache_name: cache}
             ).last_hidden_state
             tokens, bare, alone = prompt[None, : head.horizon], [], []
             for _ in range(repeats):
                 begun = time.perf_counter()
-                lm.model(tokens, past_key_values=cache, use_cache=True)
+                lm.model(tokens, use_cache=True, **{lm.cache_name: cache})
                 bare.append(time.perf_counter() - begun)
                 cache.crop(-tokens.shape[1])
                 begun = time.perf_counter()

@@ -82,10 +82,10 @@ def cache_copying_seconds(lm, context, horizon: int, share: float) -> float:
 
 def _children_by_copying(lm, prefix: torch.Tensor) -> None:
     out = lm.model(input_ids=prefix[None], use_cache=True)
-    cache = DynamicCache([(layer.keys, layer.values) for layer in out.past_key_values.layers])
+    cache = DynamicCache([(layer.keys, layer.values) for layer in out[lm.cache_name].layers])
     cache.batch_repeat_interleave(lm.vocab_size)
     logits = lm.model(
-        input_ids=torch.arange(lm.vocab_size)[:, None], past_key_values=cache, use_cache=True
+        input_ids=torch.arange(lm.vocab_size)[:, None], use_cache=True, **{lm.cache_name: cache}
     ).logits
     logits[:, -1].double().log_softmax(-1).exp()
 

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 from random_drafts import random_draft
+from typechecker import unchecked
 
 from cpmtp.acceptance.verification import verify
 from cpmtp.decoding.speculative import speculative_generate
@@ -77,7 +78,7 @@ def enumerated_starts(time: int, rule: str) -> torch.Tensor:
 
 
 def ratios_of(texts: torch.Tensor) -> torch.Tensor:
-    """q / p along texts that begin with the first known token; what lies beyond their ends is 0."""
+    """Q / p along texts that begin with the first known token; what lies beyond their ends is 0."""
     table, joints = a_chain().transition, torch.stack([draft.to_tensor() for draft in drafts()])
     padded = torch.cat([texts, texts[:, -1:].expand(-1, DRAFTED)], 1)
     known, first, second = (padded[:, k : k + texts.shape[1] - 1] for k in range(3))
@@ -186,7 +187,7 @@ def test_a_perfect_draft_always_earns_the_horizon_but_for_the_texts_end():
         (lambda: forecast_from_ratios(torch.ones(1, 3, 1)), "at least 2"),
         (lambda: forecast_from_ratios(torch.ones(2, 3, 1), rule="greedy"), "unknown rule"),
         (
-            lambda: forecast_cycles(None, None, torch.zeros(2, 3, dtype=torch.long), start=2),
+            lambda: unchecked(forecast_cycles)(None, None, torch.zeros(2, 3).long(), start=2),
             "start 2",
         ),
     ],

@@ -88,13 +88,12 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(root, tmp_path):
     subprocess.run(
         [*command, str(tmp_path / "whole")], check=True, capture_output=True, env=environment
     )
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    while process.stdout.readline().strip() != "6":
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    ) as process:
+        while process.stdout.readline().strip() != "6":
+            assert process.poll() is None
+        process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     subprocess.run(
         [*command, str(tmp_path / "killed")], check=True, capture_output=True, env=environment

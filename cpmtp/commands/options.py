@@ -1,0 +1,69 @@
+"""Reading of options: lists, pairs, sizes, and where work is done."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+
+def integers(option: str, text: str) -> tuple[int, ...]:
+    """Integers of a comma-separated option."""
+    return numbers(option, text, int, "integers", "1,2,4")
+
+
+def numbers(option: str, text: str, kind: type, what: str, example: str) -> tuple:
+    """Numbers of a comma-separated option; ValueError with an example otherwise."""
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(
+            f"{option} {text!r}: expected {what} separated by commas, such as {example}"
+        ) from None
+
+
+def pair(option: str, text: str) -> tuple[str, str]:
+    """Name and path of ``NAME=PATH``."""
+    name, found, path = text.partition("=")
+    if not found:
+        raise ValueError(f"{option} {text!r}: expected NAME=PATH, such as law=contracts/*.txt")
+    return name, path
+
+
+def anchored_choices(text: str) -> tuple[bool, ...]:
+    """The settings that ``no``, ``yes`` and ``both`` stand for."""
+    choices = {"no": (False,), "yes": (True,), "both": (False, True)}
+    if text not in choices:
+        raise ValueError(f"--anchored {text!r}: expected no, yes or both")
+    return choices[text]
+
+
+def gigabytes_in_bytes(gigabytes: float) -> int:
+    """Bytes of a number of gigabytes, at least one."""
+    if not (0 < gigabytes < float("inf")):
+        raise ValueError(f"--max-gigabytes {gigabytes}: expected a number above 0")
+    return max(int(gigabytes * 1e9), 1)
+
+
+@contextmanager
+def executor_at(address: str | None, workers: int | None):
+    """Dask's executor, or none."""
+    if address is None:
+        yield None
+        return
+    if workers is not None:
+        raise ValueError(
+            "--workers counts local processes and --dask computes elsewhere: give one of them"
+        )
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ValueError(
+            "--dask needs the package distributed: pip install 'cpmtp[distributed]'"
+        ) from None
+    try:
+        client = Client(address, timeout="10s", set_as_default=False)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"--dask {address!r}: no scheduler answers there ({error})") from error
+    with client:
+        # A context whose rows depend on nothing but itself may be computed twice; its first answer
+        # counts.
+        yield client.get_executor(pure=False)

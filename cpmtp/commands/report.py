@@ -1,0 +1,77 @@
+"""`cpmtp report` and `cpmtp compare`: what finished studies say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished study.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; default: report.html in the folder.")
+    ] = None,
+    latency: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON with plain_step, base, per_position, per_component in seconds; default: "
+            "the folder's own."
+        ),
+    ] = None,
+    price: Annotated[float, typer.Option(help="Price of a device-hour.")] = 2.5,
+) -> None:
+    """Write a finished study's report again.
+
+    As one HTML page, and beside it as Markdown with its figures.
+
+    Example: cpmtp report runs/study --price 2.5 --out rank-report.html
+    """
+    from cpmtp.report.document import Report, read_extras
+    from cpmtp.study.running import read_study
+
+    if not price > 0:
+        raise ValueError(f"--price {price}: expected a price above 0")
+    table, manifest = read_study(folder)
+    written = Report.of(table, manifest, read_extras(folder, latency, price))
+    page = out or folder / "report.html"
+    print(f"report    {written.write_html(page)}")
+    print(f"markdown  {written.write_markdown(page.with_suffix('.md'))}")
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="Folder of a finished study.")],
+    second: Annotated[Path, typer.Argument(help="Folder of the one to compare it with.")],
+    rule: Annotated[str, typer.Option(help="token, block or coupling.")] = "block",
+    first_token: Annotated[str, typer.Option(help="target or draft.")] = "target",
+    out: Annotated[Path | None, typer.Option(help="File for the comparison as CSV.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+) -> None:
+    """Compare two finished studies.
+
+    Two models, two corpora or two dates; paired where contexts are shared.
+
+    Example: cpmtp compare runs/before runs/after
+    """
+    from cpmtp.ranking.comparison import compare_studies
+    from cpmtp.study.running import read_study
+
+    tables = [read_study(folder)[0] for folder in (first, second)]
+    comparison = compare_studies(*tables, rule=rule, first_token=first_token, seed=seed)
+    print(f"{first} against {second}, tokens per call ({rule}, first token from the {first_token})")
+    for (what, horizon), part in comparison.groupby(["compared", "horizon"], sort=False):
+        paired = (
+            f"{part['shared_contexts'].iloc[0]} shared contexts, paired"
+            if part["paired"].iloc[0]
+            else "unpaired"
+        )
+        print(f"{what}, horizon {horizon} ({paired})")
+        for row in part.itertuples():
+            print(
+                f"  rank {row.rank:4d}  {row.first:7.3f}  {row.second:7.3f}  difference "
+                f"{row.difference:+.3f} "
+                f"(95 % interval {row.difference_low:+.3f} to {row.difference_high:+.3f})"
+            )
+    if out is not None:
+        comparison.to_csv(out, index=False)

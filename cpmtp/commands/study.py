@@ -1,0 +1,195 @@
+"""`cpmtp study`: run a study and recommend a rank."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cpmtp.commands.options import (
+    anchored_choices,
+    executor_at,
+    gigabytes_in_bytes,
+    integers,
+    numbers,
+    pair,
+)
+
+
+def study(
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="Embedded name, folder, hub id, or module:factory; may be given several times."
+        ),
+    ] = ["code", "prose"],  # noqa: B006 - typer copies it
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="File, folder or glob to cut contexts from; several times. Default: the model's "
+            "own samples."
+        ),
+    ] = None,
+    horizons: Annotated[
+        str, typer.Option(help="Numbers of future tokens, separated by commas.")
+    ] = "2,3",
+    ranks: Annotated[str, typer.Option(help="Ranks, separated by commas.")] = "1,2,4,8,16,32",
+    methods: Annotated[
+        str, typer.Option(help="als, hals, mu, em, gradient, separated by commas.")
+    ] = "als,em,gradient",
+    contexts: Annotated[int, typer.Option(help="Contexts per model.")] = 8,
+    context_length: Annotated[int, typer.Option(help="Tokens in a context.")] = 64,
+    domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=PATH: a named corpus (file, folder or glob); several times for domains "
+            "side by side."
+        ),
+    ] = None,
+    temperatures: Annotated[
+        str,
+        typer.Option(
+            "--temperatures",
+            "--temperature",
+            help="Temperatures of the target's law, separated by commas.",
+        ),
+    ] = "1.0",
+    anchored: Annotated[
+        str, typer.Option(help="no, yes or both: whether drafts are told the first token.")
+    ] = "no",
+    restarts: Annotated[int, typer.Option(help="Random starts per fit; the best is kept.")] = 1,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the study; the same folder again goes on with it.")
+    ] = Path("runs/study"),
+    seed: Annotated[int, typer.Option(help="Seed of contexts and starts.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Local processes; default one per core.")
+    ] = None,
+    dask: Annotated[
+        str | None,
+        typer.Option(help="Address of a Dask scheduler, tcp://HOST:PORT, to compute on."),
+    ] = None,
+    max_gigabytes: Annotated[
+        float,
+        typer.Option(
+            help="Memory of a worker for dense joints; larger ones become truncated trees."
+        ),
+    ] = 4.0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, no summary.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show cells, memory and estimated time; compute nothing."),
+    ] = False,
+) -> None:
+    """Run a study and recommend a rank.
+
+    Example: cpmtp study --model ./my-model --corpus docs/ --horizons 2,3 --ranks 1,2,4,8 --out
+    runs/mine
+    """
+    from cpmtp.study.plan import StudySettings
+    from cpmtp.study.running import run_study
+
+    settings = StudySettings(
+        models=tuple(model),
+        corpus=tuple(corpus or ()),
+        domains=tuple(pair("--domain", text) for text in domain or ()),
+        horizons=integers("--horizons", horizons),
+        ranks=integers("--ranks", ranks),
+        methods=tuple(part.strip() for part in methods.split(",") if part.strip()),
+        contexts=contexts,
+        context_length=context_length,
+        anchored=anchored_choices(anchored),
+        temperatures=numbers("--temperatures", temperatures, float, "numbers", "1.0,0.7"),
+        restarts=restarts,
+        max_bytes=gigabytes_in_bytes(max_gigabytes),
+        seed=seed,
+    )
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers}: expected at least 1")
+    if dry_run:
+        _show_plan(settings, workers)
+        return
+    with executor_at(dask, workers) as executor:
+        table = run_study(
+            settings, out, executor, workers=workers, progress=False if quiet else None
+        )
+    _finish(table, out, quiet)
+
+
+def _show_plan(settings, workers: int | None) -> None:
+    from cpmtp.study.plan import estimate_study
+
+    estimate = estimate_study(settings, workers)
+    print(f"cells           {estimate.cells:,}")
+    print(f"largest joint   {estimate.joint_bytes / 1e6:,.1f} MB")
+    print(
+        f"memory          about {estimate.memory_bytes / 1e9:.1f} GB with {estimate.workers} "
+        "worker(s)"
+    )
+    print(
+        f"time            about {max(estimate.seconds / 60, 0.1):.1f} minutes (a rough guide: "
+        "machines differ)"
+    )
+
+
+def _finish(table, out: Path, quiet: bool) -> None:
+    from cpmtp.report.document import write_report
+    from cpmtp.study.running import read_study
+
+    failed = int((table["status"] == "failed").sum())
+    _, manifest = read_study(out)
+    if failed < len(table):
+        path = write_report(table, manifest, out / "report.html")
+        if not quiet:
+            _summarise(table, manifest)
+            print(f"table   {out / 'table.parquet'}  ({len(table):,} rows)")
+            print(f"report  {path}")
+    if failed:
+        print(
+            f"{failed} of {len(table)} cells failed: see the columns status and message",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1)
+
+
+def _summarise(table, manifest: dict) -> None:
+    """One screen: what was studied, and per horizon what each rank gives."""
+    from cpmtp.ranking.selection import select_rank
+    from cpmtp.report.document import table_parts
+
+    for name, corpus in manifest["corpora"].items():
+        replaced = corpus["replaced_bytes"]
+        note = f", {replaced:,} bytes that were not UTF-8 replaced" if replaced else ""
+        print(f"domain {name}: {corpus['documents']:,} documents{note}")
+    for name, facts in manifest["models"].items():
+        for horizon in facts["truncated_horizons"]:
+            held = table[(table["model"] == name) & (table["horizon"] == horizon)][
+                "kept_mass"
+            ].min()
+            print(
+                f"{name}, horizon {horizon}: {facts['vocab_size']:,} tokens are too many for a "
+                "dense joint; truncated trees of "
+                f"at least {held:.1%} of the mass, tokens per call are lower bounds"
+            )
+    for (model, domain), part in table_parts(table):
+        title = f"{model} · contexts from {domain}"
+        if (part["status"] == "failed").all():
+            print(f"{title}: every fit failed")
+            continue
+        choice = select_rank(part)
+        bits = part["domain_bits_per_byte"].iloc[0]
+        known = f", {bits:.2f} bits per byte" if bits == bits else ""
+        print(f"{title} ({choice.contexts} contexts{known})")
+        for horizon in choice.rank:
+            rows = choice.table[choice.table["horizon"] == horizon]
+            cells = [
+                f"r={r.rank}: {r.tokens_per_call:.2f} [{r.tokens_per_call_low:.2f}, "
+                f"{r.tokens_per_call_high:.2f}]"
+                for r in rows.itertuples()
+            ]
+            print(f"  {choice.sentence(horizon)}")
+            print(f"    {'  '.join(cells)}")
+        if choice.caution:
+            print(f"  {choice.caution}")
