@@ -1,6 +1,7 @@
-"""Temperature, top-k and top-p as maps of probability vectors.
+"""Probability vectors: temperature, top-k and top-p, entropy, division, drawing by inversion.
 
-Equal to transformers' processors applied in its order (temperature, top-k, top-p), ties included.
+The maps are equal to transformers' processors in its order (temperature, top-k, top-p), ties
+included.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -98,3 +99,50 @@ def _remove_outside_top_p(scores: Tensor, top_p: float) -> Tensor:
     removed = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
     removed[..., -1] = False
     return scores.masked_fill(removed.scatter(-1, order, removed), -math.inf)
+
+
+def entropy(probs: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
+    """Entropy over the last axis in nats; a zero adds nothing.
+
+    Examples
+    --------
+    >>> entropy(torch.tensor([0.5, 0.5, 0.0]))
+    tensor(0.6931)
+    """
+    return -torch.special.xlogy(probs, probs).sum(-1)
+
+
+def ratio(a: Tensor, b: Tensor, *, otherwise: float) -> Tensor:
+    """``a / b``, and `otherwise` where b is zero, without a NaN in the value or in the gradient.
+
+    Examples
+    --------
+    >>> ratio(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0]), otherwise=0.0)
+    tensor([0.5000, 0.0000])
+    """
+    positive = b > 0
+    return torch.where(positive, a / torch.where(positive, b, 1.0), otherwise)
+
+
+def draw(
+    probs: Float[Tensor, "*batch vocab"], uniform: Float[Tensor, "*batch"]
+) -> Int[Tensor, "*batch"]:
+    """One id per row by inversion; never one of zero probability, however the sums are rounded.
+
+    Parameters
+    ----------
+    probs : (*batch, vocab) tensor
+        Need not sum to one.
+    uniform : (*batch,) tensor
+        In [0, 1).
+
+    Examples
+    --------
+    >>> draw(torch.tensor([[0.0, 0.5, 0.5]]), torch.tensor([0.0]))
+    tensor([1])
+    """
+    totals = probs.cumsum(-1)
+    total = totals[..., -1:]  # (*batch, 1)
+    # Strictly below the total, so that the first entry whose sum exceeds it has mass.
+    found = torch.searchsorted(totals, uniform.unsqueeze(-1) * total, right=True).squeeze(-1)
+    return torch.minimum(found, (totals < total).sum(-1))

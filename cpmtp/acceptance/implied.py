@@ -16,16 +16,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cpmtp.acceptance.dense import posterior_after_first, survivals
+from cpmtp.acceptance.dense import Thresholds, survivals
 from cpmtp.acceptance.truncated import AcceptanceInterval, certified_acceptance
-from cpmtp.drafts.cp_distribution import CPDistribution
-from cpmtp.joint_distribution import JointDistribution, exact_joint
-from cpmtp.language_model import LanguageModel
+from cpmtp.acceptance.verification import check_first_token, check_rule
+from cpmtp.drafts.cp_distribution import CPDistribution, posterior_after_first
+from cpmtp.drafts.protocol import as_draft, is_anchored
+from cpmtp.joint_distribution import JointDistribution
 from cpmtp.prefix_tree import PrefixTree
 from cpmtp.sampling_law import SamplingLaw
-
-FIRST_TOKENS = ("target", "draft")
-Draft = CPDistribution | JointDistribution | LanguageModel
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,7 @@ class AcceptanceProfile:
 
 def implied_acceptance(
     joint: JointDistribution | PrefixTree,
-    draft: Draft,
+    draft: Any,
     *,
     rule: str = "block",
     first_token: str = "target",
@@ -185,7 +183,7 @@ def implied_acceptance(
 
 def acceptance_profiles(
     joint: JointDistribution,
-    draft: Draft,
+    draft: Any,
     rules: Iterable[str],
     *,
     first_token: str = "target",
@@ -200,14 +198,23 @@ def acceptance_profiles(
     `implied_acceptance`.
     """
     rules = tuple(rules)
-    _check_names(rules, first_token, temperature)
+    for rule in rules:
+        check_rule(rule, temperature=temperature)
+    check_first_token(first_token)
     # Greedy matching judges argmaxes, which no temperature above zero moves; zero makes the draft
     # take argmaxes, too.
     law = SamplingLaw(1.0 if temperature is None else temperature, top_k, top_p)
-    if isinstance(draft, LanguageModel):
-        draft = _draft_of_model(joint, draft, context)
-    _check_shapes(joint, draft, first_token)
-    found = survivals(joint, draft, rules, first_token, law, epsilon=epsilon, delta=delta)
+    shape = (joint.vocab_size, joint.horizon, tuple(joint.batch_shape))
+    anchored = is_anchored(draft, *shape, first_token=first_token)
+    found = survivals(
+        joint,
+        as_draft(draft, context=context, horizon=joint.horizon),
+        rules,
+        law,
+        told=first_token == "target",
+        anchored=anchored,
+        thresholds=Thresholds(epsilon, delta),
+    )
     return {
         rule: AcceptanceProfile(survival, rule, first_token) for rule, survival in found.items()
     }
@@ -247,55 +254,3 @@ def revealed_component_survival(
         total[1:] += torch.einsum("v,v,vk->k", first, posterior[:, a], profile.survival)
     total[0] = 1.0
     return total
-
-
-def _draft_of_model(
-    joint: JointDistribution, lm: LanguageModel, context: Tensor | None
-) -> JointDistribution:
-    if context is None:
-        raise ValueError(
-            "a draft that is a language model needs context=, the token ids it continues"
-        )
-    if lm.vocab_size != joint.vocab_size:
-        raise ValueError(
-            f"a draft over {lm.vocab_size} tokens for a target over {joint.vocab_size}: they must "
-            "share a vocabulary"
-        )
-    return exact_joint(lm, context, joint.horizon)
-
-
-def _check_names(rules: tuple[str, ...], first_token: str, temperature: float | None) -> None:
-    known = ("token", "block", "coupling", "greedy", "typical")
-    for rule in rules:
-        if rule not in known:
-            raise ValueError(f"unknown rule {rule!r}: expected one of {', '.join(known)}")
-    if first_token not in FIRST_TOKENS:
-        raise ValueError(
-            f"unknown first_token {first_token!r}: expected one of {', '.join(FIRST_TOKENS)}"
-        )
-    if "greedy" in rules and temperature is not None and temperature > 0:
-        raise ValueError(
-            f"rule 'greedy' at temperature {temperature}: it is lossless at temperature 0 only; "
-            "use token or block"
-        )
-
-
-def _check_shapes(joint: JointDistribution, draft, first_token: str) -> None:
-    n, batch = joint.horizon, tuple(joint.batch_shape)
-    if draft.vocab_size != joint.vocab_size:
-        raise ValueError(
-            f"a draft over {draft.vocab_size} tokens for a joint over {joint.vocab_size}: they "
-            "must share a vocabulary"
-        )
-    anchored = draft.horizon == n - 1 and tuple(draft.batch_shape) == (*batch, joint.vocab_size)
-    if anchored and first_token == "draft":
-        raise ValueError(
-            "an anchored draft is told the first token and cannot give it: use first_token='target'"
-        )
-    if not anchored and (draft.horizon != n or tuple(draft.batch_shape) != batch):
-        raise ValueError(
-            f"a draft of horizon {draft.horizon} and batch {tuple(draft.batch_shape)} for a joint "
-            f"of horizon {n} and batch "
-            f"{batch}: expected the same, or anchored: horizon {n - 1} and batch "
-            f"{(*batch, joint.vocab_size)}"
-        )

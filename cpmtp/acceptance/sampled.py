@@ -5,21 +5,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cpmtp.drafts.draft_law import (
-    Draft,
-    check_draft,
+from cpmtp.acceptance.verification import (
+    VERIFIED,
+    check_first_token,
+    check_rule,
+    survival_along,
+)
+from cpmtp.drafts.protocol import (
+    NextTokenReader,
     draft_horizon,
-    draft_next_token_law,
     is_anchored,
+    next_token_reader,
 )
 from cpmtp.joint_distribution import check_context, conditional_probs, prefixes_at_once
 from cpmtp.language_model import LanguageModel
-from cpmtp.sampling_law import SamplingLaw
+from cpmtp.sampling_law import SamplingLaw, draw
 
 _ENTRIES_AT_ONCE = 1 << 21
 
@@ -56,7 +62,7 @@ class AcceptanceEstimate:
 
 def estimate_acceptance(
     lm: LanguageModel,
-    draft: Draft,
+    draft: Any,
     context: Int[Tensor, " time"],
     *,
     samples: int = 1000,
@@ -117,25 +123,19 @@ def estimate_acceptance(
     """
     law = SamplingLaw(temperature, top_k, top_p)
     _check_choices(samples, rule, confidence)
+    check_first_token(first_token)
     horizon = draft_horizon(draft) if horizon is None else horizon
     if horizon is None or horizon < 1:
         raise ValueError(
             f"horizon {horizon}: expected at least 1; a language model as draft has none of its "
             "own, so pass horizon="
         )
-    check_draft(draft, lm.vocab_size, horizon, first_token)
+    told = first_token == "target"
+    anchored = is_anchored(draft, lm.vocab_size, horizon, first_token=first_token)
     check_context(lm, context, horizon)
-    _, target, drafted = _sampled_ratios(
-        lm, draft, context, horizon, law, samples=samples, seed=seed
-    )
-    if first_token == "target":
-        drafted[:, 0] = target[:, 0]
-    ratios = drafted / target
-    running = (
-        ratios.clamp(max=1).cumprod(1)
-        if rule == "token"
-        else ratios.cumprod(1).cummin(1).values.clamp(max=1)
-    )
+    read = next_token_reader(draft, law, anchored=anchored, told=told, context=context)
+    ratios = _sampled_ratios(lm, read, context, law, (samples, horizon), told=told, seed=seed)
+    running = survival_along(ratios, rule)  # (samples, horizon)
     tokens = running.sum(1) + (first_token == "draft")
     return AcceptanceEstimate(
         survival=running.mean(0),
@@ -167,54 +167,53 @@ def _bounded_mean_interval(
 
 
 def _sampled_ratios(
-    lm, draft, context, horizon, law, *, samples: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sequences from the target, and both laws' probability of each of their tokens given those
-    before.
-    """
+    lm: LanguageModel,
+    read: NextTokenReader,
+    context: Tensor,
+    law: SamplingLaw,
+    size: tuple[int, int],
+    *,
+    told: bool,
+    seed: int,
+) -> Float[Tensor, "samples horizon"]:
+    """``q / p`` of every token of sequences from the target; 1 for a first token of its own."""
+    samples, horizon = size
     generator = torch.Generator().manual_seed(seed)
-    draft_law = draft_next_token_law(draft, context, law)
     tokens = torch.zeros(samples, 0, dtype=torch.long)
-    target, drafted = torch.empty(2, samples, horizon, dtype=torch.float64)
+    ratios = torch.ones(samples, horizon, dtype=torch.float64)
     for depth in range(horizon):
         # Samples share prefixes: each is asked for once.
-        prefixes, which = (
-            torch.unique(tokens, dim=0, return_inverse=True)
-            if depth
-            else (tokens[:1], torch.zeros(samples).long())
-        )
+        prefixes, which = tokens[:1], torch.zeros(samples, dtype=torch.long)
+        if depth:
+            prefixes, which = torch.unique(tokens, dim=0, return_inverse=True)
         drawn = torch.empty(samples, dtype=torch.long)
         uniform = torch.rand(samples, generator=generator, dtype=torch.float64)
-        size = prefixes_at_once(lm.vocab_size)
-        for start in range(0, len(prefixes), size):
-            rows = ((which >= start) & (which < start + size)).nonzero()[:, 0]
-            part, row = prefixes[start : start + size], which[rows] - start
-            laws = conditional_probs(lm, context, part, law)
-            drawn[rows] = _inverse_cdf(laws, row, uniform[rows])
-            target[rows, depth] = laws[row, drawn[rows]]
-            if depth or not is_anchored(draft):
-                drafted[rows, depth] = draft_law(part)[row, drawn[rows]]
-        tokens = torch.cat([tokens, drawn[:, None]], 1)
-    return tokens, target, drafted
+        at_once = prefixes_at_once(lm.vocab_size)
+        for start in range(0, len(prefixes), at_once):
+            part = prefixes[start : start + at_once]  # (some, depth)
+            rows = ((which >= start) & (which < start + at_once)).nonzero()[:, 0]
+            row = which[rows] - start  # (rows,)
+            probs = conditional_probs(lm, context, part, law)  # (some, vocab)
+            drawn[rows] = _drawn(probs, row, uniform[rows])
+            if depth or not told:
+                q = read(part)[row, drawn[rows]]  # (rows,)
+                ratios[rows, depth] = q / probs[row, drawn[rows]]
+        tokens = torch.cat([tokens, drawn[:, None]], 1)  # (samples, depth + 1)
+    return ratios
 
 
-def _inverse_cdf(laws: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
-    """Tokens by inversion; never one of zero probability, however the sums are rounded."""
-    totals = laws.cumsum(1)
-    wanted = uniform * totals[row, -1]
-    found = torch.empty(len(row), dtype=torch.long)
-    for some in torch.arange(len(row)).split(max(_ENTRIES_AT_ONCE // laws.shape[1], 1)):
-        found[some] = torch.searchsorted(totals[row[some]], wanted[some, None], right=True)[:, 0]
-    last = laws.shape[1] - 1 - (laws.flip(1) > 0).int().argmax(1)
-    return torch.minimum(found, last[row])
+def _drawn(
+    probs: Float[Tensor, "some vocab"], row: Int[Tensor, " rows"], uniform: Float[Tensor, " rows"]
+) -> Int[Tensor, " rows"]:
+    """A token for every sample from its prefix's distribution."""
+    size = max(_ENTRIES_AT_ONCE // probs.shape[1], 1)
+    parts = zip(row.split(size), uniform.split(size), strict=True)
+    return torch.cat([draw(probs[some], u) for some, u in parts])
 
 
 def _check_choices(samples: int, rule: str, confidence: float) -> None:
     if samples < 2:
         raise ValueError(f"samples {samples}: expected at least 2")
-    if rule not in ("token", "block"):
-        raise ValueError(
-            f"rule {rule!r}: only 'token' and 'block' can be estimated from samples of the target"
-        )
+    check_rule(rule, VERIFIED)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence {confidence}: expected a number between 0 and 1")

@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cpmtp.drafts.draft_law import Draft, DraftLaw, check_draft, draft_next_token_law
+from cpmtp.acceptance.dense import Thresholds
+from cpmtp.acceptance.verification import (
+    PrefixMasses,
+    accepted_mass,
+    check_first_token,
+    check_rule,
+)
+from cpmtp.drafts.protocol import NextTokenReader, is_anchored, next_token_reader
 from cpmtp.prefix_tree import PrefixTree
 from cpmtp.sampling_law import SamplingLaw
 
-_RULES = ("token", "block", "coupling", "greedy", "typical")
 _ENTRIES_AT_ONCE = 1 << 21
 
 
@@ -50,23 +57,9 @@ class AcceptanceInterval:
         return float(self.survival_upper.sum()) + (self.first_token == "draft")
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """Kept prefixes of one length, or some of them: the target's and the draft's probability, and
-    what the rule accepts.
-    """
-
-    target: Tensor
-    draft: Tensor
-    accepted: Tensor
-
-    def __getitem__(self, index: Tensor) -> _Kept:
-        return _Kept(self.target[index], self.draft[index], self.accepted[index])
-
-
 def certified_acceptance(
     tree: PrefixTree,
-    draft: Draft,
+    draft: Any,
     *,
     rule: str = "block",
     first_token: str = "target",
@@ -115,19 +108,15 @@ def certified_acceptance(
     >>> round(bounds.tokens_per_call_lower, 2), round(bounds.tokens_per_call_upper, 2)
     (2.81, 3.0)
     """
-    if rule not in _RULES:
-        raise ValueError(f"unknown rule {rule!r}: expected one of {', '.join(_RULES)}")
-    if rule == "greedy" and temperature is not None and temperature > 0:
-        raise ValueError(
-            f"rule 'greedy' at temperature {temperature}: it is lossless at temperature 0 only; "
-            "use token or block"
-        )
-    check_draft(draft, tree.vocab_size, tree.horizon, first_token)
+    check_rule(rule, temperature=temperature)
+    check_first_token(first_token)
+    anchored = is_anchored(draft, tree.vocab_size, tree.horizon, first_token=first_token)
     law = SamplingLaw(1.0 if temperature is None else temperature, top_k, top_p)
-    draft_law = draft_next_token_law(draft, context, law)
+    told = first_token == "target"
+    read = next_token_reader(draft, law, anchored=anchored, told=told, context=context)
     if rule == "greedy":
-        return _greedy_interval(tree, draft_law, first_token)
-    return _interval(_Walk(tree, draft_law, rule, epsilon, delta), first_token)
+        return _greedy_interval(tree, read, first_token)
+    return _interval(_Walk(tree, read, rule, Thresholds(epsilon, delta)), first_token)
 
 
 @dataclass(frozen=True)
@@ -135,25 +124,19 @@ class _Walk:
     """What stays the same from depth to depth."""
 
     tree: PrefixTree
-    draft_law: DraftLaw
+    read: NextTokenReader
     rule: str
-    epsilon: float
-    delta: float
-
-    def threshold(self, entropies: Tensor) -> Tensor:
-        """The highest probability that the typical rule rejects."""
-        return (self.delta * torch.exp(-entropies)).clamp_max(self.epsilon)
+    thresholds: Thresholds
 
 
 def _interval(walk: _Walk, first_token: str) -> AcceptanceInterval:
     everything = torch.ones(1, dtype=torch.float64)
-    kept, lost, bounds = _Kept(everything, everything, everything), 0.0, [(1.0, 1.0)]
+    kept, lost = PrefixMasses(everything, everything, everything), 0.0
+    bounds = [(1.0, 1.0)]
     for length, level in enumerate(walk.tree.levels, 1):
         if length == 1 and first_token == "target":
-            kept, lost = (
-                _Kept(level.probs, level.probs, level.probs),
-                max(1 - float(level.probs.sum()), 0.0),
-            )
+            kept = PrefixMasses(level.probs, level.probs, level.probs)
+            lost = max(1 - float(level.probs.sum()), 0.0)
             bounds.append((1.0, 1.0))
             continue
         kept, left_out = _descend(walk, length, kept)
@@ -164,66 +147,58 @@ def _interval(walk: _Walk, first_token: str) -> AcceptanceInterval:
     return AcceptanceInterval(lowers, uppers, walk.rule, first_token)
 
 
-def _descend(walk: _Walk, length: int, parents: _Kept) -> tuple[_Kept, float]:
-    """One token further: what is known of the kept children, and the most that is accepted where
-    none are kept.
-    """
+def _descend(walk: _Walk, length: int, parents: PrefixMasses) -> tuple[PrefixMasses, float]:
+    """One token further: the kept children's masses, and the most accepted where none are kept."""
     tree, level = walk.tree, walk.tree.levels[length - 1]
-    owners, counts = level.parents.unique_consecutive(return_counts=True)
+    owners, counts = level.parents.unique_consecutive(return_counts=True)  # (expanded,) each
     without_children = torch.ones(len(parents.target), dtype=torch.bool)
     without_children[owners] = False
     left_out = float(parents.accepted[without_children].sum())
-    prefixes = tree.expanded_prefixes(length - 1)
+
+    prefixes = tree.expanded_prefixes(length - 1)  # (expanded, length - 1)
     draft, accepted = torch.empty_like(level.probs), torch.empty_like(level.probs)
-    ends = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+    ends = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])  # (expanded + 1,)
     for nodes in _pieces(len(owners), tree.vocab_size):
         some = slice(int(ends[nodes.start]), int(ends[nodes.stop]))
-        row = torch.arange(nodes.stop - nodes.start).repeat_interleave(counts[nodes])
-        q = walk.draft_law(prefixes[nodes])[row, level.tokens[some]]
+        row = torch.arange(nodes.stop - nodes.start).repeat_interleave(counts[nodes])  # (children,)
+        q = walk.read(prefixes[nodes])[row, level.tokens[some]]  # (children,)
         p, parent = level.conditionals[some], parents[owners[nodes]]
-        threshold = walk.threshold(level.parent_entropies[nodes])
+        threshold = walk.thresholds.of(level.parent_entropies[nodes])  # (nodes,)
         draft[some] = parent.draft[row] * q
         accepted[some] = _accepted(walk.rule, parent[row], p, q, threshold[row])
         left_out += float(_left_out(walk.rule, parent, row, p, q, threshold).sum())
-    return _Kept(level.probs, draft, accepted), left_out
+    return PrefixMasses(level.probs, draft, accepted), left_out
 
 
-def _accepted(rule: str, parent: _Kept, p: Tensor, q: Tensor, threshold: Tensor) -> Tensor:
+def _accepted(rule: str, parent: PrefixMasses, p: Tensor, q: Tensor, threshold: Tensor) -> Tensor:
     """The rule's exact term of each child."""
-    if rule == "token":
-        return parent.accepted * torch.minimum(p, q)
-    if rule == "block":
-        return torch.minimum(parent.draft * q, parent.accepted * p)
-    if rule == "coupling":
-        return torch.minimum(parent.target * p, parent.draft * q)
-    return parent.accepted * q * (p > threshold)
+    if rule == "typical":
+        return parent.accepted * q * (p > threshold)
+    return accepted_mass(rule, parent, p, q)
 
 
 def _left_out(
-    rule: str, parent: _Kept, row: Tensor, p: Tensor, q: Tensor, threshold: Tensor
+    rule: str, parent: PrefixMasses, row: Tensor, p: Tensor, q: Tensor, threshold: Tensor
 ) -> Tensor:
     """The most that the rule accepts of each node's dropped children together."""
-    p_dropped = (1 - _sum_by(row, p, len(parent.target))).clamp_min(0)
-    q_dropped = (1 - _sum_by(row, q, len(parent.target))).clamp_min(0)
-    if rule == "token":
-        return parent.accepted * torch.minimum(p_dropped, q_dropped)
-    if rule == "block":
-        return torch.minimum(parent.draft * q_dropped, parent.accepted * p_dropped)
-    if rule == "coupling":
-        return torch.minimum(parent.target * p_dropped, parent.draft * q_dropped)
+    p_dropped = (1 - _sum_by(row, p, len(parent.target))).clamp_min(0)  # (nodes,)
+    q_dropped = (1 - _sum_by(row, q, len(parent.target))).clamp_min(0)  # (nodes,)
+    if rule != "typical":
+        return accepted_mass(rule, parent, p_dropped, q_dropped)
     # No dropped child is more probable than a kept sibling, nor than all dropped ones together.
-    highest = (
-        torch.full_like(p_dropped, torch.inf).scatter_reduce(0, row, p, "amin").minimum(p_dropped)
-    )
+    highest = torch.full_like(p_dropped, torch.inf)
+    highest = highest.scatter_reduce(0, row, p, "amin").minimum(p_dropped)  # (nodes,)
     return parent.accepted * q_dropped * (highest > threshold)
 
 
-def _greedy_interval(tree: PrefixTree, draft_law: DraftLaw, first_token: str) -> AcceptanceInterval:
+def _greedy_interval(
+    tree: PrefixTree, read: NextTokenReader, first_token: str
+) -> AcceptanceInterval:
     """The greedy path is always kept, so both bounds are the exact value."""
     survival = torch.ones(tree.horizon, dtype=torch.float64)
     path = tree.greedy_path
     for length in range(int(first_token == "target"), tree.horizon):
-        survival[length:] *= draft_law(path[None, :length])[0, path[length]]
+        survival[length:] *= read(path[None, :length])[0, path[length]]
     return AcceptanceInterval(survival, survival.clone(), "greedy", first_token)
 
 

@@ -19,14 +19,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cpmtp.acceptance.verification import accepted_lengths, residual_law
+from cpmtp.acceptance.verification import VERIFIED, accepted_lengths, check_rule, residual_law
 from cpmtp.decoding.stats import GenerationStats, Recorder
 from cpmtp.decoding.target import CachedTarget, PlainTarget
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.heads.cp_head import CPHead
-from cpmtp.sampling_law import SamplingLaw
+from cpmtp.sampling_law import SamplingLaw, draw
 
-RULES = ("token", "block", "greedy")
+_RULES = (*VERIFIED, "greedy")
 # A draft for models without hidden states: the text so far, its last token being x_1, to the law of
 # x_2 … x_n.
 ContextDraft = Callable[[Tensor], CPDistribution]
@@ -239,7 +239,7 @@ class _Run:
             return
         scores, self.hidden = self.target.begin(self.prompts)
         p = self._law_of(scores)
-        self.known = _draw(p, self._uniform(len(p)))
+        self.known = draw(p, self._uniform(len(p)))
         self._release({row: [int(self.known[row])] for row in sorted(self.running)})
 
     def cycle(self) -> None:
@@ -362,7 +362,7 @@ def _sample_at_once(weights: Tensor, factors: Tensor, uniform: Tensor) -> tuple[
     nobody had seen which.
     """
     length, rows = factors.shape[1], torch.arange(len(weights), device=weights.device)
-    path = _draw(factors[rows, :, _draw(weights, uniform[:, length])], uniform[:, :length])
+    path = draw(factors[rows, :, draw(weights, uniform[:, length])], uniform[:, :length])
     chosen = factors.gather(-1, path[:, :, None, None].expand(-1, -1, factors.shape[2], 1)).squeeze(
         -1
     )
@@ -378,7 +378,7 @@ def _sample_in_turn(
     path, laws = [], []
     for k in range(factors.shape[1]):
         q = law.process((weights.unsqueeze(-2) @ factors[:, k]).squeeze(-2))
-        token = _draw(q, uniform[:, k])
+        token = draw(q, uniform[:, k])
         weights = weights * factors[:, k].gather(
             -1, token[:, None, None].expand(-1, factors.shape[2], 1)
         ).squeeze(-1)
@@ -397,34 +397,17 @@ def _judge(
 ) -> tuple[Tensor, Tensor]:
     """How many drafted tokens each row keeps, and the token after them."""
     if path.shape[1] == 0:
-        return path.new_zeros(len(p)), _draw(p[:, 0], uniform[:, 1])
+        return path.new_zeros(len(p)), draw(p[:, 0], uniform[:, 1])
     lengths, scale = accepted_lengths(p, q, path, rule)
-    accepted = _draw(lengths, uniform[:, 0])
+    accepted = draw(lengths, uniform[:, 0])
     rows, inside = torch.arange(len(p), device=p.device), accepted.clamp_max(path.shape[1] - 1)
     correction = residual_law(p[rows, inside], q[rows, inside], scale[rows, inside])
     whole = accepted == path.shape[1]
-    return accepted, _draw(torch.where(whole[:, None], p[:, -1], correction), uniform[:, 1])
-
-
-def _draw(
-    probs: Float[Tensor, "*batch n"], uniform: Float[Tensor, "*batch"]
-) -> Int[Tensor, "*batch"]:
-    """By inversion; never an entry of zero probability, however the sums are rounded."""
-    totals = probs.cumsum(-1)
-    total = totals[..., -1:]
-    # Strictly below the total, so that the first entry whose sum exceeds it has mass.
-    found = torch.searchsorted(totals, uniform.unsqueeze(-1) * total, right=True).squeeze(-1)
-    return torch.minimum(found, (totals < total).sum(-1))
+    return accepted, draw(torch.where(whole[:, None], p[:, -1], correction), uniform[:, 1])
 
 
 def _check(lm, prompts: list[Tensor], rule: str, law: SamplingLaw, max_new_tokens: int) -> None:
-    if rule not in RULES:
-        raise ValueError(f"unknown rule {rule!r}: choose one of {', '.join(RULES)}")
-    if rule == "greedy" and law.temperature > 0:
-        raise ValueError(
-            f"rule 'greedy' at temperature {law.temperature}: it follows the argmax, so "
-            "temperature must be 0"
-        )
+    check_rule(rule, _RULES, temperature=law.temperature)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens {max_new_tokens}: expected at least 0")
     if not prompts or any(p.ndim != 1 or not len(p) for p in prompts):

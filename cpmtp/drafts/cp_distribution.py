@@ -1,17 +1,18 @@
-"""The canonical polyadic (CP) distribution: a mixture of product distributions. The one place CP
-algebra lives.
-"""
+"""The canonical polyadic (CP) distribution, a mixture of product distributions, and its algebra."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from cpmtp.drafts.prefix_tables import LowRankTable, grown_rows
+from cpmtp.language_model import draw_tokens
+from cpmtp.sampling_law import SamplingLaw, ratio
 
 _SIMPLEX_TOLERANCE = 1e-5
 
@@ -25,7 +26,7 @@ class CPDistribution:
     ----------
     weights : (*batch, rank) tensor
     factors : sequence of horizon tensors (*batch, vocab, rank)
-        TensorLy's orientation: column a of factor i is the law of token i in component a.
+        TensorLy's orientation: column a of factor i is the distribution of token i in component a.
 
     Raises
     ------
@@ -83,10 +84,23 @@ class CPDistribution:
         return self.weights.shape[:-1]
 
     @property
+    def free_numbers(self) -> int:
+        """Free parameters of one distribution: what a head would have to give for it."""
+        return self.rank - 1 + self.horizon * self.rank * (self.vocab_size - 1)
+
+    @property
+    def shared_numbers(self) -> int:
+        """Parameters that all contexts share: a CP distribution has none."""
+        return 0
+
+    def serial_steps(self, law: SamplingLaw | None = None) -> int:
+        """Steps that must follow each other to draw from it under a law: one if it is as it is."""
+        return 1 if law is None or law.is_identity else self.horizon
+
+    @property
     def parameter_count(self) -> int:
         """Free parameters, simplex constraints taken off, summed over the batch."""
-        per_entry = self.rank - 1 + self.horizon * self.rank * (self.vocab_size - 1)
-        return math.prod(self.batch_shape) * per_entry
+        return math.prod(self.batch_shape) * self.free_numbers
 
     def __getitem__(self, index) -> CPDistribution:
         """Select along the first batch axes."""
@@ -99,33 +113,21 @@ class CPDistribution:
         return self.prefix_probs(self.horizon)
 
     def prefix_probs(self, length: int) -> Float[Tensor, "..."]:
-        """Law of the first `length` tokens, (*batch, vocab, …, vocab): later factors sum to one."""
+        """Joint of the first `length` tokens, (*batch, vocab, …, vocab); later ones sum to one."""
         if length == 0:
             return self.weights.sum(-1)
         if length == 1:
             return (self.factors[0] @ self.weights.unsqueeze(-1)).squeeze(-1)
-        rows = self.weights.unsqueeze(-2) * self.factors[0]
-        for factor in self.factors[1 : length - 1]:
-            rows = (rows.unsqueeze(-2) * factor.unsqueeze(-3)).flatten(-3, -2)
-        return (rows @ self.factors[length - 1].mT).reshape(
-            *self.batch_shape, *(self.vocab_size,) * length
-        )
+        rows = self.weights.unsqueeze(-2) * self.factors[0]  # (*batch, vocab, rank)
+        rows = khatri_rao([rows, *self.factors[1 : length - 1]])  # (*batch, prefixes, rank)
+        table = rows @ self.factors[length - 1].mT  # (*batch, prefixes, vocab)
+        return table.reshape(*self.batch_shape, *(self.vocab_size,) * length)
 
     def marginal(self, length: int) -> CPDistribution:
         """The CP distribution of the first `length` tokens."""
         if not 1 <= length <= self.horizon:
             raise ValueError(f"length {length}: expected 1 to the horizon, {self.horizon}")
         return CPDistribution(self.weights, self.factors[:length])
-
-    def component_log_probs(self, tokens: Int[Tensor, "... length"]) -> Float[Tensor, "... rank"]:
-        """``log w_a + sum_i log A_i[x_i, a]`` over the given first tokens; (…, rank).
-
-        The leading axes of `tokens` are the batch axes, or, without batch axes, any.
-        """
-        total = self.weights.log().expand(*tokens.shape[:-1], self.rank)
-        for position in range(tokens.shape[-1]):
-            total = total + self._rows(position, tokens[..., position]).log()
-        return total
 
     def log_prob(self, tokens: Int[Tensor, "... length"]) -> Float[Tensor, "..."]:
         """Log-probability (nats) that the next tokens begin with `tokens`, of any length up to the
@@ -140,7 +142,7 @@ class CPDistribution:
         return torch.logsumexp(total, -1)
 
     def condition(self, prefix: Int[Tensor, "*batch length"]) -> CPDistribution:
-        """The law of the remaining tokens given the first ones.
+        """The distribution of the remaining tokens given the first ones.
 
         A prefix of zero mass leaves the weights as they are: its posterior is 0/0.
 
@@ -160,7 +162,7 @@ class CPDistribution:
     def next_token_probs(
         self, prefix: Int[Tensor, "*batch length"]
     ) -> Float[Tensor, "*batch vocab"]:
-        """The law of the token after `prefix` (may be empty): factors mixed by the posterior
+        """The next token after `prefix` (may be empty): factors mixed by the posterior
         weights.
         """
         self._check_tokens(prefix)
@@ -171,6 +173,31 @@ class CPDistribution:
             )
         posterior = self._posterior(prefix)
         return (self.factors[prefix.shape[-1]] @ posterior.unsqueeze(-1)).squeeze(-1)
+
+    def following(
+        self, prefixes: Int[Tensor, "count length"], *, told: bool
+    ) -> Float[Tensor, "count vocab"]:
+        """The token after each prefix, float64, without batch axes; see `Draft`."""
+        posterior = self._posterior(prefixes, told=told)  # (count, rank)
+        factor = self.factors[prefixes.shape[1]]  # (vocab, rank)
+        return (factor @ posterior.unsqueeze(-1)).squeeze(-1).double()
+
+    def prefix_tables(
+        self, first: Float[Tensor, "*batch vocab"] | None, *, anchored: bool
+    ) -> Iterator[LowRankTable]:
+        """Rows carry the components, columns are the next position's factor; see `Draft`."""
+        factors = self.factors
+        if first is None:
+            rows = self.weights.unsqueeze(-2)  # (*batch, 1, rank)
+        elif anchored:
+            rows = (self.weights * first.unsqueeze(-1)).unsqueeze(-2)  # (*batch, vocab, 1, rank)
+        else:
+            rows = posterior_after_first(self) * first.unsqueeze(-1)  # (*batch, vocab, rank)
+            factors = factors[1:]
+        for k, factor in enumerate(factors):
+            yield LowRankTable(rows, factor)
+            if k + 1 < len(factors):
+                rows = grown_rows(rows, factor)
 
     def sample(
         self, count: int, *, generator: torch.Generator | None = None, seed: int = 0
@@ -201,10 +228,18 @@ class CPDistribution:
             (self.weights.detach().cpu().numpy(), [f.detach().cpu().numpy() for f in self.factors])
         )
 
-    def _posterior(self, prefix: Tensor) -> Tensor:
+    def _posterior(self, prefix: Tensor, *, told: bool = False) -> Tensor:
+        """Weights given a prefix, (*prefix axes, rank); the prior weights after an impossible one.
+
+        With `told` an impossible first token leaves the weights as they are, and later ones count.
+        """
         scores = self.weights.log().expand(*prefix.shape[:-1], self.rank)
         for position in range(prefix.shape[-1]):
-            scores = scores + self._rows(position, prefix[..., position]).log()
+            grown = scores + self._rows(position, prefix[..., position]).log()
+            if told and position == 0:
+                excluded = grown.amax(-1, keepdim=True) == -math.inf
+                grown = torch.where(excluded, scores, grown)
+            scores = grown
         best = scores.amax(-1, keepdim=True)
         impossible = best == -math.inf
         posterior = (scores - torch.where(impossible, 0.0, best)).exp()
@@ -256,14 +291,13 @@ class CPDistribution:
 def normalised_cp(weights: Tensor, factors: list[Tensor]) -> CPDistribution:
     """A CP distribution from non-negative weights and factors: column sums move into the weights.
 
-    Dead columns (sum zero) get weight zero and a uniform law. Everything dead is a ValueError.
+    Dead columns (sum zero) get weight zero and a uniform column. Everything dead is a ValueError.
     """
     columns = []
     for factor in factors:
-        sums = factor.sum(-2, keepdim=True)
-        columns.append(
-            torch.where(sums > 0, factor / torch.where(sums > 0, sums, 1.0), 1.0 / factor.shape[-2])
-        )
+        sums = factor.sum(-2, keepdim=True)  # (*batch, 1, rank)
+        normalised = ratio(factor, sums, otherwise=1.0 / factor.shape[-2])
+        columns.append(normalised)
         weights = weights * sums.squeeze(-2)
     total = weights.sum(-1, keepdim=True)
     if not bool((total > 0).all()) or not bool(torch.isfinite(total).all()):
@@ -271,26 +305,27 @@ def normalised_cp(weights: Tensor, factors: list[Tensor]) -> CPDistribution:
     return CPDistribution(weights / total, tuple(columns))
 
 
+def posterior_after_first(draft: CPDistribution) -> Float[Tensor, "*batch vocab rank"]:
+    """Weights after each first token; the prior weights after one of zero mass."""
+    scores = draft.weights.unsqueeze(-2) * draft.factors[0]  # (*batch, vocab, rank)
+    total = scores.sum(-1, keepdim=True)
+    given = ratio(scores, total, otherwise=0.0)
+    return torch.where(total > 0, given, draft.weights.unsqueeze(-2))
+
+
 def khatri_rao(
-    factors: list[Float[Tensor, "*batch vocab rank"]],
+    factors: Sequence[Float[Tensor, "*batch _ rank"]],
 ) -> Float[Tensor, "*batch rows rank"]:
-    """Columnwise Kronecker product, first factor slowest: (…, prod of vocab, rank)."""
+    """Columnwise Kronecker product, first factor slowest: (…, product of rows, rank)."""
     product = factors[0]
     for factor in factors[1:]:
-        product = (product.unsqueeze(-2) * factor.unsqueeze(-3)).flatten(-3, -2)
+        product = grown_rows(product, factor)
     return product
 
 
-def from_numpy(weights: np.ndarray, factors: list[np.ndarray]) -> tuple[Tensor, list[Tensor]]:
-    """NumPy arrays to float64 tensors."""
-    return torch.from_numpy(np.asarray(weights, np.float64)), [
-        torch.from_numpy(np.array(f, np.float64)) for f in factors
-    ]
-
-
 def _draw(probs: Tensor, generator: torch.Generator) -> Tensor:
-    flat = probs.reshape(-1, probs.shape[-1])
-    return torch.multinomial(flat, 1, generator=generator).reshape(probs.shape[:-1])
+    flat = probs.reshape(-1, probs.shape[-1])  # (draws, vocab)
+    return draw_tokens(flat, generator).reshape(probs.shape[:-1])
 
 
 def _check_simplex(values: Tensor, dim: int, what: str) -> None:

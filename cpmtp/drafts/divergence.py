@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cpmtp.drafts.cp_distribution import CPDistribution, khatri_rao
+from cpmtp.drafts.protocol import as_draft, is_anchored
 from cpmtp.joint_distribution import JointDistribution
 
 # Entries of the joint compared at once: the working set is a few blocks of this size, however large
@@ -40,7 +39,7 @@ class Divergences:
     hellinger: float | Float[Tensor, "*batch"]
 
 
-def divergences(joint: JointDistribution, draft: CPDistribution | JointDistribution) -> Divergences:
+def divergences(joint: JointDistribution, draft: Any) -> Divergences:
     """Kullback-Leibler divergence, total variation, relative Frobenius error and Hellinger distance
     of Q from P.
 
@@ -48,7 +47,7 @@ def divergences(joint: JointDistribution, draft: CPDistribution | JointDistribut
     ----------
     joint : JointDistribution
         The target P, with or without batch axes.
-    draft : CPDistribution or JointDistribution
+    draft : Draft, FitResult or JointDistribution
         The draft Q over the same tokens and batch axes; or an anchored one: one batch axis (vocab,)
         more and horizon n-1, whose joint law is ``P(x1) Q_{x1}(x_2:n)``.
 
@@ -77,110 +76,37 @@ def divergences(joint: JointDistribution, draft: CPDistribution | JointDistribut
     >>> round(result.kl_nats, 4), result.total_variation, result.relative_frobenius
     (0.6931, 0.5, 0.7071067811865476)
     """
-    anchored = is_anchored(joint, draft)
-    rows = [_entry_divergences(p, q) for p, q in _entries(joint, draft, anchored)]
-    if not joint.batch_shape:
-        return Divergences(*rows[0])
-    table = torch.tensor(rows, dtype=torch.float64).reshape(*joint.batch_shape, 4)
-    return Divergences(*table.unbind(-1))
+    anchored = is_anchored(draft, joint.vocab_size, joint.horizon, joint.batch_shape)
+    batch = len(joint.batch_shape)
+    first = joint.prefix_probs(1) if anchored else None
+    *_, table = as_draft(draft).prefix_tables(first, anchored=anchored)
 
+    lead = joint.probs.shape[: batch + anchored]
+    p = joint.probs.reshape(*lead, -1, joint.vocab_size)  # (*batch[, vocab], prefixes, vocab)
+    size = max(_BLOCK * p.shape[-2] // max(p.numel(), 1), 1)
+    sums = torch.zeros(*joint.batch_shape, 5, dtype=torch.float64)
+    for p_rows, q_rows in zip(p.split(size, -2), table.pieces(size), strict=True):
+        sums += _summed(p_rows.double().flatten(batch), q_rows.double().flatten(batch))
 
-def is_anchored(joint: JointDistribution, draft: CPDistribution | JointDistribution) -> bool:
-    """Whether the draft holds one law of the remaining n-1 tokens for each first token.
-
-    Raises
-    ------
-    ValueError
-        If the draft fits the joint neither so nor plainly.
-    """
-    if draft.vocab_size != joint.vocab_size:
-        raise ValueError(
-            f"the draft is over {draft.vocab_size} tokens and the joint over {joint.vocab_size}: "
-            "use one vocabulary for both"
-        )
-    if draft.horizon == joint.horizon and draft.batch_shape == joint.batch_shape:
-        return False
-    if draft.horizon == joint.horizon - 1 and draft.batch_shape == (
-        *joint.batch_shape,
-        joint.vocab_size,
-    ):
-        return True
-    raise ValueError(
-        f"a draft of horizon {draft.horizon} and batch axes {tuple(draft.batch_shape)} does not "
-        "fit a joint of horizon "
-        f"{joint.horizon} and batch axes {tuple(joint.batch_shape)}: expected the same, or an "
-        "anchored draft (horizon n-1, "
-        "one more batch axis of the vocabulary's length)"
-    )
-
-
-def _entries(
-    joint: JointDistribution, draft, anchored: bool
-) -> Iterator[tuple[Tensor, Callable[[slice], Tensor]]]:
-    """Pairs of one batch entry's probabilities as a matrix (vocab, rest) and a reader of the
-    draft's rows.
-    """
-    vocab = joint.vocab_size
-    for item, probs in enumerate(joint.probs.reshape(-1, vocab, vocab ** (joint.horizon - 1))):
-        if isinstance(draft, JointDistribution):
-            dense = draft.probs.reshape(-1, vocab, vocab ** (joint.horizon - 1))[item]
-            scale = probs.sum(1, keepdim=True) if anchored else torch.ones_like(probs[:, :1])
-            yield probs, _dense_reader(scale, dense)
-        elif anchored:
-            yield (
-                probs,
-                _anchored_reader(
-                    probs.sum(1), _flat(draft, 1 + len(joint.batch_shape), item * vocab, vocab)
-                ),
-            )
-        else:
-            yield probs, _plain_reader(*_flat(draft, len(joint.batch_shape), item, 1))
-
-
-def _dense_reader(scale: Tensor, dense: Tensor) -> Callable[[slice], Tensor]:
-    return lambda rows: scale[rows] * dense[rows]
-
-
-def _flat(draft: CPDistribution, axes: int, start: int, count: int) -> tuple[Tensor, list[Tensor]]:
-    """Weights and factors of `count` entries of the flattened first `axes` axes."""
-    weights = draft.weights.reshape(-1, draft.rank)[start : start + count]
-    factors = [
-        f.reshape(-1, draft.vocab_size, draft.rank)[start : start + count] for f in draft.factors
-    ]
-    return weights, factors
-
-
-def _plain_reader(weights: Tensor, factors: list[Tensor]):
-    lead = weights * factors[0][0]
-    rest = khatri_rao([factor[0] for factor in factors[1:]]) if len(factors) > 1 else None
-    return lambda rows: lead[rows].sum(1, keepdim=True) if rest is None else lead[rows] @ rest.mT
-
-
-def _anchored_reader(first: Tensor, parameters: tuple[Tensor, list[Tensor]]):
-    def read(rows: slice) -> Tensor:
-        weights, factors = parameters[0][rows], [factor[rows] for factor in parameters[1]]
-        return first[rows, None] * CPDistribution(weights, tuple(factors)).to_tensor().flatten(1)
-
-    return read
-
-
-def _entry_divergences(probs: Tensor, read) -> tuple[float, float, float, float]:
-    step = max(_BLOCK // probs.shape[1], 1)
-    sums = torch.zeros(5, dtype=torch.float64)
-    for start in range(0, len(probs), step):
-        rows = slice(start, start + step)
-        p, q = probs[rows].double(), read(rows).double()
-        gap = p - q
-        sums[0] += torch.special.xlogy(p, p).sum() - torch.special.xlogy(p, q).sum()
-        sums[1] += gap.abs().sum()
-        sums[2] += gap.square_().sum()
-        sums[3] += p.square().sum()
-        sums[4] += (p.sqrt() - q.sqrt()).square_().sum()
-    kl, variation, squared_error, squared_norm, hellinger = sums.tolist()
-    # Rounding can leave an exact fit a hair below zero.
-    return (
-        max(kl, 0.0),
+    kl, variation, squared_error, squared_norm, hellinger = sums.unbind(-1)
+    found = (
+        # Rounding can leave an exact fit a hair below zero.
+        kl.clamp_min(0.0),
         0.5 * variation,
-        math.sqrt(squared_error / squared_norm),
-        math.sqrt(0.5 * hellinger),
+        (squared_error / squared_norm).sqrt(),
+        (0.5 * hellinger).sqrt(),
+    )
+    return Divergences(*(value if batch else value.item() for value in found))
+
+
+def _summed(
+    p: Float[Tensor, "*batch entries"], q: Float[Tensor, "*batch entries"]
+) -> Float[Tensor, "*batch 5"]:
+    """Sums over some entries: of the divergence, of the gaps, their squares, P's and the roots'."""
+    gap = p - q
+    divergence = torch.special.xlogy(p, p).sum(-1) - torch.special.xlogy(p, q).sum(-1)
+    roots = (p.sqrt() - q.sqrt()).square_().sum(-1)
+    variation = gap.abs().sum(-1)
+    return torch.stack(
+        [divergence, variation, gap.square_().sum(-1), p.square().sum(-1), roots], -1
     )

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cpmtp.acceptance.verification import VERIFIED, check_rule, survival_along
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.sampling_law import SamplingLaw
 
@@ -135,12 +136,8 @@ def kept_along_text(
     """``G_0 … G_drafted`` of every start, zero beyond the text's end; ``G_0 = 1`` is the known
     token itself.
     """
-    if rule == "token":
-        kept = ratios.clamp(max=1).cumprod(-1)
-    elif rule == "block":
-        kept = ratios.cumprod(-1).cummin(-1).values.clamp(max=1)
-    else:
-        raise ValueError(f"unknown rule {rule!r}: a forecast of cycles knows token and block")
+    check_rule(rule, VERIFIED)
+    kept = survival_along(ratios, rule)  # (texts, starts, drafted)
     kept = torch.cat([torch.ones_like(kept[..., :1]), kept], -1).double()
     left = torch.arange(kept.shape[1], 0, -1)
     return kept * (torch.arange(kept.shape[2]) < left[:, None])

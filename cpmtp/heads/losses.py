@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cpmtp.acceptance.verification import PrefixMasses, accepted_mass
 from cpmtp.heads.cp_head import CPHead
 
 OBJECTIVES = ("likelihood", "distillation", "acceptance")
@@ -115,68 +116,64 @@ class _Chunk:
     objective: str
     balance: float
 
-    def __call__(self, trunk: Tensor, seen: Tensor, paths: Tensor) -> Tensor:
+    def __call__(
+        self,
+        trunk: Float[Tensor, "chunk width"],
+        seen: Float[Tensor, "chunk horizon d"],
+        paths: Int[Tensor, "chunk horizon"],
+    ) -> Float[Tensor, " sums"]:
+        """Loss, then survival, summed over the positions."""
         head = self.head
         log_weights, logits = head.components(seen[:, 0], trunk)
-        # (chunk, drafted, rank): log-probability of each path token in each component
-        log_path, probs = _TokenLaws.apply(logits, paths[:, head.anchored :])
-        scores = torch.cat([log_weights[:, None], log_weights[:, None] + log_path.cumsum(1)], 1)
+        # Log-probability of each path token in each component: (chunk, drafted, rank).
+        log_path, probs = _TokenProbs.apply(logits, paths[:, head.anchored :])
+        grown = log_weights[:, None] + log_path.cumsum(1)  # (chunk, drafted, rank)
+        scores = torch.cat([log_weights[:, None], grown], 1)  # (chunk, drafted + 1, rank)
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.objective != "likelihood"):
+            posterior = scores[:, :-1].softmax(-1)  # (chunk, drafted, rank)
+            mixed = (posterior.unsqueeze(-2) @ probs).squeeze(-2)  # (chunk, drafted, vocab)
+            drafted = mixed[:, 1 - head.anchored :]  # (chunk, horizon - 1, vocab)
+        with torch.no_grad():
+            logits = self.unembed(seen[:, 1:])  # (chunk, horizon - 1, vocab)
+            target = logits.to(drafted.dtype).softmax(-1)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.objective == "acceptance"):
+            survival = _block_survival(target, drafted, paths[:, 1:])  # (horizon - 1,)
+
         if self.objective == "likelihood":
-            with torch.no_grad():
-                survival = self._survival(scores, probs, seen, paths)
             loss = -scores[:, -1].logsumexp(-1).sum()
+        elif self.objective == "distillation":
+            logs = target.clamp_min(_TINY).log() - drafted.clamp_min(_TINY).log()
+            loss = (target * logs).sum()
         else:
-            survival = self._survival(
-                scores, probs, seen, paths, with_loss=self.objective == "distillation"
-            )
-            loss = (
-                survival[0]
-                if self.objective == "distillation"
-                else -survival[1:].sum() - len(paths)
-            )
-            survival = survival[1:]
+            loss = -survival.sum() - len(paths)
         if self.balance:
-            loss = loss + self.balance * len(paths) * (
-                head.rank * log_weights.exp().mean(0).square().sum() - 1
-            )
+            uneven = head.rank * log_weights.exp().mean(0).square().sum() - 1
+            loss = loss + self.balance * len(paths) * uneven
         return torch.cat([loss[None], survival])
 
-    def _survival(
-        self,
-        scores: Tensor,
-        probs: Tensor,
-        seen: Tensor,
-        paths: Tensor,
-        *,
-        with_loss: bool | None = None,
-    ) -> Tensor:
-        """Sums of survival at k = 2 … n; with `with_loss` given, preceded by the summed divergence
-        (or zero).
-        """
-        head = self.head
-        posterior = scores[:, :-1].softmax(-1)
-        drafted = (posterior.unsqueeze(-2) @ probs).squeeze(-2)[:, 1 - head.anchored :]
-        with torch.no_grad():
-            target = self.unembed(seen[:, 1:]).to(drafted.dtype).softmax(-1)
-        ratio = drafted.gather(-1, paths[:, 1:, None]) / target.gather(
-            -1, paths[:, 1:, None]
-        ).clamp_min(_TINY)
-        running, least, sums = torch.ones_like(ratio[:, 0]), torch.ones_like(ratio[:, 0]), []
-        for k in range(head.horizon - 1):
-            sums.append(torch.minimum(running * drafted[:, k], least * target[:, k]).sum())
-            running = running * ratio[:, k]
-            least = torch.minimum(least, running)
-        if with_loss is None:
-            return torch.stack(sums)
-        if not with_loss:
-            return torch.stack([sums[0] * 0, *sums])
-        divergence = (
-            target * (target.clamp_min(_TINY).log() - drafted.clamp_min(_TINY).log())
-        ).sum()
-        return torch.stack([divergence, *(s.detach() for s in sums)])
+
+def _block_survival(
+    target: Float[Tensor, "chunk later vocab"],
+    drafted: Float[Tensor, "chunk later vocab"],
+    path: Int[Tensor, "chunk later"],
+) -> Float[Tensor, " later"]:
+    """Sums over positions of ``S_2 … S_n`` under block verification, given the paths so far.
+
+    Per unit of the target's mass, which is one along the path.
+    """
+    wanted = target.gather(-1, path.unsqueeze(-1)).clamp_min(_TINY)  # (chunk, later, 1)
+    ratios = drafted.gather(-1, path.unsqueeze(-1)) / wanted  # (chunk, later, 1)
+    one = torch.ones_like(ratios[:, 0])  # (chunk, 1)
+    masses, sums = PrefixMasses(one, one, one), []
+    for k in range(path.shape[1]):
+        sums.append(accepted_mass("block", masses, target[:, k], drafted[:, k]).sum())
+        accepted = accepted_mass("block", masses, one, ratios[:, k])
+        masses = PrefixMasses(one, masses.draft * ratios[:, k], accepted)
+    return torch.stack(sums)
 
 
-class _TokenLaws(torch.autograd.Function):
+class _TokenProbs(torch.autograd.Function):
     """Logits (…, rank, vocab) to the given tokens' log-probabilities (…, rank) and to all
     probabilities.
 

@@ -391,7 +391,7 @@ def test_a_profile_carries_the_textbook_approximation_and_the_serving_rates():
         ({"temperature": -1.0}, "temperature -1.0"),
         ({"draft": random_cp((), 3, 3, 2)}, "share a vocabulary"),
         ({"draft": random_cp((), 4, 2, 2)}, "horizon 2"),
-        ({"draft": random_cp((2,), 4, 3, 2)}, "batch (2,)"),
+        ({"draft": random_cp((2,), 4, 3, 2)}, "batch axes (2,)"),
     ],
 )
 def test_bad_input_is_a_value_error_that_says_what_was_expected(change, said):

@@ -132,9 +132,9 @@ def test_processing_applies_to_both():
     ("options", "message"),
     [
         ({"samples": 1}, "samples 1: expected at least 2"),
-        ({"rule": "typical"}, "rule 'typical': only 'token' and 'block'"),
+        ({"rule": "typical"}, "unknown rule 'typical': expected one of token, block"),
         ({"confidence": 1.0}, "confidence 1.0"),
-        ({"horizon": 2}, "a draft of 3 tokens .* horizon of 2"),
+        ({"horizon": 2}, "a draft of horizon 3 .* a joint of horizon 2"),
         ({"draft": BigramTable(5)}, "a language model as draft has none of its own"),
         ({"first_token": "both"}, "unknown first_token"),
     ],

@@ -154,13 +154,13 @@ def test_the_drafts_conditionals_are_processed_as_asked():
         ({"first_token": "both"}, "unknown first_token 'both'"),
         ({"rule": "greedy", "temperature": 0.5}, "rule 'greedy' at temperature 0.5"),
         ({"draft": random_draft(4, 3, 1, 0)}, "a draft over 4 tokens for a target over 5"),
-        ({"draft": random_draft(5, 2, 1, 0)}, "a draft of 2 tokens .* for a horizon of 3"),
+        ({"draft": random_draft(5, 2, 1, 0)}, "a draft of horizon 2 .* a joint of horizon 3"),
         (
             {"draft": random_draft(5, 2, 1, 0, (5,)), "first_token": "draft"},
             "an anchored draft is told the first token",
         ),
         ({"draft": random_draft(5, 2, 1, 0, (3,))}, "batch axes"),
-        ({"draft": BigramTable(5)}, "needs the context"),
+        ({"draft": BigramTable(5)}, "needs context="),
     ],
 )
 def test_a_draft_that_does_not_fit_gets_a_clear_answer(options, message):

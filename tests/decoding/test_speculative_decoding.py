@@ -102,11 +102,11 @@ def test_p_values_over_seeds_are_uniform(rule):
 
 def _correction_from_the_target(p, q, path, rule, uniform):
     accepted, _ = speculative_decoding_judge(p, q, path, rule, uniform)
-    return accepted, speculative_decoding._draw(p[torch.arange(len(p)), accepted], uniform[:, 1])
+    return accepted, speculative_decoding.draw(p[torch.arange(len(p)), accepted], uniform[:, 1])
 
 
 def _everything_accepted(p, q, path, rule, uniform):
-    return torch.full((len(p),), path.shape[1]), speculative_decoding._draw(p[:, -1], uniform[:, 1])
+    return torch.full((len(p),), path.shape[1]), speculative_decoding.draw(p[:, -1], uniform[:, 1])
 
 
 def _another_temperature(p, q, path, rule, uniform):
@@ -116,7 +116,7 @@ def _another_temperature(p, q, path, rule, uniform):
 
 def _greedy_match(p, q, path, rule, uniform):
     same = (p[:, :-1].argmax(-1) == path).long().cumprod(1).sum(1)
-    return same, speculative_decoding._draw(p[torch.arange(len(p)), same], uniform[:, 1])
+    return same, speculative_decoding.draw(p[torch.arange(len(p)), same], uniform[:, 1])
 
 
 speculative_decoding_judge = speculative_decoding._judge
@@ -351,7 +351,7 @@ def test_as_many_tokens_as_asked_come_out(count):
         ({"token_ids": torch.zeros(60, dtype=torch.long)}, "run past the model's 64 positions"),
         ({"token_ids": torch.tensor([VOCAB])}, "prompt tokens must be"),
         ({"rule": "luck"}, "unknown rule"),
-        ({"rule": "greedy"}, "temperature must be 0"),
+        ({"rule": "greedy"}, "at temperature 0 only"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"temperature": -1.0}, "temperature"),
     ],

@@ -1,0 +1,107 @@
+"""A draft's joint as tables of prefixes by next tokens, made some rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@runtime_checkable
+class PrefixTable(Protocol):
+    """``Q(x_1:k)`` as rows of prefixes of k-1 tokens by the k-th, never held as a whole.
+
+    Leading axes are the batch's; those of a draft per first token have that token's axis, too.
+    """
+
+    def pieces(self, size: int) -> Iterator[Float[Tensor, "*lead some vocab"]]:
+        """All rows in turn, `size` prefixes of every leading entry at a time."""
+        ...
+
+    def row(self, prefix: Int[Tensor, "*batch"], batch: int) -> Float[Tensor, "*batch 1 vocab"]:
+        """The row of one prefix per batch entry, numbered over all axes after the batch's."""
+        ...
+
+
+@dataclass(frozen=True)
+class FullTable:
+    """A table that is there anyway.
+
+    Attributes
+    ----------
+    values : (*lead, prefixes, vocab) tensor
+    """
+
+    values: Float[Tensor, "*lead prefixes vocab"]
+
+    def pieces(self, size: int) -> Iterator[Tensor]:
+        """Rows in turn; `split` rather than slices: its gradient is one concatenation."""
+        return iter(self.values.split(size, -2))
+
+    def row(self, prefix: Int[Tensor, "*batch"], batch: int) -> Tensor:
+        """One row per batch entry."""
+        return row_of(self.values, prefix, batch)
+
+
+@dataclass(frozen=True)
+class LowRankTable:
+    """A table that is a product: rows carry a mixture's components.
+
+    Attributes
+    ----------
+    rows : (*lead, prefixes, rank) tensor
+    columns : (*lead, vocab, rank) tensor
+        May lack leading axes: it is then shared along them.
+    """
+
+    rows: Float[Tensor, "*lead prefixes rank"]
+    columns: Float[Tensor, "*lead2 vocab rank"]
+
+    def pieces(self, size: int) -> Iterator[Tensor]:
+        """Rows in turn, each made when it is asked for."""
+        return (part @ self.columns.mT for part in self.rows.split(size, -2))
+
+    def row(self, prefix: Int[Tensor, "*batch"], batch: int) -> Tensor:
+        """One row per batch entry."""
+        columns = self.columns
+        if columns.ndim - 2 > batch:
+            # The columns are those of the prefix's first token.
+            first = (prefix // self.rows.shape[-2])[..., None, None, None]
+            columns = columns.take_along_dim(first, batch).squeeze(batch)  # (*batch, vocab, rank)
+        return row_of(self.rows, prefix, batch) @ columns.mT
+
+
+def row_of(table: Tensor, prefix: Int[Tensor, "*batch"], batch: int) -> Tensor:
+    """The row (*batch, 1, width) of one prefix per batch entry of a table (*batch, …, width)."""
+    rows = table.flatten(batch, -2)  # (*batch, all prefixes, width)
+    return rows.take_along_dim(prefix[..., None, None], -2)
+
+
+def tables_of(
+    joints: list[Tensor], lead: int, start: int
+) -> Iterator[Float[Tensor, "*lead prefixes vocab"]]:
+    """Joints of 0, 1, … tokens, from that of `start` tokens on, as prefixes by next tokens."""
+    return (joint.reshape(*joint.shape[:lead], -1, joint.shape[-1]) for joint in joints[start:])
+
+
+def joints_of_prefixes(probs: Tensor, horizon: int) -> list[Tensor]:
+    """The joint of the first 0, 1, … `horizon` tokens, (*batch, vocab, …, vocab) each."""
+    found = [probs]
+    for _ in range(horizon):
+        found.append(found[-1].sum(-1))
+    return found[::-1]
+
+
+def grown_rows(
+    rows: Float[Tensor, "*lead prefixes rank"], factor: Float[Tensor, "*lead2 vocab rank"]
+) -> Float[Tensor, "*lead longer rank"]:
+    """Every prefix's components with one token more, the new token varying fastest."""
+    return (rows.unsqueeze(-2) * factor.unsqueeze(-3)).flatten(-3, -2)
+
+
+def broadcast_first(first: Tensor, rest: Tensor) -> Tensor:
+    """`first` with an axis of one for each of the later axes of `rest`."""
+    return first.reshape(*first.shape, *(1,) * (rest.ndim - first.ndim))
