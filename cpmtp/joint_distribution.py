@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cpmtp.language_model import LanguageModel, PrefixSharingLanguageModel
-from cpmtp.sampling_law import SamplingLaw
+from cpmtp.sampling_law import SamplingLaw, entropy, ratio
 
 DEFAULT_MAX_BYTES = 4_000_000_000
 _SUM_TOLERANCE = 1e-6
@@ -108,12 +108,8 @@ class JointDistribution:
         """``p(x_length | x_1 … x_{length-1})``, (*batch, vocab, …, vocab); zero after prefixes of
         zero mass.
         """
-        prefix = self.prefix_probs(length - 1).unsqueeze(-1)
-        return torch.where(
-            prefix > 0,
-            self.prefix_probs(length) / prefix.clamp_min(torch.finfo(prefix.dtype).tiny),
-            0.0,
-        )
+        prefix = self.prefix_probs(length - 1).unsqueeze(-1)  # (*batch, vocab, …, 1)
+        return ratio(self.prefix_probs(length), prefix, otherwise=0.0)
 
     def given_first_token(self) -> JointDistribution:
         """The law of the remaining tokens for every first token, (*batch, vocab) batch axes and
@@ -127,20 +123,16 @@ class JointDistribution:
                 "a joint of one token has nothing after the first: use a horizon of at least 2"
             )
         rest = self.horizon - 1
-        first = self.prefix_probs(1)
-        shape = (*first.shape, *(1,) * rest)
-        fallback = self.probs.sum(dim=-self.horizon, keepdim=True)
-        given = torch.where(
-            (first > 0).view(shape),
-            self.probs / first.clamp_min(torch.finfo(first.dtype).tiny).view(shape),
-            fallback,
-        )
+        first = self.prefix_probs(1)  # (*batch, vocab)
+        first = first.reshape(*first.shape, *(1,) * rest)  # (*batch, vocab, 1, …, 1)
+        fallback = self.probs.sum(dim=-self.horizon, keepdim=True)  # (*batch, 1, vocab, …, vocab)
+        given = torch.where(first > 0, ratio(self.probs, first, otherwise=0.0), fallback)
         # Where the first token's mass is subnormal the quotient is rounded away from one.
         return JointDistribution(given / given.sum(dim=tuple(range(-rest, 0)), keepdim=True), rest)
 
     def entropy(self) -> Float[Tensor, "*batch"]:
         """Entropy in nats."""
-        return -torch.special.xlogy(self.probs, self.probs).sum(dim=tuple(range(-self.horizon, 0)))
+        return entropy(self.probs.flatten(len(self.batch_shape)))  # over (*batch, sequences)
 
     def marginals(self) -> list[Float[Tensor, "*batch vocab"]]:
         """The law of each position by itself."""

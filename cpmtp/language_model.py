@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cpmtp.sampling_law import ratio
+
 
 @runtime_checkable
 class LanguageModel(Protocol):
@@ -201,10 +203,7 @@ def separated_hmm(
 def _mix(scores: Tensor, chosen: Tensor, share: float) -> Tensor:
     inside = torch.where(chosen, scores, 0.0)
     outside = torch.where(chosen, 0.0, scores)
-    total_outside = outside.sum(1, keepdim=True)
+    total_outside = outside.sum(1, keepdim=True)  # (rows, 1)
     inside = inside / inside.sum(1, keepdim=True)
-    return torch.where(
-        total_outside > 0,
-        share * inside + (1 - share) * outside / total_outside.clamp_min(1e-300),
-        inside,
-    )
+    mixed = share * inside + (1 - share) * ratio(outside, total_outside, otherwise=0.0)
+    return torch.where(total_outside > 0, mixed, inside)

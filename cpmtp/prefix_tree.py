@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cpmtp.joint_distribution import check_context, conditional_probs, prefixes_at_once
 from cpmtp.language_model import LanguageModel
-from cpmtp.sampling_law import SamplingLaw
+from cpmtp.sampling_law import SamplingLaw, entropy
 
 # Share of the wanted mass's complement that may be lost to dropped children, over all depths.
 _TAIL_SHARE = 0.25
@@ -343,10 +343,8 @@ class _Growth:
         laws = conditional_probs(self.lm, self.context, nodes.tokens[:, :depth], self.law)
         row, token, conditional = self._kept(laws)
         probs = nodes.probs[row] * conditional
-        entropies = -(laws * laws.clamp_min(torch.finfo(laws.dtype).tiny).log_()).sum(1)
-        self.pieces[depth].append(
-            TreeLevel(nodes.positions[row], token, conditional, probs, entropies)
-        )
+        level = TreeLevel(nodes.positions[row], token, conditional, probs, entropy(laws))
+        self.pieces[depth].append(level)
         positions = torch.arange(self.sizes[depth], self.sizes[depth] + len(token))
         self.sizes[depth] += len(token)
         self.expanded += len(nodes)

@@ -23,7 +23,7 @@ from cpmtp.drafts.cp_distribution import CPDistribution, posterior_after_first
 from cpmtp.drafts.protocol import as_draft, is_anchored
 from cpmtp.joint_distribution import JointDistribution
 from cpmtp.prefix_tree import PrefixTree
-from cpmtp.sampling_law import SamplingLaw
+from cpmtp.sampling_law import SamplingLaw, ratio
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,20 @@ class AcceptanceProfile:
         """``S_k / S_{k-1}``: acceptance of position k given that the ones before it survived; 0
         where none did.
         """
-        before = torch.cat([torch.ones_like(self.survival[..., :1]), self.survival[..., :-1]], -1)
-        return torch.where(
-            before > 0, self.survival / before.clamp_min(torch.finfo(before.dtype).tiny), 0.0
-        )
+        first = torch.ones_like(self.survival[..., :1])  # (*batch, 1)
+        before = torch.cat([first, self.survival[..., :-1]], -1)  # (*batch, horizon)
+        return ratio(self.survival, before, otherwise=0.0)
 
     @property
     def iid_tokens_per_call(self) -> float | Float[Tensor, "*batch"]:
         """The textbook approximation, which takes every position to be accepted with the first
         drafted one's probability.
         """
-        drafted = self.survival.shape[-1] - (self.first_token == "target")
-        alpha = self.survival[
-            ..., min(self.survival.shape[-1] - drafted, self.survival.shape[-1] - 1)
-        ]
-        total = sum((alpha**k for k in range(1, drafted + 1)), torch.ones_like(alpha))
+        told = self.first_token == "target"
+        if self.survival.shape[-1] == 1 and told:
+            return self.tokens_per_call  # nothing is drafted
+        alpha = self.survival[..., int(told)]  # (*batch,)
+        total = sum((alpha**k for k in range(1, self.survival.shape[-1] - told + 1)), 1 + 0 * alpha)
         return total if total.ndim else total.item()
 
     def to_vllm_synthetic(self) -> str:

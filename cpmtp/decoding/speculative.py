@@ -22,6 +22,7 @@ from torch import Tensor
 from cpmtp.acceptance.verification import VERIFIED, accepted_lengths, check_rule, residual_law
 from cpmtp.decoding.stats import GenerationStats, Recorder
 from cpmtp.decoding.target import CachedTarget, PlainTarget
+from cpmtp.drafts.blocks import Block, CPBlock
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.sampling_law import SamplingLaw, draw
@@ -112,7 +113,8 @@ def speculative_generate(
     Examples
     --------
     >>> from cpmtp.language_model import separated_hmm
-    >>> from cpmtp.drafts.cp_distribution import CPDistribution
+    >>> from cpmtp.drafts.blocks import Block, CPBlock
+    from cpmtp.drafts.cp_distribution import CPDistribution
     >>> uniform = CPDistribution(torch.ones(1), [torch.full((4, 1), 0.25)] * 2)
     >>> lm, prompt = separated_hmm(2, 4), torch.tensor([0])
     >>> out = speculative_generate(lm, lambda text: uniform, prompt, max_new_tokens=5)
@@ -247,15 +249,14 @@ class _Run:
         longest = min(
             max(self.limit - len(self.new[row]) for row in self.running) - 1, self._room()
         )
-        weights, factors = self._draft_factors(longest)
-        length = factors.shape[1]
-        uniform = self._uniform(len(self.known), length + 3)
-        path, q = _sample_path(weights, factors, self.law, uniform)
+        block = self._block(longest)
+        uniform = self._uniform(len(self.known), block.length + 3)
+        path, q = block.sample(self.law, uniform)
         drafted = self._now()
         scores, hidden = self.target.extend(torch.cat([self.known[:, None], path], 1))
         p = self._law_of(scores)
         judged = self._now()
-        accepted, following = _judge(p, q, path, self.rule, uniform[:, length + 1 :])
+        accepted, following = _judge(p, q, path, self.rule, uniform[:, block.length + 1 :])
         verified = self._now()
         if hidden is not None:
             self.hidden = hidden[torch.arange(len(hidden), device=hidden.device), accepted]
@@ -278,30 +279,21 @@ class _Run:
             "verification": verified - judged,
         }
         stages["rest"] = time.perf_counter() - verified
-        self.recorder.horizon = max(self.recorder.horizon, length + 1)
+        self.recorder.horizon = max(self.recorder.horizon, block.length + 1)
         self.recorder.cycle(emitted, stages)
 
-    def _draft_factors(self, longest: int) -> tuple[Tensor, Tensor]:
-        """Weights (batch, rank) and factors (batch, length, rank, vocab), float64, of at most
-        `longest` tokens.
-        """
+    def _block(self, longest: int) -> Block:
+        """What is drafted after the known tokens: at most `longest` of them."""
         if self.draft is None or longest < 1:
-            one = torch.ones(len(self.known), 1, dtype=torch.float64, device=self.known.device)
-            return one, one.new_ones(len(one), 0, 1, 1)
-        if isinstance(self.draft, CPHead) and self.hidden is not None:
-            weights, factors = self.draft.draft_factors(self.hidden.to(self.draft.maps), self.known)
-            factors = factors[:, :longest]
-        else:
-            assert not isinstance(self.draft, CPHead)  # _check refuses a head without hidden states
-            texts = [
-                torch.cat([p, torch.tensor(n, dtype=torch.long)])
-                for p, n in zip(self.prompts, self.new, strict=True)
-            ]
-            laws = [self.draft(text) for text in texts]
-            weights = torch.stack([d.weights for d in laws])
-            factors = torch.stack([torch.stack([f.mT for f in d.factors[:longest]]) for d in laws])
-        weights, factors = weights.double(), factors.double()
-        return weights / weights.sum(-1, keepdim=True), factors / factors.sum(-1, keepdim=True)
+            return CPBlock.empty(len(self.known), self.known.device)
+        if isinstance(self.draft, CPHead):
+            assert self.hidden is not None  # a head without hidden states is refused
+            return self.draft.block(self.hidden, self.known).first(longest)
+        texts = [
+            torch.cat([prompt, torch.tensor(new, dtype=torch.long)])
+            for prompt, new in zip(self.prompts, self.new, strict=True)
+        ]
+        return CPBlock.of_distributions([self.draft(text) for text in texts]).first(longest)
 
     def _uniform(self, *shape: int) -> Tensor:
         """From the generator on the CPU, so that a seed means the same on every device."""
@@ -338,54 +330,6 @@ class _Run:
             self.new[row] += block
             if ended or len(self.new[row]) >= self.limit:
                 self.running.discard(row)
-
-
-def _sample_path(
-    weights: Tensor, factors: Tensor, law: SamplingLaw, uniform: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Tokens (batch, length) drawn from the mixture, and the processed next-token laws (batch,
-    length, vocab) along them.
-    """
-    if not factors.shape[1]:
-        return factors.new_zeros(len(weights), 0, dtype=torch.long), factors.new_zeros(
-            len(weights), 0, 1
-        )
-    return (
-        _sample_at_once(weights, factors, uniform)
-        if law.is_identity
-        else _sample_in_turn(weights, factors, law, uniform)
-    )
-
-
-def _sample_at_once(weights: Tensor, factors: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """A component, then all its tokens; what they are verified against is the mixture's law, as if
-    nobody had seen which.
-    """
-    length, rows = factors.shape[1], torch.arange(len(weights), device=weights.device)
-    path = draw(factors[rows, :, draw(weights, uniform[:, length])], uniform[:, :length])
-    chosen = factors.gather(-1, path[:, :, None, None].expand(-1, -1, factors.shape[2], 1)).squeeze(
-        -1
-    )
-    posterior = torch.cat([weights[:, None], weights[:, None] * chosen[:, :-1].cumprod(1)], 1)
-    posterior = posterior / posterior.sum(-1, keepdim=True)
-    return path, (posterior.unsqueeze(-2) @ factors).squeeze(-2)
-
-
-def _sample_in_turn(
-    weights: Tensor, factors: Tensor, law: SamplingLaw, uniform: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One token after another: a processed law is no mixture of processed components."""
-    path, laws = [], []
-    for k in range(factors.shape[1]):
-        q = law.process((weights.unsqueeze(-2) @ factors[:, k]).squeeze(-2))
-        token = draw(q, uniform[:, k])
-        weights = weights * factors[:, k].gather(
-            -1, token[:, None, None].expand(-1, factors.shape[2], 1)
-        ).squeeze(-1)
-        weights = weights / weights.sum(-1, keepdim=True)
-        path.append(token)
-        laws.append(q)
-    return torch.stack(path, 1), torch.stack(laws, 1)
 
 
 def _judge(

@@ -172,26 +172,10 @@ def _text_ratios(lm: Any, head: CPHead, row: Tensor, start: int, law: SamplingLa
     parts = []
     for at in known.split(size):
         following = at[:, None] + torch.arange(1, drafted + 1, device=row.device)
-        q = _path_probs(head, hidden[at - 1].to(head.maps), row[0, at], padded[following], law)
+        block = head.block(hidden[at - 1], row[0, at])
+        q = block.along(padded[following], law)  # (some, drafted)
         parts.append(torch.where(following < time, q / of_text[following - 1], 0.0))
     return torch.cat(parts).cpu()[None]
-
-
-def _path_probs(
-    head: CPHead, hidden: Tensor, first: Tensor, path: Tensor, law: SamplingLaw
-) -> Tensor:
-    """The draft's processed conditionals (count, drafted) of the path's tokens, float64."""
-    weights, factors = (part.double() for part in head.draft_factors(hidden, first))
-    found = []
-    for k in range(path.shape[1]):
-        token = path[:, k, None]
-        laws = (weights[:, None] @ factors[:, k]).squeeze(1)
-        found.append(law.process(laws / laws.sum(-1, keepdim=True)).gather(-1, token))
-        weights = weights * factors[:, k].gather(
-            -1, token[..., None].expand(-1, factors.shape[2], 1)
-        ).squeeze(-1)
-        weights = weights / weights.sum(-1, keepdim=True)
-    return torch.cat(found, -1)
 
 
 def _ratio(above: Tensor, below: Tensor, confidence: float) -> tuple[float, tuple[float, float]]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from cpmtp.drafts.blocks import CPBlock
 from cpmtp.drafts.cp_distribution import CPDistribution
 
 _WEIGHTS = "model.safetensors"
@@ -175,6 +176,12 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
             scores = scores + (known.gather(-1, at) - known.logsumexp(-1, keepdim=True)).squeeze(-1)
             logits = logits[..., 1:, :, :]
         return scores.softmax(-1), logits.softmax(-1)
+
+    def block(
+        self, hidden: Float[Tensor, "batch d"], first_token: Int[Tensor, " batch"]
+    ) -> CPBlock:
+        """What a decoder draws from and a forecast reads: the draft of each row, float64."""
+        return CPBlock.of(*self.draft_factors(hidden.to(self.maps), first_token))
 
     def trunk(
         self, hidden: Float[Tensor, "*batch d"], first_token: Int[Tensor, "*batch"] | None
