@@ -20,8 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.acceptance.verification import VERIFIED, accepted_lengths, check_rule, residual_law
+from cpmtp.decoding.audit import Audit, finished
 from cpmtp.decoding.stats import GenerationStats, Recorder
-from cpmtp.decoding.target import CachedTarget, PlainTarget
+from cpmtp.decoding.trials import open_target
 from cpmtp.drafts.blocks import Block, CPBlock
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.heads.cp_head import CPHead
@@ -71,6 +72,7 @@ def speculative_generate(
     stop_strings: Sequence[str] = (),
     callback: Callable[[int, Tensor], bool | None] | None = None,
     monitor: str | Path | None = None,
+    audit: bool = False,
 ) -> Generation:
     """Generate text whose law is the target's own, several tokens per forward pass.
 
@@ -99,6 +101,9 @@ def speculative_generate(
         ends the row.
     monitor : path, optional
         A file to which every cycle appends a line of JSON.
+    audit : bool
+        Hold the distributions that tokens were drawn from against full forward passes, every 64
+        tokens; what was found is in ``stats.audit`` and ``stats.audit_findings``.
 
     Raises
     ------
@@ -128,21 +133,19 @@ def speculative_generate(
     )
     _check(lm, prompts, rule, law, max_new_tokens)
     if isinstance(draft, CPHead):
-        if not hasattr(lm, "hidden_states"):
-            raise ValueError(
-                "a head needs hidden states, which this language model has not: give a function "
-                "of the text instead"
-            )
         draft.attach(lm)
-    run = _Run(lm, draft, law, "token" if rule == "greedy" else rule, seed, prompts, max_new_tokens)
-    run.endings = _Endings(lm, eos_token_id, tuple(stop_strings), callback)
+    endings = _Endings(lm, eos_token_id, tuple(stop_strings), callback)
+    plan = _Plan(law, "token" if rule == "greedy" else rule, seed, max_new_tokens, endings)
     started = time.perf_counter()
     with torch.inference_mode():
-        run.read_prompts(Path(monitor) if monitor else None)
+        run = _Run(lm, draft, prompts, plan, Path(monitor) if monitor else None, audit=audit)
+        run.read_prompts()
         while run.running:
             run.cycle()
-    new = [torch.tensor(row, dtype=torch.long) for row in run.new]
-    stats = run.recorder.finish(time.perf_counter() - started, sum(map(len, new)))
+        new = [torch.tensor(row, dtype=torch.long) for row in run.new]
+        findings = finished(run.audit, run.texts())
+    seconds = time.perf_counter() - started - (findings.seconds if findings else 0.0)
+    stats = run.recorder.finish(seconds, sum(map(len, new)), run.way, findings)
     return Generation(new[0] if single else new, list(prompts), stats)
 
 
@@ -208,55 +211,74 @@ class _Endings:
         return block, False
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What stays the same from cycle to cycle."""
+
+    law: SamplingLaw
+    rule: str
+    seed: int
+    limit: int
+    endings: _Endings
+
+
 class _Run:
     """The state of the loop: what each row has, knows and is waiting for."""
 
     def __init__(
         self,
-        lm,
-        draft,
-        law: SamplingLaw,
-        rule: str,
-        seed: int,
+        lm: Any,
+        draft: CPHead | ContextDraft | None,
         prompts: list[Tensor],
-        max_new_tokens: int,
+        plan: _Plan,
+        monitor: Path | None,
+        *,
+        audit: bool,
     ):
-        self.draft, self.law, self.rule, self.limit = draft, law, rule, max_new_tokens
-        self.target = (
-            CachedTarget(lm) if hasattr(lm, "model") and hasattr(lm, "unembed") else PlainTarget(lm)
-        )
+        self.draft, self.plan, self.prompts = draft, plan, prompts
+        longest = max(map(len, prompts)) + plan.limit
+        heads = isinstance(draft, CPHead)
+        followed = open_target(lm, rows=len(prompts), longest=longest, hidden=heads)
+        self.target, self.way = followed.target, followed.way
+        self.window = getattr(lm, "max_context", None)
+        self.generator = torch.Generator().manual_seed(plan.seed)
         self.known = torch.empty(0)
         self.hidden: Tensor | None = None
-        self.prompts, self.generator = prompts, torch.Generator().manual_seed(seed)
         self.new: list[list[int]] = [[] for _ in prompts]
-        self.running = set(range(len(prompts))) if max_new_tokens else set()
-        self.endings = _Endings()
-        self.window = getattr(lm, "max_context", None)
+        self.running = set(range(len(prompts))) if plan.limit else set()
+        horizon = draft.horizon if isinstance(draft, CPHead) else 1
+        self.recorder = Recorder(len(prompts), horizon, monitor)
+        self.audit = Audit(lm, plan.law, len(prompts)) if audit else None
 
-    def read_prompts(self, monitor: Path | None) -> None:
-        horizon = self.draft.horizon if isinstance(self.draft, CPHead) else 1
-        self.recorder = Recorder(len(self.prompts), horizon, monitor)
+    def texts(self) -> list[Tensor]:
+        """Prompts and new tokens of all rows."""
+        rows = zip(self.prompts, self.new, strict=True)
+        return [torch.cat([prompt, torch.tensor(new, dtype=torch.long)]) for prompt, new in rows]
+
+    def read_prompts(self) -> None:
+        """The first call: what follows the prompts."""
         if not self.running:
             self.recorder.calls = 0
             return
         scores, self.hidden = self.target.begin(self.prompts)
-        p = self._law_of(scores)
+        p = self._processed(scores)  # (batch, vocab)
         self.known = draw(p, self._uniform(len(p)))
-        self._release({row: [int(self.known[row])] for row in sorted(self.running)})
+        first = {row: [int(self.known[row])] for row in sorted(self.running)}
+        self._release(first, scores[:, None])
 
     def cycle(self) -> None:
         begun = self._now()
         longest = min(
-            max(self.limit - len(self.new[row]) for row in self.running) - 1, self._room()
+            max(self.plan.limit - len(self.new[row]) for row in self.running) - 1, self._room()
         )
         block = self._block(longest)
         uniform = self._uniform(len(self.known), block.length + 3)
-        path, q = block.sample(self.law, uniform)
+        path, q = block.sample(self.plan.law, uniform)
         drafted = self._now()
-        scores, hidden = self.target.extend(torch.cat([self.known[:, None], path], 1))
-        p = self._law_of(scores)
+        scores, hidden = self.target.extend(torch.cat([self.known[:, None], path], 1), self.running)
+        p = self._processed(scores)  # (batch, length + 1, vocab)
         judged = self._now()
-        accepted, following = _judge(p, q, path, self.rule, uniform[:, block.length + 1 :])
+        accepted, following = _judge(p, q, path, self.plan.rule, uniform[:, block.length + 1 :])
         verified = self._now()
         if hidden is not None:
             self.hidden = hidden[torch.arange(len(hidden), device=hidden.device), accepted]
@@ -271,8 +293,9 @@ class _Run:
         rows = sorted(self.running)
         # What goes beyond a row's last wanted token is not emitted: the row's draft might as well
         # have been shorter.
-        emitted = {row: min(counts[row], self.limit - len(self.new[row]) - 1) for row in rows}
-        self._release({row: [*drawn[row][: counts[row]], ends[row]] for row in rows})
+        emitted = {row: min(counts[row], self.plan.limit - len(self.new[row]) - 1) for row in rows}
+        blocks = {row: [*drawn[row][: counts[row]], ends[row]] for row in rows}
+        self._release(blocks, scores)
         stages = {
             "draft": drafted - begun,
             "target": judged - drafted,
@@ -289,11 +312,7 @@ class _Run:
         if isinstance(self.draft, CPHead):
             assert self.hidden is not None  # a head without hidden states is refused
             return self.draft.block(self.hidden, self.known).first(longest)
-        texts = [
-            torch.cat([prompt, torch.tensor(new, dtype=torch.long)])
-            for prompt, new in zip(self.prompts, self.new, strict=True)
-        ]
-        return CPBlock.of_distributions([self.draft(text) for text in texts]).first(longest)
+        return CPBlock.of_distributions([self.draft(text) for text in self.texts()]).first(longest)
 
     def _uniform(self, *shape: int) -> Tensor:
         """From the generator on the CPU, so that a seed means the same on every device."""
@@ -307,28 +326,37 @@ class _Run:
             torch.cuda.synchronize(self.target.device)
         return time.perf_counter()
 
-    def _law_of(self, scores: Tensor) -> Tensor:
+    def _processed(self, scores: Tensor) -> Tensor:
         probs = scores.double().softmax(-1)
         if bool(torch.isnan(probs.sum())):
             raise ValueError("the model returned NaN logits: check its weights and the prompt")
-        return self.law.process(probs)
+        return self.plan.law.process(probs)
 
     def _room(self) -> int:
         """Drafted tokens for which the model still has positions, after the known one."""
         if self.window is None:
-            return self.limit
+            return self.plan.limit
         return self.window - max(
             len(self.prompts[row]) + len(self.new[row]) for row in self.running
         )
 
-    def _release(self, blocks: dict[int, list[int]]) -> None:
+    def _release(
+        self, blocks: dict[int, list[int]], scores: Float[Tensor, "batch positions vocab"]
+    ) -> None:
+        """Hand out what rows have got, whose tokens were drawn from these scores."""
         for row, block in blocks.items():
-            block, ended = self.endings.cut(self.new[row], block[: self.limit - len(self.new[row])])
-            if self.endings.callback and self.endings.callback(row, torch.tensor(block)) is False:
+            wanted = block[: self.plan.limit - len(self.new[row])]
+            block, ended = self.plan.endings.cut(self.new[row], wanted)
+            callback = self.plan.endings.callback
+            if callback and callback(row, torch.tensor(block)) is False:
                 self.running.discard(row)
                 continue
             self.new[row] += block
-            if ended or len(self.new[row]) >= self.limit:
+            if self.audit is not None:
+                self.audit.note(row, scores[row, : len(block)])
+                text = [self.prompts[row], torch.tensor(self.new[row], dtype=torch.long)]
+                self.audit.hold(row, torch.cat(text), at_end=False)
+            if ended or len(self.new[row]) >= self.plan.limit:
                 self.running.discard(row)
 
 

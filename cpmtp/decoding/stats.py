@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cpmtp.decoding.audit import AuditFindings
+
 STAGES = ("target", "draft", "verification", "rest")
 
 
@@ -31,6 +33,11 @@ class GenerationStats:
         Of the cycles: target forward passes, draft, verification, the rest.
     token_latencies : tuple of float
         Seconds per emitted token of every cycle: its time over the mean number of tokens a row got.
+    tokens : int
+        New tokens of all rows.
+    way : str
+        How the target was followed; see `cpmtp.decoding.trials`.
+    audit_findings : AuditFindings, optional
     """
 
     calls: int
@@ -41,6 +48,13 @@ class GenerationStats:
     stage_seconds: dict[str, float]
     token_latencies: tuple[float, ...]
     tokens: int
+    way: str = ""
+    audit_findings: AuditFindings | None = None
+
+    @property
+    def audit(self) -> float | None:
+        """Largest total variation of what was used to full passes; None without an audit."""
+        return None if self.audit_findings is None else self.audit_findings.largest
 
     @property
     def tokens_per_second(self) -> float:
@@ -84,7 +98,9 @@ class Recorder:
             with self.monitor.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def finish(self, seconds: float, tokens: int) -> GenerationStats:
+    def finish(
+        self, seconds: float, tokens: int, way: str = "", audit: AuditFindings | None = None
+    ) -> GenerationStats:
         """The run's numbers from what was collected."""
         table = np.array(self.accepted, dtype=int).reshape(-1, self.rows)
         running = table >= 0
@@ -99,4 +115,6 @@ class Recorder:
             stage_seconds=self.stages,
             token_latencies=tuple(self.latencies),
             tokens=tokens,
+            way=way,
+            audit_findings=audit,
         )

@@ -1,11 +1,26 @@
-"""The target inside the decoding loop: laws of the next tokens after a few more, and a cache that
-forgets the rejected ones.
+"""The target inside the decoding loop: what follows a few more tokens, rejected ones forgotten.
+
+There are several ways to follow a model, from the fastest to the one that takes nothing for
+granted. `open_target` picks the first that gave what full forward passes give on this model.
+
+========  =========================================================  ==========================
+way       what is kept between calls                                 taken for granted
+========  =========================================================  ==========================
+batch     one cache of all rows, cropped; rejected tokens of rows    cache grows and crops;
+          that keep fewer stay in it, masked                         positions and masks are heeded
+rows      a cache of each row's own, cropped                         cache grows and crops
+replayed  a cache of each row's own, copied before every call;       cache grows, several tokens
+          what was accepted is fed to the copy again                 at a time
+stepped   a cache of each row's own, copied after every token        cache grows token by token
+full      the texts                                                  nothing
+========  =========================================================  ==========================
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -15,86 +30,273 @@ from transformers import DynamicCache
 from cpmtp.language_model import LanguageModel
 
 
-class CachedTarget:
-    """A Hugging Face model with its key/value cache; one forward pass per call of `extend`.
+class Target(Protocol):
+    """A model that follows some texts.
+
+    Scores are log-probabilities but for a constant; hidden states are what scores are made of,
+    None where the model has none that would do.
+    """
+
+    device: torch.device
+
+    def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, Tensor | None]:
+        """Scores (batch, vocab) after each prompt, hidden states (batch, d)."""
+        ...
+
+    def extend(
+        self, tokens: Int[Tensor, "batch count"], running: set[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores (batch, count, vocab) after each of some more tokens, hidden states (…, d).
+
+        Those of rows that are not running mean nothing.
+        """
+        ...
+
+    def keep(self, counts: Int[Tensor, " batch"]) -> None:
+        """Only the first `counts` tokens of the last extension stay."""
+        ...
+
+
+class _Reader:
+    """Asks a Hugging Face model for scores and, where heads need them, hidden states."""
+
+    def __init__(self, lm: Any, hidden: bool):
+        self._lm, self._hidden, self.device = lm, hidden, lm.device
+
+    def _asked(self, tokens: Tensor, cache: Any, last: bool, **inputs) -> tuple[Tensor, Any, Any]:
+        """Scores and hidden states after every token, or the last one, and the cache."""
+        lm = self._lm
+        named = {"input_ids": tokens.to(self.device), "use_cache": True} | inputs
+        named[lm.cache_name] = cache
+        if not self._hidden:
+            out = lm.model(**named)
+            return out.logits[:, -1:] if last else out.logits, None, out[lm.cache_name]
+        out = lm.trunk(**named)
+        hidden = out.last_hidden_state[:, -1:] if last else out.last_hidden_state
+        return lm.unembed(hidden), hidden, out[lm.cache_name]
+
+
+class BatchTarget(_Reader):
+    """One cache for all rows.
 
     Rows of a batch keep different numbers of tokens. Rejected tokens of the longest-keeping row are
     cropped from the cache; the others' stay where they are, masked out.
     """
 
-    def __init__(self, lm: Any):
-        self._lm, self._cache, self.device = lm, DynamicCache(), lm.device
+    def __init__(self, lm: Any, hidden: bool):
+        super().__init__(lm, hidden)
+        self._cache: Any = DynamicCache()
         # A batch of one has no holes in its cache, and so no mask.
         self._mask: Tensor | None = None
         self._positions = torch.zeros(0)
         self._added = 0
-        self._only_unembeds = False
 
-    def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, Tensor]:
-        """Read the prompts; scores (batch, vocab) after each and the hidden state (batch, hidden)
-        they come from.
-        """
-        lengths = torch.tensor([len(p) for p in prompts])
+    def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, Tensor | None]:
+        """Read the prompts, padded on the left."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
         tokens = torch.zeros(len(prompts), longest, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             tokens[row, longest - len(prompt) :] = prompt
         steps = torch.arange(longest)
-        self._mask = (steps >= (longest - lengths)[:, None]).long() if len(prompts) > 1 else None
-        positions = (steps - (longest - lengths)[:, None]).clamp_min(0)
-        scores, hidden = self._forward(tokens, positions)
-        # Some models cap or scale what they unembed; where this one does not, later calls need not
-        # ask for hidden states.
-        self._only_unembeds = torch.equal(self._lm.unembed(hidden), scores)
+        padding = (longest - lengths)[:, None]  # (batch, 1)
+        self._mask = (steps >= padding).long() if len(prompts) > 1 else None
         self._positions, self._added = lengths, 0
-        return scores[:, -1], hidden[:, -1]
+        scores, hidden = self._forward(tokens, (steps - padding).clamp_min(0), last=True)
+        return scores[:, -1], None if hidden is None else hidden[:, -1]
 
-    def extend(self, tokens: Int[Tensor, "batch count"]) -> tuple[Tensor, Tensor]:
-        """Scores (batch, count, vocab), the log-probabilities but for a constant, after each token;
-        hidden states.
-        """
+    def extend(
+        self, tokens: Int[Tensor, "batch count"], running: set[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """One forward pass over all rows."""
         count = tokens.shape[1]
         if self._mask is not None:
-            self._mask = torch.cat(
-                [self._mask, torch.ones(len(tokens), count, dtype=torch.long)], 1
-            )
-        positions = self._positions[:, None] + torch.arange(count)
+            new = torch.ones(len(tokens), count, dtype=torch.long)
+            self._mask = torch.cat([self._mask, new], 1)  # (batch, seen + count)
+        positions = self._positions[:, None] + torch.arange(count)  # (batch, count)
         if self._lm.max_context is not None:  # a row that has ended may stand at the last one
             positions = positions.clamp_max(self._lm.max_context - 1)
         self._added = count
-        return self._forward(tokens, positions)
+        return self._forward(tokens, positions, last=False)
 
     def keep(self, counts: Int[Tensor, " batch"]) -> None:
-        """Only the first `counts` tokens of the last extension stay."""
+        """Crop what no row keeps, mask what only some keep."""
         drop = self._added - int(counts.max())
         if drop:
             self._cache.crop(-drop)
         if self._mask is not None:
             size = self._mask.shape[1]
-            rejected = torch.arange(self._added) >= counts[:, None]
+            rejected = torch.arange(self._added) >= counts[:, None]  # (batch, added)
             self._mask[:, size - self._added :].masked_fill_(rejected, 0)
             self._mask = self._mask[:, : size - drop]
         self._positions = self._positions + counts
 
-    def _forward(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        lm, device = self._lm, self._lm.device
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, *, last: bool
+    ) -> tuple[Tensor, Tensor | None]:
         # Without padding the model's own causal path is the fast one.
-        mask = None if self._mask is None or bool(self._mask.all()) else self._mask.to(device)
-        inputs: dict[str, Any] = {
-            "input_ids": tokens.to(device),
-            "position_ids": positions.to(device),
-            "attention_mask": mask,
-        }
-        inputs |= {lm.cache_name: self._cache, "use_cache": True}
-        if self._only_unembeds:
-            hidden = lm.model.base_model(**inputs).last_hidden_state
-            return lm.unembed(hidden), hidden
-        out = lm.model(**inputs, output_hidden_states=True)
-        return out.logits, out.hidden_states[-1]
+        whole = self._mask is None or bool(self._mask.all())
+        mask = None if whole else self._mask.to(self.device)  # type: ignore[union-attr]
+        inputs = {"position_ids": positions.to(self.device), "attention_mask": mask}
+        scores, hidden, self._cache = self._asked(tokens, self._cache, last, **inputs)
+        return scores, hidden
+
+
+class RowsTarget(_Reader):
+    """A cache of its own for every row: no padding, no holes, no positions but the model's own.
+
+    Parameters
+    ----------
+    recording : bool
+        Whether caches are the configuration's own kind and remember what cropping must restore, as
+        windows and recurrent states need; else they keep every token.
+    """
+
+    def __init__(self, lm: Any, hidden: bool, *, recording: bool):
+        super().__init__(lm, hidden)
+        self._recording = recording
+        self._caches: list[Any] = []
+        self._added: list[int] = []
+
+    def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, Tensor | None]:
+        """Read one prompt after another."""
+        self._caches = [self._new_cache() for _ in prompts]
+        found = [self._row(row, prompt[None], last=True) for row, prompt in enumerate(prompts)]
+        self._added = [0] * len(prompts)
+        self._settle(dict.fromkeys(range(len(prompts)), 0))
+        scores, hidden = _stacked(found)
+        return scores[:, -1], None if hidden is None else hidden[:, -1]
+
+    def extend(
+        self, tokens: Int[Tensor, "batch count"], running: set[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """A forward pass for each running row."""
+        self._added = [tokens.shape[1] if row in running else 0 for row in range(len(tokens))]
+        read = lambda row: self._row(row, tokens[row, None], last=False)  # noqa: E731
+        return _of_running(read, running, len(tokens))
+
+    def keep(self, counts: Int[Tensor, " batch"]) -> None:
+        """Crop each row."""
+        self._settle({row: n - int(counts[row]) for row, n in enumerate(self._added) if n})
+
+    def _settle(self, drops: dict[int, int]) -> None:
+        for row, drop in drops.items():
+            if drop or self._recording:
+                self._caches[row].crop(-drop)
+
+    def _row(self, row: int, tokens: Tensor, *, last: bool) -> tuple[Tensor, Tensor | None]:
+        scores, hidden, self._caches[row] = self._asked(tokens, self._caches[row], last)
+        return scores, hidden
+
+    def _new_cache(self) -> Any:
+        if not self._recording:
+            return DynamicCache()
+        cache = DynamicCache(config=self._lm.model.config)
+        cache.activate_past_recording()
+        return cache
+
+
+class ReplayingTarget(_Reader):
+    """A cache of its own for every row, kept as it was before the last call.
+
+    Parameters
+    ----------
+    stepped : bool
+        Token by token, with a copy of the cache after each; else several tokens at a time, and what
+        was accepted is fed once more to the cache from before.
+    """
+
+    def __init__(self, lm: Any, hidden: bool, *, stepped: bool):
+        super().__init__(lm, hidden)
+        self._stepped = stepped
+        # Per row: the cache after 0, 1, … tokens of the last extension; if not stepped, after none.
+        self._caches: list[list[Any]] = []
+        self._tokens = torch.zeros(0, 0, dtype=torch.long)
+        self._running: set[int] = set()
+
+    def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, Tensor | None]:
+        """Read one prompt after another into caches that the model makes."""
+        found = [self._asked(prompt[None], None, True) for prompt in prompts]
+        self._caches = [[cache] for _, _, cache in found]
+        scores, hidden = _stacked([(s, h) for s, h, _ in found])
+        return scores[:, -1], None if hidden is None else hidden[:, -1]
+
+    def extend(
+        self, tokens: Int[Tensor, "batch count"], running: set[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Forward passes for each running row, on copies."""
+        self._tokens, self._running = tokens, set(running)
+        read = self._stepped_row if self._stepped else self._whole_row
+        return _of_running(read, running, len(tokens))
+
+    def keep(self, counts: Int[Tensor, " batch"]) -> None:
+        """Go on from the cache after so many tokens."""
+        for row in self._running:
+            count, caches = int(counts[row]), self._caches[row]
+            if self._stepped or not count:
+                self._caches[row] = [caches[count]]
+                continue
+            accepted = self._tokens[row, None, :count]  # (1, count)
+            self._caches[row] = [self._asked(accepted, caches[0], True)[2]]
+
+    def _whole_row(self, row: int) -> tuple[Tensor, Tensor | None]:
+        cache = copy.deepcopy(self._caches[row][0])
+        scores, hidden, _ = self._asked(self._tokens[row, None], cache, False)
+        return scores, hidden
+
+    def _stepped_row(self, row: int) -> tuple[Tensor, Tensor | None]:
+        found, caches = [], self._caches[row]
+        for token in self._tokens[row].split(1):
+            cache = copy.deepcopy(caches[-1])
+            scores, hidden, cache = self._asked(token[None], cache, False)
+            caches.append(cache)
+            found.append((scores, hidden))
+        scores = torch.cat([s for s, _ in found], 1)  # (1, count, vocab)
+        if not self._hidden:
+            return scores, None
+        return scores, torch.cat([h for _, h in found if h is not None], 1)  # (1, count, d)
+
+
+class FullPassTarget:
+    """Texts without a cache: one forward pass over the whole text of each row per call."""
+
+    def __init__(self, lm: Any, hidden: bool):
+        self._lm, self._hidden, self.device = lm, hidden, lm.device
+        self._texts: list[Tensor] = []
+        self._added, self._running = 0, set[int]()
+
+    def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, Tensor | None]:
+        """Read one prompt after another."""
+        self._texts = list(prompts)
+        scores, hidden = _stacked([self._asked(text, 1) for text in self._texts])
+        return scores[:, -1], None if hidden is None else hidden[:, -1]
+
+    def extend(
+        self, tokens: Int[Tensor, "batch count"], running: set[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """A forward pass for each running row."""
+        self._added, self._running = tokens.shape[1], set(running)
+        for row in running:
+            self._texts[row] = torch.cat([self._texts[row], tokens[row].cpu()])
+        read = lambda row: self._asked(self._texts[row], self._added)  # noqa: E731
+        return _of_running(read, running, len(tokens))
+
+    def keep(self, counts: Int[Tensor, " batch"]) -> None:
+        """Cut the texts."""
+        for row in self._running:
+            text = self._texts[row]
+            self._texts[row] = text[: len(text) - self._added + int(counts[row])]
+
+    def _asked(self, text: Tensor, last: int) -> tuple[Tensor, Tensor | None]:
+        """Scores (1, last, vocab) after the last tokens, and hidden states."""
+        if not self._hidden:
+            return self._lm.full_logits(text[None])[:, -last:], None
+        hidden = self._lm.hidden_states(text[None])[:, -last:]  # (1, last, d)
+        return self._lm.unembed(hidden), hidden
 
 
 class PlainTarget:
-    """Any language model: every law by a call of its own; no hidden states."""
+    """Any language model: every distribution by a call of its own; no hidden states."""
 
     def __init__(self, lm: LanguageModel):
         self._lm, self._added, self.device = lm, 0, torch.device("cpu")
@@ -103,32 +305,45 @@ class PlainTarget:
     def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, None]:
         """Scores (batch, vocab) after each prompt."""
         self._texts = list(prompts)
-        return torch.stack([self._law(text) for text in self._texts]), None
+        return torch.stack([self._scores(text) for text in self._texts]), None
 
-    def extend(self, tokens: Int[Tensor, "batch count"]) -> tuple[Tensor, None]:
+    def extend(self, tokens: Int[Tensor, "batch count"], running: set[int]) -> tuple[Tensor, None]:
         """Scores (batch, count, vocab) after each of some more tokens."""
-        laws = []
-        for row, text in enumerate(self._texts):
-            laws.append(
-                torch.stack(
-                    [
-                        self._law(torch.cat([text, tokens[row, : k + 1]]))
-                        for k in range(tokens.shape[1])
-                    ]
-                )
-            )
-        self._texts = [
-            torch.cat([text, more]) for text, more in zip(self._texts, tokens, strict=True)
-        ]
+        rows = []
+        for text, more in zip(self._texts, tokens, strict=True):
+            ends = range(1, len(more) + 1)
+            rows.append(torch.stack([self._scores(torch.cat([text, more[:k]])) for k in ends]))
+        texts = zip(self._texts, tokens, strict=True)
+        self._texts = [torch.cat([text, more]) for text, more in texts]
         self._added = tokens.shape[1]
-        return torch.stack(laws), None
+        return torch.stack(rows), None  # (batch, count, vocab)
 
     def keep(self, counts: Int[Tensor, " batch"]) -> None:
         """Only the first `counts` tokens of the last extension stay."""
-        self._texts = [
-            text[: len(text) - self._added + int(c)]
-            for text, c in zip(self._texts, counts, strict=True)
-        ]
+        ends = zip(self._texts, counts.tolist(), strict=True)
+        self._texts = [text[: len(text) - self._added + count] for text, count in ends]
 
-    def _law(self, text: Tensor) -> Float[Tensor, " vocab"]:
+    def _scores(self, text: Tensor) -> Float[Tensor, " vocab"]:
         return self._lm.next_token_log_probs(text[None])[0]
+
+
+def _stacked(found: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """One batch out of rows (1, count, …)."""
+    scores = torch.cat([s for s, _ in found])  # (batch, count, vocab)
+    hidden = [h for _, h in found if h is not None]
+    return scores, torch.cat(hidden) if hidden else None
+
+
+def _of_running(
+    read: Callable[[int], tuple[Tensor, Tensor | None]], running: set[int], batch: int
+) -> tuple[Tensor, Tensor | None]:
+    """One batch out of the running rows (1, count, …); zeros for the others."""
+    rows = sorted(running)
+    some_scores, some_hidden = _stacked([read(row) for row in rows])
+    scores = some_scores.new_zeros(batch, *some_scores.shape[1:])  # (batch, count, vocab)
+    scores[rows] = some_scores
+    if some_hidden is None:
+        return scores, None
+    hidden = some_hidden.new_zeros(batch, *some_hidden.shape[1:])  # (batch, count, d)
+    hidden[rows] = some_hidden
+    return scores, hidden

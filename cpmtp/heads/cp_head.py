@@ -113,16 +113,17 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         ValueError
             If the head was trained on another model or tokenizer.
         """
-        for what, mine, name in (
-            ("weights", self.base_sha256, "fingerprint"),
-            ("tokenizer", self.tokenizer_sha256, "tokenizer_fingerprint"),
-        ):
+        known = (
+            ("weights", self.base_sha256, ("fingerprint", "exact_fingerprint")),
+            ("tokenizer", self.tokenizer_sha256, ("tokenizer_fingerprint",)),
+        )
+        for what, mine, names in known:
             # A head of no particular base is not worth reading all weights of this one.
-            if mine and mine != (its := getattr(lm, name)):
+            if mine and all(mine != getattr(lm, name) for name in names):
+                its = getattr(lm, names[0])
                 raise ValueError(
                     f"this head was trained on {self.base!r} ({what} {mine[:12]}), not on "
-                    f"{lm.name!r} ({its[:12]}): "
-                    "load that base model, or train a head for this one"
+                    f"{lm.name!r} ({its[:12]}): load that base model, or train a head for this one"
                 )
         return self.attach_weights(lm.unembedding, lm.embedding)
 

@@ -1,0 +1,131 @@
+"""Which way a model is followed while it decodes: the fastest that gives what full passes give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpmtp.decoding.target import (
+    BatchTarget,
+    FullPassTarget,
+    PlainTarget,
+    ReplayingTarget,
+    RowsTarget,
+    Target,
+)
+from cpmtp.pretrained.trials import total_variation, trial_ids
+
+Opener = Callable[[Any, bool], Target]
+# From the fastest to the one that takes nothing for granted.
+WAYS: dict[str, Opener] = {
+    "batch": BatchTarget,
+    "rows": lambda lm, hidden: RowsTarget(lm, hidden, recording=False),
+    "recorded rows": lambda lm, hidden: RowsTarget(lm, hidden, recording=True),
+    "replayed": lambda lm, hidden: ReplayingTarget(lm, hidden, stepped=False),
+    "stepped": lambda lm, hidden: ReplayingTarget(lm, hidden, stepped=True),
+    "full passes": FullPassTarget,
+}
+# How many tokens each row keeps of three, extension by extension.
+_KEPT = ((2, 3, 1), (3, 0, 2), (1, 3, 3))
+_EXTENSION = 3
+
+
+@dataclass(frozen=True)
+class FollowedTarget:
+    """A target and the way it is followed.
+
+    Attributes
+    ----------
+    target : Target
+    way : str
+        Of `WAYS`, or ``"calls"`` for a language model of one's own.
+    """
+
+    target: Target
+    way: str
+
+
+def open_target(lm: Any, *, rows: int, longest: int, hidden: bool) -> FollowedTarget:
+    """The target by the fastest way that passes its trial.
+
+    Parameters
+    ----------
+    lm : LanguageModel
+    rows : int
+        Texts decoded together.
+    longest : int
+        Tokens of the longest text that may come of it.
+    hidden : bool
+        Whether hidden states are wanted.
+
+    Raises
+    ------
+    ValueError
+        If the model looks at later tokens, no way passes, or hidden states are wanted of a model
+        that has none its logits could be computed from.
+    """
+    if not hasattr(lm, "full_logits"):
+        if hidden:
+            raise ValueError(
+                "a head needs hidden states, which this language model has not: give a function of "
+                "the text instead"
+            )
+        return FollowedTarget(PlainTarget(lm), "calls")
+    lm.require_causal()
+    if hidden:
+        lm.require_hidden_states()
+    for way, opener in WAYS.items():
+        if way == "batch" and rows == 1:
+            continue
+        if lm.trials.passes(_named(way, hidden), longest, gap_of(opener, hidden)):
+            return FollowedTarget(opener(lm, hidden), way)
+    worst = lm.trials.outcomes[_named("full passes", hidden), None]
+    raise ValueError(
+        f"{lm.name}: no way to follow a {type(lm.model).__name__} token by token gives what one "
+        f"full pass gives ({worst.failure or f'total variation {worst.gap:.3g}'}): it cannot be "
+        "decoded losslessly"
+    )
+
+
+def _named(way: str, hidden: bool) -> str:
+    return f"{way}, with hidden states" if hidden else way
+
+
+def gap_of(opener: Opener, hidden: bool) -> Callable[[Any, tuple[int, ...]], float]:
+    """The largest total variation of a way to full passes, over a ragged batch that is decoded.
+
+    Three rows begin with prompts of the given lengths and keep different numbers of tokens.
+    """
+
+    def gap(lm: Any, lengths: tuple[int, ...]) -> float:
+        texts = [trial_ids(lm.vocab_size, length, row) for row, length in enumerate(lengths)]
+        target, running = opener(lm, hidden), set(range(len(texts)))
+        scores, states = target.begin(texts)
+        worst = max(
+            _gap(lm, text, scores[row, None], None if states is None else states[row, None])
+            for row, text in enumerate(texts)
+        )
+        for call, kept in enumerate(_KEPT):
+            more = trial_ids(lm.vocab_size, _EXTENSION * len(texts), 17 + call)
+            tokens = more.reshape(len(texts), _EXTENSION)  # (rows, extension)
+            scores, states = target.extend(tokens, running)
+            for row, text in enumerate(texts):
+                whole = torch.cat([text, tokens[row]])
+                own = None if states is None else states[row]
+                worst = max(worst, _gap(lm, whole, scores[row], own))
+                texts[row] = whole[: len(text) + kept[row]]
+            target.keep(torch.tensor(kept))
+        return worst
+
+    return gap
+
+
+def _gap(lm: Any, text: Tensor, scores: Tensor, hidden: Tensor | None) -> float:
+    """The total variation of scores (count, vocab) after a text's last tokens to a full pass."""
+    expected = lm.full_logits(text[None])[0, -len(scores) :]  # (count, vocab)
+    found = [scores] if hidden is None else [scores, lm.unembed(hidden)]
+    return max(float(total_variation(one, expected).max()) for one in found)

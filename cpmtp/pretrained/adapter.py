@@ -1,0 +1,438 @@
+"""A causal language model of transformers behind the package's protocols."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import threading
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from cpmtp.language_model import draw_tokens
+from cpmtp.pretrained.parts import head_only, in_float32, trunk_name, with_tree_attention
+from cpmtp.pretrained.trials import (
+    FAILURES,
+    Trials,
+    causal_gap,
+    first_line,
+    fits_twice,
+    growth_gap,
+    tolerance,
+    total_variation,
+    tree_gap,
+    trial_ids,
+)
+from cpmtp.tree_attention import lay_out_tree
+
+_LOGITS_AT_ONCE = 1 << 24  # entries of one pass's logits
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+
+
+class HuggingFaceLanguageModel:
+    """A causal language model of transformers behind the `LanguageModel` protocol.
+
+    Continuations of one context are evaluated with the context's key/value cache shared, never
+    copied per branch: they stand in one row as a tree of tokens, and each token attends to the
+    context and its own branch. What this takes for granted is tried against full forward passes
+    when it is first used; a model that fails is evaluated by full passes, with the same result. A
+    model that looks at later tokens is refused.
+
+    Nothing of the model is switched during a call: several threads may use one model.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Needed by `encode` and `decode` only.
+    name : str
+        For tables and reports.
+    batch_tokens : int
+        Tokens per forward pass; bounds the working set: their activations, and their logits twice,
+        of which there are never more than 2**24 at once.
+
+    Raises
+    ------
+    ValueError
+        If the model has no output embeddings.
+    """
+
+    def __init__(self, model, tokenizer=None, *, name: str = "model", batch_tokens: int = 1536):
+        if model.get_output_embeddings() is None:
+            raise ValueError(
+                f"{name}: a {type(model).__name__} has no output embeddings: expected a causal "
+                "language model"
+            )
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.batch_tokens = batch_tokens
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.max_context: int | None = _window(model)
+        arguments = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in arguments
+        # What the key/value cache is called changed from one release of transformers to the next.
+        self.cache_name = next((n for n in _CACHE_NAMES if n in arguments), _CACHE_NAMES[0])
+        self._context_cache: tuple[tuple[int, ...], Cache, Tensor] | None = None
+        self._lock = threading.Lock()
+        self.trials = Trials(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the part that reads and writes text."""
+        return self.model.config.get_text_config()
+
+    @property
+    def unembedding(self) -> Float[Tensor, "vocab d"]:
+        """The matrix that last hidden states are multiplied with, scaled where the model scales."""
+        weight = self.model.get_output_embeddings().weight
+        return weight if self._logit_scale == 1 else weight * self._logit_scale
+
+    @cached_property
+    def _logit_scale(self) -> float:
+        """What the model multiplies its logits with; 1 where it does more to them, or nothing."""
+        try:
+            hidden, logits = (part.float() for part in self._hidden_and_logits())
+            raw = hidden @ self.model.get_output_embeddings().weight.float().mT  # (1, time, vocab)
+            scale = float((raw * logits).sum() / raw.square().sum())
+            off = float((scale * raw - logits).abs().max() / logits.abs().max())
+        except FAILURES:
+            return 1.0
+        return round(scale, 9) if off < 1e-2 and abs(scale - 1) > 1e-2 else 1.0
+
+    @property
+    def embedding(self) -> Float[Tensor, "vocab d"]:
+        """The matrix of token embeddings."""
+        return self.model.get_input_embeddings().weight
+
+    @torch.no_grad()
+    def hidden_states(self, token_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time d"]:
+        """What the model's logits are made of at every position; one full forward pass.
+
+        Raises
+        ------
+        ValueError
+            If the logits cannot be computed from these, or the model looks at later tokens.
+        """
+        self.require_hidden_states()
+        return self.trunk(input_ids=token_ids.to(self.device), use_cache=False).last_hidden_state
+
+    @cached_property
+    def trunk(self) -> Any:
+        """The part of the model that turns token ids into last hidden states."""
+        return getattr(self.model, trunk_name(self.model))
+
+    def unembed(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
+        """The model's own logits of hidden states, in the forward pass's precision."""
+        out = self.model.get_output_embeddings()
+        hidden = hidden.to(out.weight.dtype)
+        if self._head_is_a_matrix:
+            return out(hidden)
+        rows = hidden.reshape(1, -1, hidden.shape[-1])  # (1, all, d)
+        logits = self._head_only(inputs_embeds=rows, use_cache=False).logits
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
+
+    @cached_property
+    def _head_only(self) -> Any:
+        return head_only(self.model)
+
+    @cached_property
+    def _head_is_a_matrix(self) -> bool:
+        """Whether the logits are what the output embeddings make of hidden states, bit by bit."""
+        hidden, logits = self._hidden_and_logits()
+        return torch.equal(self.model.get_output_embeddings()(hidden), logits)
+
+    @torch.no_grad()
+    def _hidden_and_logits(self) -> tuple[Tensor, Tensor]:
+        ids = trial_ids(self.vocab_size, 7, 0)[None].to(self.device)  # (1, time)
+        hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state  # (1, time, d)
+        return hidden, self.model(input_ids=ids, use_cache=False).logits
+
+    def require_hidden_states(self) -> None:
+        """Refuse a model whose logits cannot be had from its last hidden states.
+
+        Raises
+        ------
+        ValueError
+            Saying so; decoding without a head works all the same.
+        """
+        self.require_causal()
+        if self._failure_of_hidden_states:
+            raise ValueError(
+                f"{self.name}: the logits of a {type(self.model).__name__} cannot be computed from "
+                f"its last hidden states ({self._failure_of_hidden_states}): heads need that; "
+                "decode without one"
+            )
+
+    @cached_property
+    def _failure_of_hidden_states(self) -> str:
+        try:
+            hidden, logits = self._hidden_and_logits()
+            if hidden.ndim != 3 or hidden.shape[:2] != logits.shape[:2]:
+                return f"they have shape {tuple(hidden.shape)}"
+            if hidden.shape[-1] != self.model.get_output_embeddings().weight.shape[1]:
+                wide = self.model.get_output_embeddings().weight.shape[1]
+                return f"they have {hidden.shape[-1]} numbers, the unembedding {wide}"
+            gap = float(total_variation(self.unembed(hidden), logits).max())
+        except FAILURES as error:
+            return f"{type(error).__name__}: {first_line(error)}"
+        return "" if gap <= tolerance(self, 7) else f"total variation {gap:.3g} to its own"
+
+    def require_causal(self) -> None:
+        """Refuse a model that looks at later tokens.
+
+        Raises
+        ------
+        ValueError
+            With the total variation that later tokens make.
+        """
+        if not self.trials.passes("causal", 1, causal_gap):
+            seen = self.trials.outcomes["causal", None]
+            why = (
+                seen.failure
+                or f"they change its distributions by a total variation of {seen.gap:.3g}"
+            )
+            raise ValueError(
+                f"{self.name}: a {type(self.model).__name__} looks at later tokens ({why}): "
+                "expected a causal language model"
+            )
+
+    def encode(self, text: str) -> Int[Tensor, " time"]:
+        """Token ids of a text, with the special tokens the tokenizer adds by itself."""
+        return torch.tensor(self._tokenizer().encode(text), dtype=torch.long)
+
+    def encode_document(self, text: str) -> Int[Tensor, " time"]:
+        """Token ids of a text without special tokens: what windows are cut from."""
+        return torch.tensor(
+            self._tokenizer().encode(text, add_special_tokens=False), dtype=torch.long
+        )
+
+    def decode(self, token_ids: Int[Tensor, " time"]) -> str:
+        """The text of token ids."""
+        return self._tokenizer().decode(token_ids.tolist())
+
+    @torch.inference_mode()
+    def full_logits(
+        self, token_ids: Int[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch time vocab"]:
+        """Logits after every token by one full forward pass without a cache: the reference."""
+        return self._forward(token_ids, keep=0)
+
+    @torch.inference_mode()
+    def next_token_log_probs(
+        self, token_ids: Int[Tensor, "batch time"]
+    ) -> Float[Tensor, "batch vocab"]:
+        """Log-probabilities (nats, float32 or the forward pass's dtype if wider) after each row.
+
+        One full forward pass.
+        """
+        token_ids = self._with_start(token_ids)
+        rows = min(self.batch_tokens // token_ids.shape[1], _LOGITS_AT_ONCE // self.vocab_size)
+        parts = token_ids.split(max(rows, 1))
+        return torch.cat([self._log_probs(self._forward(part, keep=1))[:, -1] for part in parts])
+
+    @torch.inference_mode()
+    def sequence_log_probs(self, token_ids: Int[Tensor, " time"]) -> Float[Tensor, " later"]:
+        """Log-probability (nats) of each token after the first, given those before it; one pass."""
+        log_probs = self._log_probs(self.full_logits(token_ids[None, :-1]))[0]  # (later, vocab)
+        return log_probs.gather(-1, token_ids[1:, None]).squeeze(-1)
+
+    @torch.inference_mode()
+    def continuation_log_probs(
+        self, context: Int[Tensor, " time"], continuations: Int[Tensor, "count length"]
+    ) -> Float[Tensor, "count vocab"]:
+        """Log-probabilities (nats) of the token after `context` and each continuation."""
+        self.require_causal()
+        context = self._with_start(context[None])[0]
+        if self.shares_prefixes_up_to(len(context) + continuations.shape[1]):
+            return self._shared_prefix_log_probs(context, continuations)
+        rows = [context.expand(len(continuations), -1), continuations]
+        return self.next_token_log_probs(torch.cat(rows, 1))  # (count, vocab)
+
+    @torch.no_grad()
+    def sample_tokens(
+        self, count: int, length: int, *, seed: int = 0, temperature: float = 1.0
+    ) -> Int[Tensor, "count length"]:
+        """Sequences drawn from the model itself, starting as a document does.
+
+        The start token is not among them.
+
+        Raises
+        ------
+        ValueError
+            If the model has no start-of-text token, or `length` exceeds its window.
+        """
+        if self.max_context is not None and length > self.max_context:
+            raise ValueError(
+                f"{length} tokens exceed the model's {self.max_context} positions: ask for fewer"
+            )
+        cached = self.grows_up_to(length + 1)
+        generator = torch.Generator().manual_seed(seed)
+        tokens = self._with_start(torch.empty(count, 0, dtype=torch.long))
+        cache, last, drawn = None, tokens, []
+        for _ in range(length):
+            if cached:
+                logits, cache = self.step(last, cache)
+            else:
+                logits = self._forward(tokens, keep=1)
+            probs = self._log_probs(logits[:, -1] / max(temperature, 1e-6)).exp()
+            last = draw_tokens(probs.double(), generator)  # (count, 1)
+            tokens = torch.cat([tokens, last], 1)
+            drawn.append(last)
+        return torch.cat(drawn, 1)  # (count, length)
+
+    def step(
+        self, token_ids: Int[Tensor, "batch time"], cache: Any = None, **inputs
+    ) -> tuple[Float[Tensor, "batch time vocab"], Any]:
+        """Logits after some more tokens and the cache that knows them; None: a new one."""
+        named = {"input_ids": token_ids.to(self.device), self.cache_name: cache} | inputs
+        out = self.model(**named, use_cache=True)
+        return out.logits, out[self.cache_name]
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether the shared-prefix path gives what full forward passes give, at any length."""
+        return self.shares_prefixes_up_to(self.max_context or 1 << 30)
+
+    def shares_prefixes_up_to(self, length: int) -> bool:
+        """The same for texts of at most `length` tokens; tried when it is first asked."""
+        return self.trials.passes("tree", length, tree_gap)
+
+    def grows_up_to(self, length: int) -> bool:
+        """Whether the model's own cache, fed token by token, gives what full passes give."""
+        return self.trials.passes("growth", length, growth_gap)
+
+    @property
+    def twin(self) -> HuggingFaceLanguageModel:
+        """The model in single precision where that fits into memory beside it, else itself."""
+        if self.model.dtype in (torch.float32, torch.float64) or not fits_twice(self.model):
+            return self
+        return HuggingFaceLanguageModel(in_float32(self.model), name=self.name)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights' names and their values rounded to bfloat16 (hexadecimal).
+
+        The same for one checkpoint loaded in single precision or in bfloat16.
+        """
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            weight = weight.detach().cpu()
+            rounded = weight.to(torch.bfloat16) if weight.is_floating_point() else weight
+            digest.update(rounded.contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @cached_property
+    def exact_fingerprint(self) -> str:
+        """SHA-256 over names, types and bytes as they were loaded: what older heads carry."""
+        digest = hashlib.sha256()
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            raw = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(raw.numpy().data)
+        return digest.hexdigest()
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 over the tokenizer's vocabulary (hexadecimal); empty without a tokenizer."""
+        if self.tokenizer is None:
+            return ""
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return hashlib.sha256(vocabulary.encode()).hexdigest()
+
+    def _shared_prefix_log_probs(self, context: Tensor, continuations: Tensor) -> Tensor:
+        cache, log_probs = self._context(context)
+        if continuations.shape[1] == 0:
+            return log_probs.expand(len(continuations), -1)
+        found = torch.empty(len(continuations), self.vocab_size, dtype=log_probs.dtype)
+        size = self._tokens_at_once
+        for part, rows in zip(continuations.split(size), found.split(size), strict=True):
+            rows.copy_(self._tree_log_probs(cache, len(context), part))
+        return found
+
+    def _tree_log_probs(self, cache: Cache, seen: int, continuations: Tensor) -> Tensor:
+        tree = lay_out_tree(continuations)
+        count = len(continuations)
+        grown = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
+        out = self._tree_view(
+            input_ids=tree.token_ids[None].to(self.device),
+            position_ids=(seen + tree.depths)[None].to(self.device),
+            # A 4-D mask is handed to the attention as it is: here it carries the tree.
+            attention_mask=tree.lineage[None, None].to(self.device),
+            use_cache=True,
+            **{self.cache_name: grown},
+            **({"logits_to_keep": count} if self._keeps_logits else {}),
+        )
+        return self._log_probs(out.logits[0, -count:])
+
+    @property
+    def _tree_view(self) -> Any:
+        with self._lock:
+            return self._made_tree_view
+
+    @cached_property
+    def _made_tree_view(self) -> Any:
+        return with_tree_attention(self.model)
+
+    @property
+    def _tokens_at_once(self) -> int:
+        """Tokens per forward pass; fewer over a vocabulary whose logits would outgrow the rest."""
+        return min(self.batch_tokens, max(_LOGITS_AT_ONCE // self.vocab_size, 1))
+
+    def _context(self, context: Tensor) -> tuple[Cache, Tensor]:
+        # A joint asks for one context again and again, chunk by chunk: the last one is kept.
+        key, kept = tuple(context.tolist()), self._context_cache
+        if kept is None or kept[0] != key:
+            logits, cache = self.step(context[None])
+            kept = (key, cache, self._log_probs(logits[:, -1]))
+            self._context_cache = kept
+        return kept[1:]
+
+    def _forward(self, token_ids: Tensor, keep: int) -> Tensor:
+        extra = {"logits_to_keep": keep} if self._keeps_logits else {}
+        return self.model(input_ids=token_ids.to(self.device), use_cache=False, **extra).logits
+
+    @staticmethod
+    def _log_probs(logits: Tensor) -> Tensor:
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).cpu()
+
+    def _with_start(self, token_ids: Tensor) -> Tensor:
+        if token_ids.shape[1]:
+            return token_ids
+        start = getattr(self.text_config, "bos_token_id", None)
+        if start is None:
+            raise ValueError(
+                f"{self.name} has no start-of-text token: give a context of at least one token"
+            )
+        return torch.full((len(token_ids), 1), start, dtype=torch.long)
+
+    def _tokenizer(self):
+        if self.tokenizer is None:
+            raise ValueError(
+                f"{self.name} came without a tokenizer: give token ids instead of text"
+            )
+        return self.tokenizer
+
+
+def _window(model: Any) -> int | None:
+    """Tokens the model has positions for; None where nothing limits them."""
+    config = model.config.get_text_config()
+    named = (getattr(config, n, None) for n in ("max_position_embeddings", "n_positions", "n_ctx"))
+    window = next((n for n in named if isinstance(n, int) and n > 0), None)
+    for name, module in model.named_modules():
+        # Some tables of positions begin after the padding token's.
+        padding = getattr(module, "padding_idx", None)
+        if "position_embeddings" in name and padding is not None and window is not None:
+            window = min(window, module.num_embeddings - padding - 1)
+    return window
