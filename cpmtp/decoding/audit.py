@@ -43,10 +43,16 @@ class Audit:
 
     At temperature 0, where the processed distribution is an argmax, that of the model is held
     against the full pass's.
+
+    Parameters
+    ----------
+    by_prefix : bool
+        A full pass for every token: for models of which one pass says something else, and for those
+        that can do no other.
     """
 
-    def __init__(self, lm: Any, law: SamplingLaw, rows: int):
-        self._lm = lm
+    def __init__(self, lm: Any, law: SamplingLaw, rows: int, *, by_prefix: bool):
+        self._lm, self._by_prefix = lm, by_prefix
         self._law = law if law.temperature else SamplingLaw()
         self._used: list[list[Tensor]] = [[] for _ in range(rows)]
         self._largest, self._rounding, self._positions, self._seconds = 0.0, 0.0, 0, 0.0
@@ -75,15 +81,17 @@ class Audit:
 
     def _full(self, text: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Processed distributions (count, vocab) of the last tokens, by passes of two shapes."""
-        if not hasattr(self._lm, "full_logits"):
-            ends = range(len(text) - count, len(text))
+        ends = range(len(text) - count, len(text))
+        if self._by_prefix:
             rows = [self._lm.next_token_log_probs(text[None, :end])[0] for end in ends]
-            alone = self._processed(torch.stack(rows))
+            alone = self._processed(torch.stack(rows))  # (count, vocab)
             return alone, alone
-        before = text[None, :-1]  # (1, time)
-        alone = self._lm.full_logits(before)[0, -count:]  # (count, vocab)
-        beside = self._lm.full_logits(before.expand(2, -1))[0, -count:]  # (count, vocab)
-        return self._processed(alone), self._processed(beside)
+        alone = self._processed(self._lm.full_logits(text[None, :-1])[0, -count:])
+        # The same without the last tokens, which no position may see.
+        left = max(count - 5, 1)
+        shorter = self._lm.full_logits(text[None, : len(text) - 1 - (count - left)])
+        beside = self._processed(shorter[0, -left:])  # (left, vocab)
+        return alone, torch.cat([beside, alone[left:]])  # (count, vocab)
 
     def _processed(self, scores: Float[Tensor, "count vocab"]) -> Float[Tensor, "count vocab"]:
         return self._law.process(scores.double().softmax(-1)).cpu()

@@ -22,7 +22,7 @@ from torch import Tensor
 from cpmtp.acceptance.verification import VERIFIED, accepted_lengths, check_rule, residual_law
 from cpmtp.decoding.audit import Audit, finished
 from cpmtp.decoding.stats import GenerationStats, Recorder
-from cpmtp.decoding.trials import open_target
+from cpmtp.decoding.trials import CALLS, PREFIXES, open_target
 from cpmtp.drafts.blocks import Block, CPBlock
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.heads.cp_head import CPHead
@@ -248,7 +248,8 @@ class _Run:
         self.running = set(range(len(prompts))) if plan.limit else set()
         horizon = draft.horizon if isinstance(draft, CPHead) else 1
         self.recorder = Recorder(len(prompts), horizon, monitor)
-        self.audit = Audit(lm, plan.law, len(prompts)) if audit else None
+        by_prefix = self.way in (PREFIXES, CALLS)
+        self.audit = Audit(lm, plan.law, len(prompts), by_prefix=by_prefix) if audit else None
 
     def texts(self) -> list[Tensor]:
         """Prompts and new tokens of all rows."""

@@ -12,7 +12,9 @@ rows      a cache of each row's own, cropped                         cache grows
 replayed  a cache of each row's own, copied before every call;       cache grows, several tokens
           what was accepted is fed to the copy again                 at a time
 stepped   a cache of each row's own, copied after every token        cache grows token by token
-full      the texts                                                  nothing
+full      the texts                                                  a pass says at every position
+                                                                     what a pass per prefix does
+prefixes  the texts                                                  nothing
 ========  =========================================================  ==========================
 """
 
@@ -292,6 +294,54 @@ class FullPassTarget:
         if not self._hidden:
             return self._lm.full_logits(text[None])[:, -last:], None
         hidden = self._lm.hidden_states(text[None])[:, -last:]  # (1, last, d)
+        return self._lm.unembed(hidden), hidden
+
+
+class PrefixTarget:
+    """Texts without a cache, and a full forward pass for every prefix of a drafted block.
+
+    For models whose distributions at a position depend on how long the whole text is.
+    """
+
+    def __init__(self, lm: Any, hidden: bool):
+        self._lm, self._hidden, self.device = lm, hidden, lm.device
+        self._texts: list[Tensor] = []
+        self._added, self._running = 0, set[int]()
+
+    def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, Tensor | None]:
+        """Read one prompt after another."""
+        self._texts = list(prompts)
+        scores, hidden = _stacked([self._asked(text) for text in self._texts])
+        return scores[:, -1], None if hidden is None else hidden[:, -1]
+
+    def extend(
+        self, tokens: Int[Tensor, "batch count"], running: set[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """A forward pass for each token of each running row."""
+        self._added, self._running = tokens.shape[1], set(running)
+        for row in running:
+            self._texts[row] = torch.cat([self._texts[row], tokens[row].cpu()])
+        return _of_running(self._row, running, len(tokens))
+
+    def keep(self, counts: Int[Tensor, " batch"]) -> None:
+        """Cut the texts."""
+        for row in self._running:
+            text = self._texts[row]
+            self._texts[row] = text[: len(text) - self._added + int(counts[row])]
+
+    def _row(self, row: int) -> tuple[Tensor, Tensor | None]:
+        text = self._texts[row]
+        ends = range(len(text) - self._added + 1, len(text) + 1)
+        found = [self._asked(text[:end]) for end in ends]
+        scores = torch.cat([s for s, _ in found], 1)  # (1, added, vocab)
+        hidden = [h for _, h in found if h is not None]
+        return scores, torch.cat(hidden, 1) if hidden else None
+
+    def _asked(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores (1, 1, vocab) after a text, and hidden states."""
+        if not self._hidden:
+            return self._lm.full_logits(text[None])[:, -1:], None
+        hidden = self._lm.hidden_states(text[None])[:, -1:]  # (1, 1, d)
         return self._lm.unembed(hidden), hidden
 
 

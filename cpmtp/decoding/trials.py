@@ -13,11 +13,12 @@ from cpmtp.decoding.target import (
     BatchTarget,
     FullPassTarget,
     PlainTarget,
+    PrefixTarget,
     ReplayingTarget,
     RowsTarget,
     Target,
 )
-from cpmtp.pretrained.trials import total_variation, trial_ids
+from cpmtp.pretrained.trials import one_pass_gap, total_variation, trial_ids
 
 Opener = Callable[[Any, bool], Target]
 # From the fastest to the one that takes nothing for granted.
@@ -29,6 +30,10 @@ WAYS: dict[str, Opener] = {
     "stepped": lambda lm, hidden: ReplayingTarget(lm, hidden, stepped=True),
     "full passes": FullPassTarget,
 }
+# What is left for a model for which one pass does not say what a pass per prefix says.
+PREFIXES = "passes of prefixes"
+# A language model of one's own, which is asked for every distribution by itself.
+CALLS = "calls"
 # How many tokens each row keeps of three, extension by extension.
 _KEPT = ((2, 3, 1), (3, 0, 2), (1, 3, 3))
 _EXTENSION = 3
@@ -42,7 +47,7 @@ class FollowedTarget:
     ----------
     target : Target
     way : str
-        Of `WAYS`, or ``"calls"`` for a language model of one's own.
+        Of `WAYS`, `PREFIXES` or `CALLS`.
     """
 
     target: Target
@@ -65,7 +70,7 @@ def open_target(lm: Any, *, rows: int, longest: int, hidden: bool) -> FollowedTa
     Raises
     ------
     ValueError
-        If the model looks at later tokens, no way passes, or hidden states are wanted of a model
+        If the model looks at later tokens, or hidden states are wanted of a model
         that has none its logits could be computed from.
     """
     if not hasattr(lm, "full_logits"):
@@ -74,21 +79,17 @@ def open_target(lm: Any, *, rows: int, longest: int, hidden: bool) -> FollowedTa
                 "a head needs hidden states, which this language model has not: give a function of "
                 "the text instead"
             )
-        return FollowedTarget(PlainTarget(lm), "calls")
+        return FollowedTarget(PlainTarget(lm), CALLS)
     lm.require_causal()
     if hidden:
         lm.require_hidden_states()
-    for way, opener in WAYS.items():
-        if way == "batch" and rows == 1:
-            continue
-        if lm.trials.passes(_named(way, hidden), longest, gap_of(opener, hidden)):
-            return FollowedTarget(opener(lm, hidden), way)
-    worst = lm.trials.outcomes[_named("full passes", hidden), None]
-    raise ValueError(
-        f"{lm.name}: no way to follow a {type(lm.model).__name__} token by token gives what one "
-        f"full pass gives ({worst.failure or f'total variation {worst.gap:.3g}'}): it cannot be "
-        "decoded losslessly"
-    )
+    if lm.trials.passes("one pass", longest, one_pass_gap):
+        for way, opener in WAYS.items():
+            if way == "batch" and rows == 1:
+                continue
+            if lm.trials.passes(_named(way, hidden), longest, gap_of(opener, hidden)):
+                return FollowedTarget(opener(lm, hidden), way)
+    return FollowedTarget(PrefixTarget(lm, hidden), PREFIXES)
 
 
 def _named(way: str, hidden: bool) -> str:

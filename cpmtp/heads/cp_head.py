@@ -132,10 +132,11 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
     ) -> CPHead:
         """The same from bare matrices, (vocab, hidden) each."""
         expected = (self.vocab_size, self.hidden_size)
-        if tuple(unembedding.shape) != expected or embedding.shape[0] != self.vocab_size:
+        # A model may embed more ids than it can write.
+        if tuple(unembedding.shape) != expected or embedding.shape[0] < self.vocab_size:
             raise ValueError(
                 f"a head over {expected} (vocab, hidden) does not fit an unembedding of "
-                f"{tuple(unembedding.shape)}"
+                f"{tuple(unembedding.shape)} and an embedding of {tuple(embedding.shape)}"
             )
         self.unembedding = unembedding.detach().to(self.maps)
         self.embedding = embedding.detach().to(self.maps)

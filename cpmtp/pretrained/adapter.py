@@ -19,12 +19,10 @@ from cpmtp.pretrained.parts import head_only, in_float32, trunk_name, with_tree_
 from cpmtp.pretrained.trials import (
     FAILURES,
     Trials,
-    causal_gap,
-    first_line,
     fits_twice,
     growth_gap,
-    tolerance,
-    total_variation,
+    hidden_gap,
+    later_tokens_gap,
     tree_gap,
     trial_ids,
 )
@@ -150,7 +148,8 @@ class HuggingFaceLanguageModel:
     def _head_is_a_matrix(self) -> bool:
         """Whether the logits are what the output embeddings make of hidden states, bit by bit."""
         hidden, logits = self._hidden_and_logits()
-        return torch.equal(self.model.get_output_embeddings()(hidden), logits)
+        out = self.model.get_output_embeddings()
+        return torch.equal(out(hidden.to(out.weight.dtype)), logits)
 
     @torch.no_grad()
     def _hidden_and_logits(self) -> tuple[Tensor, Tensor]:
@@ -167,26 +166,12 @@ class HuggingFaceLanguageModel:
             Saying so; decoding without a head works all the same.
         """
         self.require_causal()
-        if self._failure_of_hidden_states:
+        if not self.trials.passes("hidden states", 1, hidden_gap):
             raise ValueError(
                 f"{self.name}: the logits of a {type(self.model).__name__} cannot be computed from "
-                f"its last hidden states ({self._failure_of_hidden_states}): heads need that; "
+                f"its last hidden states ({self.trials.said('hidden states')}): heads need that; "
                 "decode without one"
             )
-
-    @cached_property
-    def _failure_of_hidden_states(self) -> str:
-        try:
-            hidden, logits = self._hidden_and_logits()
-            if hidden.ndim != 3 or hidden.shape[:2] != logits.shape[:2]:
-                return f"they have shape {tuple(hidden.shape)}"
-            if hidden.shape[-1] != self.model.get_output_embeddings().weight.shape[1]:
-                wide = self.model.get_output_embeddings().weight.shape[1]
-                return f"they have {hidden.shape[-1]} numbers, the unembedding {wide}"
-            gap = float(total_variation(self.unembed(hidden), logits).max())
-        except FAILURES as error:
-            return f"{type(error).__name__}: {first_line(error)}"
-        return "" if gap <= tolerance(self, 7) else f"total variation {gap:.3g} to its own"
 
     def require_causal(self) -> None:
         """Refuse a model that looks at later tokens.
@@ -196,15 +181,11 @@ class HuggingFaceLanguageModel:
         ValueError
             With the total variation that later tokens make.
         """
-        if not self.trials.passes("causal", 1, causal_gap):
-            seen = self.trials.outcomes["causal", None]
-            why = (
-                seen.failure
-                or f"they change its distributions by a total variation of {seen.gap:.3g}"
-            )
+        if not self.trials.passes("causal", 1, later_tokens_gap):
             raise ValueError(
-                f"{self.name}: a {type(self.model).__name__} looks at later tokens ({why}): "
-                "expected a causal language model"
+                f"{self.name}: a {type(self.model).__name__} looks at later tokens: they change "
+                f"what it says before them ({self.trials.said('causal')}); expected a causal "
+                "language model"
             )
 
     def encode(self, text: str) -> Int[Tensor, " time"]:

@@ -85,7 +85,11 @@ def with_tree_attention(model: Any) -> Any:
 
 def in_float32(model: Any) -> Any:
     """A copy of the model in single precision: weights of its own."""
-    return copy.deepcopy(model).to(torch.float32)
+    twin = copy.deepcopy(model).to(torch.float32)
+    # Some caches take their precision from here.
+    for config in (twin.config, twin.config.get_text_config()):
+        config.dtype = torch.float32
+    return twin
 
 
 def _tree_attention_forward(module, query, key, value, attention_mask, scaling=None, **options):

@@ -20,8 +20,8 @@ from torch import Tensor
 _BOUNDARY_WORDS = ("window", "chunk", "local", "block", "original_max", "span", "topk", "sink")
 # Texts of the first trial, without any boundary: short ones, of different lengths.
 SHORT = (9, 4, 14)
-# Rounding of logits, in units of the last place of the largest: a dozen layers' worth.
-_ULPS = 64
+# Rounding of logits in units of the last place of the largest: recurrent states amplify it most.
+_ULPS = 512
 # How often what two passes of different batch shape differ by may be exceeded.
 _TIMES = 8
 # What a way through a model that does not suit it may end with.
@@ -91,6 +91,11 @@ class Trials:
                     return False
             return all(self.outcomes[way, at].passed for at in wanted)
 
+    def said(self, way: str) -> str:
+        """What was found of a way that failed, in words."""
+        worst = max((o for (w, _), o in self.outcomes.items() if w == way), key=lambda o: o.gap)
+        return worst.failure or f"total variation {worst.gap:.3g}, allowed {worst.allowed:.1g}"
+
 
 def _tried(lm: Any, boundary: int | None, gap: Gap) -> Outcome:
     lengths = trial_lengths(boundary)
@@ -150,8 +155,10 @@ def total_variation(
 def tolerance(lm: Any, length: int) -> float:
     """The total variation up to which two ways through a model count as the same.
 
-    Eight times that of two full passes of different batch shape; in single precision or more at
-    least what 64 units in the last place of the largest logit can make.
+    Eight times that of two full passes of different batch shape: three texts at once, and a text of
+    eight tokens without its last three, which in half precision may make at most eight units in
+    the last place (more is no rounding). In single precision at least what 512 units in the last
+    place of the largest logit can make.
     """
     ids = trial_ids(lm.vocab_size, length, 1)[None]  # (1, length)
     alone = lm.full_logits(ids)  # (1, length, vocab)
@@ -159,7 +166,7 @@ def tolerance(lm: Any, length: int) -> float:
     measured = _TIMES * float(total_variation(alone, beside).max())
     epsilon = torch.finfo(lm.model.dtype).eps
     if epsilon > torch.finfo(torch.float32).eps:
-        return measured
+        return max(measured, _TIMES * min(later_tokens_gap(lm, ()), _TIMES * epsilon))
     return max(measured, 0.5 * _ULPS * epsilon * (1 + float(alone.abs().max())))
 
 
@@ -174,14 +181,43 @@ def fits_twice(model: Any) -> bool:
     return needed < 0.8 * os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def causal_gap(lm: Any, lengths: tuple[int, ...]) -> float:
-    """Largest total variation that later tokens make to what was said before them."""
+def later_tokens_gap(lm: Any, lengths: tuple[int, ...]) -> float:
+    """Largest total variation that the last tokens of a text of eight make to what comes before."""
+    ids = trial_ids(lm.vocab_size, 8, 2)[None]  # (1, 8)
+    whole, part = lm.full_logits(ids), lm.full_logits(ids[:, :5])
+    return float(total_variation(whole[:, :5], part).max())
+
+
+def one_pass_gap(lm: Any, lengths: tuple[int, ...]) -> float:
+    """The same of longer texts: whether one pass says everywhere what a pass per prefix does.
+
+    Positions that depend on a text's whole length, or that choose among all its tokens, do not.
+    """
     worst = 0.0
-    for length in lengths:
+    longest = min(max(*lengths, 48), (lm.max_context or 1 << 30) - 6)
+    for length in {*lengths, longest}:
         ids = trial_ids(lm.vocab_size, length + 6, 2)[None]  # (1, length + 6)
-        whole, part = lm.full_logits(ids), lm.full_logits(ids[:, :length])
-        worst = max(worst, float(total_variation(whole[:, :length], part).max()))
+        whole = lm.full_logits(ids)
+        for end in {max(length // 2, 1), length, length + 3}:
+            prefix = lm.next_token_log_probs(ids[:, :end])  # (1, vocab)
+            worst = max(worst, float(total_variation(whole[:, end - 1], prefix).max()))
     return worst
+
+
+def hidden_gap(lm: Any, lengths: tuple[int, ...]) -> float:
+    """Largest total variation of what is made of last hidden states to the model's own logits.
+
+    Raises
+    ------
+    ValueError
+        If there are no such hidden states.
+    """
+    ids = trial_ids(lm.vocab_size, 7, 0)[None].to(lm.device)  # (1, time)
+    hidden = lm.trunk(input_ids=ids, use_cache=False).last_hidden_state  # (1, time, d)
+    logits, width = lm.full_logits(ids), lm.model.get_output_embeddings().weight.shape[1]
+    if hidden.ndim != 3 or hidden.shape[1] != ids.shape[1] or hidden.shape[2] != width:
+        raise ValueError(f"they have shape {tuple(hidden.shape)}, the unembedding takes {width}")
+    return float(total_variation(lm.unembed(hidden), logits).max())
 
 
 def tree_gap(lm: Any, lengths: tuple[int, ...]) -> float:
