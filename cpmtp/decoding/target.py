@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +32,7 @@ from transformers import DynamicCache
 from cpmtp.language_model import LanguageModel
 
 
+@runtime_checkable
 class Target(Protocol):
     """A model that follows some texts.
 

@@ -29,8 +29,9 @@ WAYS: dict[str, Opener] = {
     "replayed": lambda lm, hidden: ReplayingTarget(lm, hidden, stepped=False),
     "stepped": lambda lm, hidden: ReplayingTarget(lm, hidden, stepped=True),
     "full passes": FullPassTarget,
+    # For models for which one pass does not say what a pass per prefix says.
+    "passes of prefixes": PrefixTarget,
 }
-# What is left for a model for which one pass does not say what a pass per prefix says.
 PREFIXES = "passes of prefixes"
 # A language model of one's own, which is asked for every distribution by itself.
 CALLS = "calls"
@@ -47,7 +48,7 @@ class FollowedTarget:
     ----------
     target : Target
     way : str
-        Of `WAYS`, `PREFIXES` or `CALLS`.
+        Of `WAYS`, or `CALLS`.
     """
 
     target: Target
@@ -73,23 +74,31 @@ def open_target(lm: Any, *, rows: int, longest: int, hidden: bool) -> FollowedTa
         If the model looks at later tokens, or hidden states are wanted of a model
         that has none its logits could be computed from.
     """
-    if not hasattr(lm, "full_logits"):
-        if hidden:
-            raise ValueError(
-                "a head needs hidden states, which this language model has not: give a function of "
-                "the text instead"
-            )
-        return FollowedTarget(PlainTarget(lm), CALLS)
+    if hasattr(lm, "full_logits"):
+        way = way_of(lm, rows=rows, longest=longest, hidden=hidden)
+        return FollowedTarget(WAYS[way](lm, hidden), way)
+    if hidden:
+        raise ValueError(
+            "a head needs hidden states, which this language model has not: give a function of the "
+            "text instead"
+        )
+    return FollowedTarget(PlainTarget(lm), CALLS)
+
+
+def way_of(lm: Any, *, rows: int, longest: int, hidden: bool) -> str:
+    """The fastest way that passes its trial, for a Hugging Face model; see `open_target`."""
     lm.require_causal()
     if hidden:
         lm.require_hidden_states()
-    if lm.trials.passes("one pass", longest, one_pass_gap):
-        for way, opener in WAYS.items():
-            if way == "batch" and rows == 1:
-                continue
-            if lm.trials.passes(_named(way, hidden), longest, gap_of(opener, hidden)):
-                return FollowedTarget(opener(lm, hidden), way)
-    return FollowedTarget(PrefixTarget(lm, hidden), PREFIXES)
+    if not lm.trials.passes("one pass", longest, one_pass_gap):
+        return PREFIXES
+    ways = [way for way in WAYS if rows > 1 or way != "batch"]
+    passing = (
+        way
+        for way in ways
+        if lm.trials.passes(_named(way, hidden), longest, gap_of(WAYS[way], hidden))
+    )
+    return next(passing, PREFIXES)
 
 
 def _named(way: str, hidden: bool) -> str:

@@ -194,8 +194,7 @@ def one_pass_gap(lm: Any, lengths: tuple[int, ...]) -> float:
     Positions that depend on a text's whole length, or that choose among all its tokens, do not.
     """
     worst = 0.0
-    longest = min(max(*lengths, 48), (lm.max_context or 1 << 30) - 6)
-    for length in {*lengths, longest}:
+    for length in lengths:
         ids = trial_ids(lm.vocab_size, length + 6, 2)[None]  # (1, length + 6)
         whole = lm.full_logits(ids)
         for end in {max(length // 2, 1), length, length + 3}:
