@@ -4,17 +4,22 @@ where it can.
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from reference_joint import full_pass_joint
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    RobertaConfig,
     RwkvConfig,
 )
 
@@ -177,3 +182,70 @@ def test_an_embedded_models_joint_of_three_is_that_of_full_forward_passes(name):
     if name not in embedded_models():
         pytest.skip(f"the embedded model {name} is not there yet")
     _check_real_joint(load_language_model(name), 3, 16)
+
+
+def _stored(folder, change) -> None:
+    """A small model's folder whose weights are what `change` makes of them."""
+    random_model("llama").model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: {k: v for k, v in w.items() if "layers.1.mlp" not in k}, "3 missing weights"),
+        (lambda w: w | {"model.layers.9.extra": torch.ones(2)}, "1 unexpected weights"),
+        (lambda w: w | {"model.norm.weight": torch.ones(7)}, "could not be loaded"),
+    ],
+)
+def test_a_checkpoint_of_other_weights_is_refused_in_one_line(change, said, tmp_path, capfd):
+    _stored(tmp_path, change)
+    capfd.readouterr()
+    with pytest.raises(ValueError, match=said) as refused:
+        load_language_model(tmp_path)
+    assert "\n" not in str(refused.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_models_are_loaded_by_several_threads_at_once():
+    found: list[HuggingFaceLanguageModel] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(load_language_model("code"))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({lm.fingerprint for lm in found}) == 1 and len(found) == 3
+
+
+def test_a_model_of_text_and_pictures_is_read_by_its_part_for_text():
+    text = {"vocab_size": 24, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 2}
+    text |= {"max_position_embeddings": 64, "sliding_window": 4, "query_pre_attn_scalar": 8}
+    pictures = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    pictures |= {"num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    config = Gemma3Config(text_config=text, vision_config=pictures, mm_tokens_per_image=4)
+    lm = HuggingFaceLanguageModel(AutoModelForCausalLM.from_config(config))
+    assert lm.max_context == 64 and lm.vocab_size == 24
+    assert lm.sample_tokens(2, 5).shape == (2, 5)
+    with pytest.raises(ValueError, match="64 positions"):
+        exact_joint(lm, torch.zeros(64, dtype=torch.long), 2)
+
+
+def test_a_table_of_positions_that_begins_after_the_padding_is_shorter_than_it_looks():
+    config = RobertaConfig(
+        vocab_size=24,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=66,
+        is_decoder=True,
+        pad_token_id=1,
+    )
+    lm = HuggingFaceLanguageModel(AutoModelForCausalLM.from_config(config))
+    assert lm.max_context == 64
+    with pytest.raises(ValueError, match="64 positions"):
+        exact_joint(lm, torch.full((65,), 3), 1)

@@ -29,6 +29,9 @@ from cpmtp.pretrained.trials import (
 from cpmtp.tree_attention import lay_out_tree
 
 _LOGITS_AT_ONCE = 1 << 24  # entries of one pass's logits
+# What architectures call the number of their positions.
+_WINDOWS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+_WINDOWS += ("max_target_positions",)
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
@@ -409,7 +412,7 @@ class HuggingFaceLanguageModel:
 def _window(model: Any) -> int | None:
     """Tokens the model has positions for; None where nothing limits them."""
     config = model.config.get_text_config()
-    named = (getattr(config, n, None) for n in ("max_position_embeddings", "n_positions", "n_ctx"))
+    named = (getattr(config, name, None) for name in _WINDOWS)
     window = next((n for n in named if isinstance(n, int) and n > 0), None)
     for name, module in model.named_modules():
         # Some tables of positions begin after the padding token's.
