@@ -205,11 +205,11 @@ def exact_joint(
             conditional_probs(
                 lm, context, grid_rows(start, stop, vocab, depth), law, out=grown[start:stop]
             )
-            grown[start:stop].mul_(joint[start:stop, None])
+            grown[start:stop].mul_(joint[start:stop, None])  # (some, vocab)
             if progress:
                 progress(stop - start)
-        joint = grown.view(-1)
-    return JointDistribution(joint.view((vocab,) * horizon))
+        joint = grown.view(-1)  # (sequences,)
+    return JointDistribution(joint.view((vocab,) * horizon))  # (vocab, …, vocab)
 
 
 def prefixes_at_once(vocab_size: int) -> int:
@@ -278,7 +278,7 @@ def _raw_log_probs(lm: LanguageModel, context: Tensor, continuations: Tensor) ->
     if isinstance(lm, PrefixSharingLanguageModel):
         raw = lm.continuation_log_probs(context, continuations)
     else:
-        raw = lm.next_token_log_probs(
+        raw = lm.next_token_log_probs(  # (count, vocab)
             torch.cat([context.expand(len(continuations), -1), continuations], dim=1)
         )
     expected = (len(continuations), lm.vocab_size)

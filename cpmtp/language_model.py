@@ -65,7 +65,7 @@ def sample_sequences(
     tokens = torch.empty(count, 0, dtype=torch.long)
     for _ in range(length):
         law = lm.next_token_log_probs(tokens).double().exp()
-        tokens = torch.cat([tokens, draw_tokens(law, generator)], 1)
+        tokens = torch.cat([tokens, draw_tokens(law, generator)], 1)  # (count, time + 1)
     return tokens
 
 
@@ -162,10 +162,10 @@ class HiddenMarkovLanguageModel:
         self, token_ids: Int[Tensor, "batch time"]
     ) -> Float[Tensor, "batch vocab"]:
         """Log-probabilities (nats) of the token that follows each row."""
-        state = self.initial.expand(len(token_ids), -1)
+        state = self.initial.expand(len(token_ids), -1)  # (batch, states)
         for t in range(token_ids.shape[1]):
-            seen = state * self.emission[:, token_ids[:, t]].T
-            state = (seen / seen.sum(1, keepdim=True)) @ self.transition
+            seen = state * self.emission[:, token_ids[:, t]].T  # (batch, states)
+            state = (seen / seen.sum(1, keepdim=True)) @ self.transition  # (batch, states)
         return (state @ self.emission).log()
 
 
@@ -193,7 +193,7 @@ def separated_hmm(
         return torch.rand(rows, columns, generator=generator, dtype=torch.float64) + 0.5
 
     owner = torch.arange(vocab_size) * states // vocab_size
-    mine = owner == torch.arange(states)[:, None]
+    mine = owner == torch.arange(states)[:, None]  # (states, vocab)
     emission = _mix(uneven(states, vocab_size), mine, own)
     transition = _mix(uneven(states, states), torch.eye(states, dtype=torch.bool), stay)
     initial = uneven(1, states)[0]

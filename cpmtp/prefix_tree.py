@@ -131,7 +131,7 @@ class PrefixTree:
         for level in reversed(self.levels[:length]):
             columns.append(level.tokens[position])
             position = level.parents[position]
-        return torch.stack(columns[::-1], 1)
+        return torch.stack(columns[::-1], 1)  # (nodes, length)
 
 
 def truncated_joint(
@@ -330,6 +330,7 @@ class _Growth:
         for depth in nodes.depths.unique().tolist():
             some = nodes[nodes.depths == depth]
             # Sorted, prefixes that begin alike are evaluated together.
+            # (nodes,)
             order = torch.from_numpy(np.lexsort(some.tokens[:, :depth].T.flip(0).numpy()))
             for part in order.split(prefixes_at_once(self.lm.vocab_size)):
                 children = self._children(some[part], depth)

@@ -144,5 +144,6 @@ def draw(
     totals = probs.cumsum(-1)
     total = totals[..., -1:]  # (*batch, 1)
     # Strictly below the total, so that the first entry whose sum exceeds it has mass.
+    # (*batch,)
     found = torch.searchsorted(totals, uniform.unsqueeze(-1) * total, right=True).squeeze(-1)
     return torch.minimum(found, (totals < total).sum(-1))

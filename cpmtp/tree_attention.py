@@ -50,13 +50,14 @@ def lay_out_tree(continuations: Int[Tensor, "count length"]) -> TokenTree:
     count, length = continuations.shape
     fresh = torch.ones(count, length - 1, dtype=torch.bool)
     fresh[1:] = (continuations[1:, :-1] != continuations[:-1, :-1]).cumsum(1) > 0
-    number = fresh.flatten().cumsum(0).view(count, length - 1) - 1
+    number = fresh.flatten().cumsum(0).view(count, length - 1) - 1  # (count, length - 1)
     # A beginning that is not new is the one last laid out in its column; numbers only grow.
     position = torch.where(fresh, number, 0).cummax(0).values
     shared = int(fresh.sum())
-    depths = torch.arange(length - 1).expand(count, -1)[fresh]
-    whole = torch.cat([position, shared + torch.arange(count)[:, None]], 1)
+    depths = torch.arange(length - 1).expand(count, -1)[fresh]  # (shared,)
+    whole = torch.cat([position, shared + torch.arange(count)[:, None]], 1)  # (count, length)
     inner = whole[fresh.nonzero()[:, 0]]
+    # (shared + count, length)
     lineage = torch.cat([torch.where(torch.arange(length) <= depths[:, None], inner, -1), whole])
     return TokenTree(
         torch.cat([continuations[:, :-1][fresh], continuations[:, -1]]),
@@ -93,13 +94,15 @@ def attend_in_tree(
     groups, context = key.shape[1], key.shape[2] - tokens
     out = torch.empty(tokens, heads, width, dtype=query.dtype, device=query.device)
     # Scaling the few keys is cheaper than scaling the scores of all tokens with them.
+    # (groups, width, context) and (groups, context, width)
     given = (key[0, :, :context].mT * scaling, value[0, :, :context].mT.contiguous())
     own = (key[0, :, context:] * scaling, value[0, :, context:])
     size = max(_SCORES_AT_ONCE // (heads * context), 1)
     for start in range(0, tokens, size):
         some = slice(start, start + size)
+        # (groups, heads per group, some, width)
         part = query[0, :, some].contiguous().view(groups, heads // groups, -1, width)
-        out[some] = (
+        out[some] = (  # (some, heads, width)
             _attend(part, given, own, lineage[some]).permute(2, 0, 1, 3).reshape(-1, heads, width)
         )
     return out[None]
@@ -113,18 +116,24 @@ def _attend(
     """
     groups, shared, tokens, width = query.shape
     exact = torch.promote_types(query.dtype, torch.float32)
+    # (groups, heads per group * tokens, context)
     scores = torch.bmm(query.view(groups, -1, width), context[0]).to(exact)
     places = lineage.clamp_min(0).unbind(1)
-    own_scores = torch.stack(
+    own_scores = torch.stack(  # (length, groups, heads per group, tokens)
         [(query * own[0].index_select(1, at)[:, None]).sum(-1) for at in places]
     ).to(exact)
-    own_scores.masked_fill_((lineage.T < 0)[:, None, None], -torch.inf)
+    own_scores.masked_fill_((lineage.T < 0)[:, None, None], -torch.inf)  # (length, 1, 1, tokens)
+    # (groups, heads per group, tokens)
     top = torch.maximum(scores.amax(-1).view(groups, shared, tokens), own_scores.amax(0))
+    # (groups, heads per group * tokens, context)
     weights = scores.sub_(top.view(groups, -1, 1)).exp_()
     own_weights = own_scores.sub_(top).exp_()
+    # (groups, heads per group, tokens)
     total = weights.sum(-1).view(groups, shared, tokens) + own_weights.sum(0)
     # This way round the product is three times as fast where heads are narrow.
+    # (groups, heads per group, tokens, width)
     mixed = torch.bmm(context[1], weights.to(query.dtype).mT).mT.reshape(query.shape)
     for weight, at in zip(own_weights.to(query.dtype), places, strict=True):
+        # (groups, heads per group, tokens, width)
         mixed.addcmul_(weight[..., None], own[1].index_select(1, at)[:, None])
     return mixed.div_(total[..., None])

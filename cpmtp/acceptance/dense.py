@@ -100,7 +100,7 @@ def survivals(
         for path in greedy:
             found[path.rule].append(path.judged(tables))
         if longer is not None:
-            before = _Before(joints[length].flatten(batch), longer)
+            before = _Before(joints[length].flatten(batch), longer)  # (*batch, longer)
     return {rule: torch.stack(values, -1) for rule, values in found.items()}
 
 
@@ -159,14 +159,15 @@ class _RuleSum:
         """Get ready for the continuations of prefixes of these masses."""
         masses = PrefixMasses(before.target, before.draft, self._accepted)
         scales = joint_scales(self.rule, masses)
-        self._scales = [s if s is None else s.reshape(lead) for s in scales]
+        self._scales = [s if s is None else s.reshape(lead) for s in scales]  # (*lead, prefixes)
         self.survived, self._kept = before.draft.new_zeros(()), []
 
     def add(self, rows: slice, p: Tensor, q: Tensor, batch: int, *, keep: bool) -> None:
         """Sum up the continuations of some prefixes, joint masses (*lead, some, vocab)."""
+        # (*lead, some, 1)
         of_target, of_draft = (s if s is None else s[..., rows, None] for s in self._scales)
         kept = torch.minimum(_times(of_target, p), _times(of_draft, q))
-        self.survived = self.survived + kept.flatten(batch).sum(-1)
+        self.survived = self.survived + kept.flatten(batch).sum(-1)  # (*batch,)
         if keep:
             self._kept.append(kept)
 
@@ -188,15 +189,18 @@ class _TypicalSum(_RuleSum):
 
     def begin(self, before: _Before, lead: torch.Size) -> None:
         """Get ready for the continuations of prefixes of these masses."""
+        # (*lead, prefixes)
         self._scales = [before.target.reshape(lead), self._accepted.reshape(lead)]
         self.survived, self._kept = before.draft.new_zeros(()), []
 
     def add(self, rows: slice, p: Tensor, q: Tensor, batch: int, *, keep: bool) -> None:
         """Sum up the continuations of some prefixes, joint masses (*lead, some, vocab)."""
+        # (*lead, some, 1)
         target, passed = (values[..., rows, None] for values in self._scales if values is not None)
         conditional = ratio(p, target, otherwise=0.0)
         threshold = self._thresholds.of(entropy(conditional)).unsqueeze(-1)  # (*lead, some, 1)
         kept = passed & (conditional > threshold)
+        # (*batch,)
         self.survived = self.survived + torch.where(kept, q, 0.0).flatten(batch).sum(-1)
         if keep:
             self._kept.append(kept)
@@ -226,12 +230,12 @@ class _GreedyPath:
         q = tables.q.row(self._prefix, self._batch).squeeze(-2)  # (*batch, vocab)
         token = p.argmax(-1, keepdim=True)
         if self._law.is_identity:
-            self._survived = q.take_along_dim(token, -1).squeeze(-1)
+            self._survived = q.take_along_dim(token, -1).squeeze(-1)  # (*batch,)
             found = self._survived if self._mass is None else self._survived / self._mass
         else:
             kept = _processed(q, self._law).take_along_dim(token, -1).squeeze(-1)  # (*batch,)
             self._survived = found = self._survived * kept
-        self._prefix = self._prefix * p.shape[-1] + token.squeeze(-1)
+        self._prefix = self._prefix * p.shape[-1] + token.squeeze(-1)  # (*batch,)
         return found
 
 

@@ -247,9 +247,11 @@ def revealed_component_survival(
     given, first = joint.given_first_token(), joint.prefix_probs(1)
     posterior = posterior_after_first(draft)
     for a in range(draft.rank):
+        # (vocab, vocab, 1) each
         factors = [f[:, a : a + 1].expand(joint.vocab_size, -1, -1) for f in draft.factors[1:]]
+        # weights (vocab, 1)
         component = CPDistribution(certain.expand(joint.vocab_size, 1), factors)
         profile = acceptance_profiles(given, component, (rule,), first_token="draft")[rule]
-        total[1:] += torch.einsum("v,v,vk->k", first, posterior[:, a], profile.survival)
+        total[1:] += torch.einsum("v,v,vk->k", first, posterior[:, a], profile.survival)  # (later,)
     total[0] = 1.0
     return total

@@ -198,7 +198,7 @@ def _greedy_interval(
     survival = torch.ones(tree.horizon, dtype=torch.float64)
     path = tree.greedy_path
     for length in range(int(first_token == "target"), tree.horizon):
-        survival[length:] *= read(path[None, :length])[0, path[length]]
+        survival[length:] *= read(path[None, :length])[0, path[length]]  # (later,)
     return AcceptanceInterval(survival, survival.clone(), "greedy", first_token)
 
 

@@ -269,7 +269,7 @@ def residual_law(
     scale: Float[Tensor, "*batch"] | float = 1.0,
 ) -> Float[Tensor, "*batch vocab"]:
     """``max(scale * p - q, 0)`` normalised; `p` where nothing is left (never asked for)."""
-    scaled = scale.unsqueeze(-1) * p if isinstance(scale, Tensor) else scale * p
+    scaled = scale.unsqueeze(-1) * p if isinstance(scale, Tensor) else scale * p  # (*batch, vocab)
     left = (scaled - q).clamp_min(0)
     total = left.sum(-1, keepdim=True)
     return torch.where(total > 0, left / torch.where(total > 0, total, 1.0), p)

@@ -86,7 +86,7 @@ class Audit:
             rows = [self._lm.next_token_log_probs(text[None, :end])[0] for end in ends]
             alone = self._processed(torch.stack(rows))  # (count, vocab)
             return alone, alone
-        alone = self._processed(self._lm.full_logits(text[None, :-1])[0, -count:])
+        alone = self._processed(self._lm.full_logits(text[None, :-1])[0, -count:])  # (count, vocab)
         # The same without the last tokens, which no position may see.
         left = max(count - 5, 1)
         shorter = self._lm.full_logits(text[None, : len(text) - 1 - (count - left)])

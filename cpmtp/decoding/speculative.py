@@ -54,6 +54,7 @@ class Generation:
     def sequences(self) -> list[Tensor]:
         """Prompts and new tokens together."""
         new = self.token_ids if isinstance(self.token_ids, list) else [self.token_ids]
+        # (time,) each
         return [torch.cat([prompt, more]) for prompt, more in zip(self.prompts, new, strict=True)]
 
 
@@ -254,6 +255,7 @@ class _Run:
     def texts(self) -> list[Tensor]:
         """Prompts and new tokens of all rows."""
         rows = zip(self.prompts, self.new, strict=True)
+        # (time,) each
         return [torch.cat([prompt, torch.tensor(new, dtype=torch.long)]) for prompt, new in rows]
 
     def read_prompts(self) -> None:
@@ -265,7 +267,7 @@ class _Run:
         p = self._processed(scores)  # (batch, vocab)
         self.known = draw(p, self._uniform(len(p)))
         first = {row: [int(self.known[row])] for row in sorted(self.running)}
-        self._release(first, scores[:, None])
+        self._release(first, scores[:, None])  # (batch, 1, vocab)
 
     def cycle(self) -> None:
         begun = self._now()
@@ -356,7 +358,7 @@ class _Run:
             if self.audit is not None:
                 self.audit.note(row, scores[row, : len(block)])
                 text = [self.prompts[row], torch.tensor(self.new[row], dtype=torch.long)]
-                self.audit.hold(row, torch.cat(text), at_end=False)
+                self.audit.hold(row, torch.cat(text), at_end=False)  # (time,)
             if ended or len(self.new[row]) >= self.plan.limit:
                 self.running.discard(row)
 
@@ -376,6 +378,7 @@ def _judge(
     rows, inside = torch.arange(len(p), device=p.device), accepted.clamp_max(path.shape[1] - 1)
     correction = residual_law(p[rows, inside], q[rows, inside], scale[rows, inside])
     whole = accepted == path.shape[1]
+    # (batch,) each
     return accepted, draw(torch.where(whole[:, None], p[:, -1], correction), uniform[:, 1])
 
 

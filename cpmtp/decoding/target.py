@@ -164,6 +164,7 @@ class RowsTarget(_Reader):
     def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, Tensor | None]:
         """Read one prompt after another."""
         self._caches = [self._new_cache() for _ in prompts]
+        # (1, 1, vocab) each
         found = [self._row(row, prompt[None], last=True) for row, prompt in enumerate(prompts)]
         self._added = [0] * len(prompts)
         self._settle(dict.fromkeys(range(len(prompts)), 0))
@@ -219,7 +220,7 @@ class ReplayingTarget(_Reader):
 
     def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, Tensor | None]:
         """Read one prompt after another into caches that the model makes."""
-        found = [self._asked(prompt[None], None, True) for prompt in prompts]
+        found = [self._asked(prompt[None], None, True) for prompt in prompts]  # (1, 1, vocab) each
         self._caches = [[cache] for _, _, cache in found]
         scores, hidden = _stacked([(s, h) for s, h, _ in found])
         return scores[:, -1], None if hidden is None else hidden[:, -1]
@@ -244,14 +245,14 @@ class ReplayingTarget(_Reader):
 
     def _whole_row(self, row: int) -> tuple[Tensor, Tensor | None]:
         cache = copy.deepcopy(self._caches[row][0])
-        scores, hidden, _ = self._asked(self._tokens[row, None], cache, False)
+        scores, hidden, _ = self._asked(self._tokens[row, None], cache, False)  # (1, count, vocab)
         return scores, hidden
 
     def _stepped_row(self, row: int) -> tuple[Tensor, Tensor | None]:
         found, caches = [], self._caches[row]
         for token in self._tokens[row].split(1):
             cache = copy.deepcopy(caches[-1])
-            scores, hidden, cache = self._asked(token[None], cache, False)
+            scores, hidden, cache = self._asked(token[None], cache, False)  # (1, 1, vocab)
             caches.append(cache)
             found.append((scores, hidden))
         scores = torch.cat([s for s, _ in found], 1)  # (1, count, vocab)
@@ -280,7 +281,7 @@ class FullPassTarget:
         """A forward pass for each running row."""
         self._added, self._running = tokens.shape[1], set(running)
         for row in running:
-            self._texts[row] = torch.cat([self._texts[row], tokens[row].cpu()])
+            self._texts[row] = torch.cat([self._texts[row], tokens[row].cpu()])  # (time + count,)
         read = lambda row: self._asked(self._texts[row], self._added)  # noqa: E731
         return _of_running(read, running, len(tokens))
 
@@ -321,7 +322,7 @@ class PrefixTarget:
         """A forward pass for each token of each running row."""
         self._added, self._running = tokens.shape[1], set(running)
         for row in running:
-            self._texts[row] = torch.cat([self._texts[row], tokens[row].cpu()])
+            self._texts[row] = torch.cat([self._texts[row], tokens[row].cpu()])  # (time + count,)
         return _of_running(self._row, running, len(tokens))
 
     def keep(self, counts: Int[Tensor, " batch"]) -> None:
@@ -336,7 +337,7 @@ class PrefixTarget:
         found = [self._asked(text[:end]) for end in ends]
         scores = torch.cat([s for s, _ in found], 1)  # (1, added, vocab)
         hidden = [h for _, h in found if h is not None]
-        return scores, torch.cat(hidden, 1) if hidden else None
+        return scores, torch.cat(hidden, 1) if hidden else None  # (1, added, d)
 
     def _asked(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores (1, 1, vocab) after a text, and hidden states."""
@@ -356,16 +357,17 @@ class PlainTarget:
     def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, None]:
         """Scores (batch, vocab) after each prompt."""
         self._texts = list(prompts)
-        return torch.stack([self._scores(text) for text in self._texts]), None
+        return torch.stack([self._scores(text) for text in self._texts]), None  # (batch, vocab)
 
     def extend(self, tokens: Int[Tensor, "batch count"], running: set[int]) -> tuple[Tensor, None]:
         """Scores (batch, count, vocab) after each of some more tokens."""
         rows = []
         for text, more in zip(self._texts, tokens, strict=True):
             ends = range(1, len(more) + 1)
+            # (count, vocab)
             rows.append(torch.stack([self._scores(torch.cat([text, more[:k]])) for k in ends]))
         texts = zip(self._texts, tokens, strict=True)
-        self._texts = [torch.cat([text, more]) for text, more in texts]
+        self._texts = [torch.cat([text, more]) for text, more in texts]  # (time + count,)
         self._added = tokens.shape[1]
         return torch.stack(rows), None  # (batch, count, vocab)
 
@@ -382,7 +384,7 @@ def _stacked(found: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor 
     """One batch out of rows (1, count, …)."""
     scores = torch.cat([s for s, _ in found])  # (batch, count, vocab)
     hidden = [h for _, h in found if h is not None]
-    return scores, torch.cat(hidden) if hidden else None
+    return scores, torch.cat(hidden) if hidden else None  # (batch, count, d)
 
 
 def _of_running(

@@ -116,6 +116,7 @@ def gap_of(opener: Opener, hidden: bool) -> Callable[[Any, tuple[int, ...]], flo
         target, running = opener(lm, hidden), set(range(len(texts)))
         scores, states = target.begin(texts)
         worst = max(
+            # (1, vocab)
             _gap(lm, text, scores[row, None], None if states is None else states[row, None])
             for row, text in enumerate(texts)
         )
@@ -124,7 +125,7 @@ def gap_of(opener: Opener, hidden: bool) -> Callable[[Any, tuple[int, ...]], flo
             tokens = more.reshape(len(texts), _EXTENSION)  # (rows, extension)
             scores, states = target.extend(tokens, running)
             for row, text in enumerate(texts):
-                whole = torch.cat([text, tokens[row]])
+                whole = torch.cat([text, tokens[row]])  # (time + extension,)
                 own = None if states is None else states[row]
                 worst = max(worst, _gap(lm, whole, scores[row], own))
                 texts[row] = whole[: len(text) + kept[row]]

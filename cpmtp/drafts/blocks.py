@@ -128,10 +128,11 @@ class CPBlock:
             weights = self._posterior(weights, k, token)
             path.append(token)
             along.append(probs)
+        # (batch, length), (batch, length, vocab)
         return torch.stack(path, 1), torch.stack(along, 1)
 
     def _posterior(self, weights: Tensor, position: int, token: Tensor) -> Tensor:
         """Weights after one more token, (batch, rank)."""
-        at = token[:, None, None].expand(-1, weights.shape[1], 1)
-        weights = weights * self.factors[:, position].gather(-1, at).squeeze(-1)
+        at = token[:, None, None].expand(-1, weights.shape[1], 1)  # (batch, rank, 1)
+        weights = weights * self.factors[:, position].gather(-1, at).squeeze(-1)  # (batch, rank)
         return weights / weights.sum(-1, keepdim=True)

@@ -136,6 +136,7 @@ class CPDistribution:
         The leading axes of `tokens` are the batch axes followed by any others.
         """
         self._check_tokens(tokens)
+        # (*tokens, rank)
         total = self._lead(self.weights.log(), tokens).expand(*tokens.shape[:-1], self.rank)
         for position in range(tokens.shape[-1]):
             total = total + self._rows(position, tokens[..., position]).log()
@@ -207,13 +208,14 @@ class CPDistribution:
         Draws from `generator`, or from a new one made of `seed`.
         """
         generator = generator or torch.Generator(self.weights.device).manual_seed(seed)
-        component = _draw(
+        component = _draw(  # (*batch, count)
             self.weights.unsqueeze(-2).expand(*self.batch_shape, count, self.rank), generator
         )
         tokens = []
         for factor in self.factors:
+            # (*batch, count, vocab)
             index = component.unsqueeze(-1).expand(*component.shape, self.vocab_size)
-            tokens.append(_draw(factor.mT.gather(-2, index), generator))
+            tokens.append(_draw(factor.mT.gather(-2, index), generator))  # (*batch, count)
         return torch.stack(tokens, -1)
 
     def to_tensorly(self):
@@ -233,7 +235,7 @@ class CPDistribution:
 
         With `told` an impossible first token leaves the weights as they are, and later ones count.
         """
-        scores = self.weights.log().expand(*prefix.shape[:-1], self.rank)
+        scores = self.weights.log().expand(*prefix.shape[:-1], self.rank)  # (*prefix, rank)
         for position in range(prefix.shape[-1]):
             grown = scores + self._rows(position, prefix[..., position]).log()
             if told and position == 0:
@@ -252,15 +254,17 @@ class CPDistribution:
         if not self.batch_shape:
             return factor[tokens]
         batch = len(self.batch_shape)
-        flat = (
+        flat = (  # (*batch, others)
             tokens.reshape(*self.batch_shape, -1) if tokens.ndim > batch else tokens.unsqueeze(-1)
         )
+        # (*batch, others, rank)
         rows = factor.gather(-2, flat.unsqueeze(-1).expand(*flat.shape, self.rank))
-        return rows.reshape(*tokens.shape, self.rank)
+        return rows.reshape(*tokens.shape, self.rank)  # (*tokens, rank)
 
     def _lead(self, values: Tensor, tokens: Tensor) -> Tensor:
         extra = tokens.ndim - 1 - len(self.batch_shape)
         return (
+            # (*batch, 1, …, rank)
             values.reshape(*self.batch_shape, *(1,) * max(extra, 0), self.rank)
             if self.batch_shape
             else values
@@ -298,7 +302,7 @@ def normalised_cp(weights: Tensor, factors: list[Tensor]) -> CPDistribution:
         sums = factor.sum(-2, keepdim=True)  # (*batch, 1, rank)
         normalised = ratio(factor, sums, otherwise=1.0 / factor.shape[-2])
         columns.append(normalised)
-        weights = weights * sums.squeeze(-2)
+        weights = weights * sums.squeeze(-2)  # (*batch, rank)
     total = weights.sum(-1, keepdim=True)
     if not bool((total > 0).all()) or not bool(torch.isfinite(total).all()):
         raise ValueError("no mass is left: every component has a zero weight or factor")

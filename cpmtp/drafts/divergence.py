@@ -86,6 +86,7 @@ def divergences(joint: JointDistribution, draft: Any) -> Divergences:
     size = max(_BLOCK * p.shape[-2] // max(p.numel(), 1), 1)
     sums = torch.zeros(*joint.batch_shape, 5, dtype=torch.float64)
     for p_rows, q_rows in zip(p.split(size, -2), table.pieces(size), strict=True):
+        # (*batch, 5)
         sums += _summed(p_rows.double().flatten(batch), q_rows.double().flatten(batch))
 
     kl, variation, squared_error, squared_norm, hellinger = sums.unbind(-1)

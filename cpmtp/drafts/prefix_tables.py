@@ -62,6 +62,7 @@ class LowRankTable:
 
     def pieces(self, size: int) -> Iterator[Tensor]:
         """Rows in turn, each made when it is asked for."""
+        # (*lead, some, vocab)
         return (part @ self.columns.mT for part in self.rows.split(size, -2))
 
     def row(self, prefix: Int[Tensor, "*batch"], batch: int) -> Tensor:
@@ -104,4 +105,4 @@ def grown_rows(
 
 def broadcast_first(first: Tensor, rest: Tensor) -> Tensor:
     """`first` with an axis of one for each of the later axes of `rest`."""
-    return first.reshape(*first.shape, *(1,) * (rest.ndim - first.ndim))
+    return first.reshape(*first.shape, *(1,) * (rest.ndim - first.ndim))  # (*first, 1, …, 1)

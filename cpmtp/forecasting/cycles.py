@@ -96,6 +96,7 @@ def forecast_cycles(
             f"start {start} of texts of {tokens.shape[1]} tokens: expected a prompt, a known "
             "token and more after it"
         )
+    # (texts, starts, drafted)
     ratios = torch.cat([_text_ratios(lm, head, row, start, law) for row in tokens.split(1)])
     return forecast_from_ratios(ratios, rule=rule, confidence=confidence)
 
@@ -147,12 +148,13 @@ def start_probs(kept: Float[Tensor, "texts starts horizon"]) -> Float[Tensor, "t
     """The probability that a cycle starts at each position, one starting at the first: a renewal
     process with these jumps.
     """
+    # (texts, starts, horizon)
     jumps = torch.cat([kept[..., :-1] - kept[..., 1:], kept[..., -1:]], -1)
     texts, starts, horizon = kept.shape
     found = torch.zeros(texts, starts + horizon, dtype=kept.dtype)
     found[:, 0] = 1
     for t in range(starts):
-        found[:, t + 1 : t + 1 + horizon] += found[:, t, None] * jumps[:, t]
+        found[:, t + 1 : t + 1 + horizon] += found[:, t, None] * jumps[:, t]  # (texts, horizon)
     return found[:, :starts]
 
 
@@ -163,19 +165,19 @@ def _text_ratios(lm: Any, head: CPHead, row: Tensor, start: int, law: SamplingLa
     hidden = lm.hidden_states(row)[0]
     time, drafted = row.shape[1], head.horizon - 1
     # Beyond the end stand copies of the last token: read by nobody, but the shapes stay.
-    padded = torch.cat([row[0], row[0, -1:].expand(drafted)])
+    padded = torch.cat([row[0], row[0, -1:].expand(drafted)])  # (time + drafted,)
     target = law.process(lm.unembed(hidden).double().softmax(-1))
-    of_text = target[:-1].gather(-1, row[0, 1:, None]).squeeze(-1)
-    of_text = torch.cat([of_text, of_text.new_ones(drafted)])
+    of_text = target[:-1].gather(-1, row[0, 1:, None]).squeeze(-1)  # (time - 1,)
+    of_text = torch.cat([of_text, of_text.new_ones(drafted)])  # (time - 1 + drafted,)
     known = torch.arange(start, time - 1, device=row.device)
     size = max(_ENTRIES_AT_ONCE // (drafted * head.rank * head.vocab_size), 1)
     parts = []
     for at in known.split(size):
-        following = at[:, None] + torch.arange(1, drafted + 1, device=row.device)
+        following = at[:, None] + torch.arange(1, drafted + 1, device=row.device)  # (some, drafted)
         block = head.block(hidden[at - 1], row[0, at])
         q = block.along(padded[following], law)  # (some, drafted)
         parts.append(torch.where(following < time, q / of_text[following - 1], 0.0))
-    return torch.cat(parts).cpu()[None]
+    return torch.cat(parts).cpu()[None]  # (1, starts, drafted)
 
 
 def _ratio(above: Tensor, below: Tensor, confidence: float) -> tuple[float, tuple[float, float]]:

@@ -149,6 +149,7 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         `first_token`.
         """
         log_weights, logits = self.components(hidden, self.trunk(hidden, first_token))
+        # factors (*batch, vocab, rank)
         return CPDistribution(log_weights.exp(), logits.softmax(-1).mT.unbind(-3))
 
     def draft(
@@ -165,7 +166,7 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
             x_1.
         """
         weights, factors = self.draft_factors(hidden, first_token)
-        return CPDistribution(weights, factors.mT.unbind(-3))
+        return CPDistribution(weights, factors.mT.unbind(-3))  # factors (*batch, vocab, rank)
 
     def draft_factors(
         self, hidden: Float[Tensor, "*batch d"], first_token: Int[Tensor, "*batch"]
@@ -174,7 +175,8 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         scores, logits = self.components(hidden, self.trunk(hidden, first_token))
         if not self.anchored:
             known = logits[..., 0, :, :]
-            at = first_token[..., None, None].expand(*known.shape[:-1], 1)
+            at = first_token[..., None, None].expand(*known.shape[:-1], 1)  # (*batch, rank, 1)
+            # (*batch, rank)
             scores = scores + (known.gather(-1, at) - known.logsumexp(-1, keepdim=True)).squeeze(-1)
             logits = logits[..., 1:, :, :]
         return scores.softmax(-1), logits.softmax(-1)
@@ -198,7 +200,7 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         if self.anchored:
             if first_token is None:
                 raise ValueError("an anchored head needs the first token beside the hidden state")
-            hidden = torch.cat(
+            hidden = torch.cat(  # (*batch, 2 d)
                 [
                     hidden,
                     functional.rms_norm(self.embedding[first_token], self.embedding.shape[-1:]),
@@ -217,12 +219,14 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         log_weights = self.mixture(trunk).log_softmax(-1)
         shape = (self.drafted, self.rank)
         if self.vocab_size > self.hidden_size:
+            # (*batch, drafted, rank, d)
             moved = functional.linear(trunk, self.maps.flatten(0, 1)).unflatten(
                 -1, (*shape, self.hidden_size)
             )
             return log_weights, functional.linear(
                 hidden[..., None, None, :] + moved, self.unembedding
             )
+        # (*batch, drafted, rank, vocab)
         moved = functional.linear(trunk, self._projected_maps().flatten(0, 1)).unflatten(
             -1, (*shape, self.vocab_size)
         )
@@ -233,11 +237,11 @@ class CPHead(nn.Module, PyTorchModelHubMixin):
         as nothing changes.
         """
         if torch.is_grad_enabled():
-            return self.unembedding @ self.maps
+            return self.unembedding @ self.maps  # (maps, vocab, width)
         parts = (self.maps, self.unembedding)
         state = tuple((part.data_ptr(), part._version, part.dtype) for part in parts)
         if self._kept is None or self._kept[0] != state:
-            self._kept = (state, self.unembedding @ self.maps)
+            self._kept = (state, self.unembedding @ self.maps)  # (maps, vocab, width)
         return self._kept[1]
 
     @classmethod

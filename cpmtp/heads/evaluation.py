@@ -43,13 +43,13 @@ def head_draft(
     horizon = head.horizon if horizon is None else horizon
     if not 2 <= horizon <= head.horizon:
         raise ValueError(f"horizon {horizon}: this head knows 2 to {head.horizon}")
-    hidden = lm.hidden_states(context[None])[0, -1].float()
+    hidden = lm.hidden_states(context[None])[0, -1].float()  # (d,)
     if head.anchored:
-        draft = head(
+        draft = head(  # of (vocab, d)
             hidden.expand(head.vocab_size, -1), torch.arange(head.vocab_size, device=hidden.device)
         )
     else:
-        draft = head(hidden)
+        draft = head(hidden)  # of (vocab, d)
     return _double(draft.marginal(horizon - head.anchored))
 
 

@@ -91,9 +91,10 @@ def head_loss(
             f"windows of {tokens.shape[1]} tokens for a horizon of {head.horizon}: need at least "
             f"{head.horizon + 1}"
         )
+    # (positions, width)
     trunk = head.trunk(hidden[:, :last], tokens[:, 1 : last + 1]).flatten(0, 1)
-    paths = tokens[:, 1:].unfold(1, head.horizon, 1).flatten(0, 1)
-    seen = hidden.unfold(1, head.horizon, 1)[:, :last].mT.flatten(0, 1)
+    paths = tokens[:, 1:].unfold(1, head.horizon, 1).flatten(0, 1)  # (positions, horizon)
+    seen = hidden.unfold(1, head.horizon, 1)[:, :last].mT.flatten(0, 1)  # (positions, horizon, d)
     drawn = _Chunk(head, unembed, objective, balance)
     size = max(_LOGITS_AT_ONCE // (head.drafted * head.rank * head.vocab_size), 1)
     weights = (head.maps, head.mixture.weight, head.mixture.bias)
@@ -101,9 +102,10 @@ def head_loss(
     if learns and size < len(paths):
         total = _Chunked.apply(drawn, size, seen, paths, trunk, *weights)
     else:
+        # (sums,)
         total = torch.stack([drawn(*part) for part in _chunks(size, trunk, seen, paths)]).sum(0)
     mean = total / len(paths)
-    survival = torch.cat([torch.ones_like(mean[:1]), mean[1:].detach()])
+    survival = torch.cat([torch.ones_like(mean[:1]), mean[1:].detach()])  # (horizon,)
     return HeadLoss(mean[0], survival)
 
 
@@ -184,9 +186,9 @@ class _TokenProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        at = tokens[..., None, None].expand(*logits.shape[:-1], 1)
+        at = tokens[..., None, None].expand(*logits.shape[:-1], 1)  # (…, rank, 1)
         log_probs = logits.log_softmax(-1)
-        chosen = log_probs.gather(-1, at).squeeze(-1)
+        chosen = log_probs.gather(-1, at).squeeze(-1)  # (…, rank)
         probs = log_probs.exp_()
         ctx.save_for_backward(probs, at)
         return chosen, probs
@@ -199,11 +201,11 @@ class _TokenProbs(torch.autograd.Function):
             return None, None
         of_chosen = probs.new_zeros(probs.shape[:-1]) if of_chosen is None else of_chosen
         if of_probs is None:
-            logits = probs * -of_chosen[..., None]
+            logits = probs * -of_chosen[..., None]  # (…, rank, vocab)
         else:
-            inner = torch.linalg.vecdot(probs, of_probs)
-            logits = (of_probs - (inner + of_chosen)[..., None]).mul_(probs)
-        return logits.scatter_add_(-1, at, of_chosen[..., None]), None
+            inner = torch.linalg.vecdot(probs, of_probs)  # (…, rank)
+            logits = (of_probs - (inner + of_chosen)[..., None]).mul_(probs)  # (…, rank, vocab)
+        return logits.scatter_add_(-1, at, of_chosen[..., None]), None  # (…, rank, vocab)
 
 
 class _Chunked(torch.autograd.Function):

@@ -237,7 +237,7 @@ class HuggingFaceLanguageModel:
     ) -> Float[Tensor, "count vocab"]:
         """Log-probabilities (nats) of the token after `context` and each continuation."""
         self.require_causal()
-        context = self._with_start(context[None])[0]
+        context = self._with_start(context[None])[0]  # (time,)
         if self.shares_prefixes_up_to(len(context) + continuations.shape[1]):
             return self._shared_prefix_log_probs(context, continuations)
         rows = [context.expand(len(continuations), -1), continuations]
@@ -314,6 +314,7 @@ class HuggingFaceLanguageModel:
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             weight = weight.detach().cpu()
             rounded = weight.to(torch.bfloat16) if weight.is_floating_point() else weight
+            # bytes (size,)
             digest.update(rounded.contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
@@ -323,7 +324,7 @@ class HuggingFaceLanguageModel:
         digest = hashlib.sha256()
         for name, weight in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            raw = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+            raw = weight.detach().cpu().contiguous().flatten().view(torch.uint8)  # bytes (size,)
             digest.update(raw.numpy().data)
         return digest.hexdigest()
 
@@ -338,7 +339,7 @@ class HuggingFaceLanguageModel:
     def _shared_prefix_log_probs(self, context: Tensor, continuations: Tensor) -> Tensor:
         cache, log_probs = self._context(context)
         if continuations.shape[1] == 0:
-            return log_probs.expand(len(continuations), -1)
+            return log_probs.expand(len(continuations), -1)  # (count, vocab)
         found = torch.empty(len(continuations), self.vocab_size, dtype=log_probs.dtype)
         size = self._tokens_at_once
         for part, rows in zip(continuations.split(size), found.split(size), strict=True):
@@ -349,7 +350,7 @@ class HuggingFaceLanguageModel:
         tree = lay_out_tree(continuations)
         count = len(continuations)
         grown = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
-        out = self._tree_view(
+        out = self._tree_view(  # logits (1, kept, vocab)
             input_ids=tree.token_ids[None].to(self.device),
             position_ids=(seen + tree.depths)[None].to(self.device),
             # A 4-D mask is handed to the attention as it is: here it carries the tree.
@@ -378,7 +379,7 @@ class HuggingFaceLanguageModel:
         # A joint asks for one context again and again, chunk by chunk: the last one is kept.
         key, kept = tuple(context.tolist()), self._context_cache
         if kept is None or kept[0] != key:
-            logits, cache = self.step(context[None])
+            logits, cache = self.step(context[None])  # (1, time, vocab)
             kept = (key, cache, self._log_probs(logits[:, -1]))
             self._context_cache = kept
         return kept[1:]

@@ -243,7 +243,7 @@ def growth_gap(lm: Any, lengths: tuple[int, ...]) -> float:
         for at in range(length, length + 4):
             logits, cache = lm.step(rows[:, at : at + 1], cache)
             found.append(logits[:, -1])
-        gaps = total_variation(torch.stack(found, 1), expected[:, length - 1 :])
+        gaps = total_variation(torch.stack(found, 1), expected[:, length - 1 :])  # (2, 5)
         worst = max(worst, float(gaps.max()))
     return worst
 
