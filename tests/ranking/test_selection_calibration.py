@@ -113,7 +113,7 @@ def fewest(share: float, draws: int) -> float:
 
 
 def test_intervals_of_thirty_two_documents_cover_about_what_they_promise():
-    # With as few clusters even the exact interval of normal means would be a little wider.
+    # Two of a hundred are lost to the bootstrap of so few clusters, whose width knows no t.
     _, covered = simulate(200, contexts=64, documents=32, seed=4)
     assert covered >= fewest(0.93, 200), covered
 
