@@ -4,6 +4,8 @@ no processor, instruction set or order of summation can break it.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -24,3 +26,18 @@ def rounding(dtype: torch.dtype, size: int) -> float:
     if not 0 <= unit < 1:
         raise ValueError(f"{size} operations in {dtype}: nothing is left of such a sum")
     return unit / (1 - unit)
+
+
+# Log-probabilities of a forward pass in double precision: no number of the models in these tests
+# is the end of more than a hundred thousand operations in a row.
+FORWARD = rounding(torch.float64, 100_000)
+
+
+def kl_rounding(entries: int, kl: float = 1.0) -> float:
+    """Largest error of a divergence (nats) summed over `entries` pairs of float64 probabilities.
+
+    ``sum p |log p| + p |log q|`` is twice the entropy and the divergence, so at most
+    ``2 log(entries) + kl``; an error in p or q itself, here a product of some sums of up to 64
+    operations in all, moves its logarithm by as much, and the p sum to one.
+    """
+    return (2 * math.log(entries) + kl + 1) * rounding(torch.float64, entries + 64)
