@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from rounding import rounding
+from rounding import kl_rounding, rounding
 
 from cpmtp.decomposition.em import em_runs
 from cpmtp.decomposition.expectation import Mixtures, Targets
@@ -86,13 +86,14 @@ def test_the_objective_never_rises(embedded_joint, rank, accelerate):
     )
     trace = np.array(runs.traces[0])
     assert len(trace) > 10
-    assert (np.diff(trace) <= 1e-12).all()
+    assert (np.diff(trace) <= kl_rounding(embedded_joint.probs.numel())).all()
 
 
 def test_the_objective_is_the_divergence_of_what_is_returned(embedded_joint):
     result = fit(embedded_joint, 8, "em", seed=0, max_iterations=40)
     assert result.objective == pytest.approx(
-        divergences(embedded_joint, result.distribution).kl_nats, abs=1e-9
+        divergences(embedded_joint, result.distribution).kl_nats,
+        abs=2 * kl_rounding(embedded_joint.probs.numel()),
     )
 
 
@@ -100,7 +101,8 @@ def test_rank_one_is_the_product_of_the_marginals(embedded_joint):
     result = fit(embedded_joint, 1, "em", seed=0)
     entropies = [-torch.special.xlogy(m, m).sum().item() for m in embedded_joint.marginals()]
     assert result.objective == pytest.approx(
-        sum(entropies) - embedded_joint.entropy().item(), abs=1e-9
+        sum(entropies) - embedded_joint.entropy().item(),
+        abs=4 * kl_rounding(embedded_joint.probs.numel()),
     )
 
 
