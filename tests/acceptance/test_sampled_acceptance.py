@@ -7,7 +7,7 @@ import torch
 from chances import assert_share
 from random_drafts import random_draft
 from reference_joint import brute_force_survival
-from rounding import rounding
+from rounding import FORWARD, rounding
 from tiny_models import BigramTable, RecurrentModel
 
 from cpmtp.acceptance.sampled import estimate_acceptance
@@ -16,8 +16,8 @@ from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import MarkovLanguageModel
 
 CONTEXT = torch.tensor([1, 0, 2])
-# Means of 20,000 products of six conditionals, and sums of as few.
-ROUNDING = 4 * rounding(torch.float64, 20_000 + 6 * 6)
+# Means of 20,000 products of six conditionals, three of them a model's, and sums of four of them.
+ROUNDING = 4 * (rounding(torch.float64, 20_000 + 6 * 6) + 2 * 3 * FORWARD)
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_drafts import random_draft
 from reference_joint import brute_force_survival
-from rounding import rounding
+from rounding import FORWARD, rounding
 from tiny_models import BigramTable, RecurrentModel
 
 from cpmtp.acceptance.implied import implied_acceptance
@@ -22,9 +22,9 @@ from cpmtp.pretrained import load_language_model
 
 CONTEXT = torch.tensor([1, 0, 2])
 RULES = ["token", "block", "coupling", "typical"]
-# Sums of at most 6 ** 4 products of eight conditionals, each one of a law that sums to one; tokens
-# per call add four of them.
-ROUNDING = 4 * rounding(torch.float64, 6**4 + 8 * 6)
+# Sums of at most 6 ** 4 products of eight conditionals, four of them a model's; tokens per call
+# add four of such sums.
+ROUNDING = 4 * (rounding(torch.float64, 6**4 + 8 * 6) + 4 * FORWARD)
 
 
 def assert_contains(bounds, exact):
