@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 from random_drafts import random_draft
+from rounding import rounding
 
 from cpmtp.acceptance.verification import verify
 from cpmtp.decoding.speculative import speculative_generate
@@ -97,7 +98,9 @@ def test_cycle_starts_given_the_text_are_those_of_decoding(rule):
     weights = a_chain().transition[texts[:, :-1], texts[:, 1:]].prod(1)
     starts = start_probs(kept_along_text(ratios_of(texts), rule)) * weights[:, None]
     found = torch.stack([(starts * (texts[:, :-1] == token)).sum(0) for token in range(VOCAB)], 1)
-    torch.testing.assert_close(found, enumerated_starts(time, rule), atol=1e-12, rtol=0)
+    # Sums over 3 ** 5 texts of products of five steps of some sixteen operations.
+    allowed = rounding(torch.float64, len(texts) + 5 * 16)
+    torch.testing.assert_close(found, enumerated_starts(time, rule), atol=allowed, rtol=0)
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])

@@ -7,8 +7,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rounding import rounding
 
 from cpmtp.cli import main
 from cpmtp.study.plan import StudySettings, study_cells
@@ -234,7 +236,10 @@ def test_valid_settings_run(tmp_path_factory, change):
     assert len(table) == len(study_cells(chosen)) * chosen.contexts * len(chosen.temperatures)
     assert (table.loc[table["status"] == "failed", "message"] != "").all()
     usable = table[table["status"] != "failed"]
-    assert usable["tokens_per_call_block_target"].between(1 - 1e-9, usable["horizon"] + 1e-9).all()
+    # Three survivals, each a sum over at most 6 ** 3 texts of products of six conditionals.
+    allowed = 3 * rounding(torch.float64, 6**3 + 6 * 2 * 6**2)
+    tokens = usable["tokens_per_call_block_target"]
+    assert tokens.between(1 - allowed, usable["horizon"] + allowed).all()
 
 
 @quick
