@@ -52,7 +52,7 @@ def test_training_earns_more_tokens_per_call(lm, anchored):
     before, after = (
         held_out_survival(lm, head, tokens).sum(1).mean() for head in (untrained, trained)
     )
-    assert after > before + 0.3
+    assert after > before + 0.2
 
 
 def test_a_training_stopped_and_resumed_ends_with_the_same_weights(lm, tmp_path):
