@@ -133,7 +133,11 @@ def test_a_joint_is_fitted_the_same_whatever_else_is_in_its_batch(method, anchor
         assert together.objective[place].item() == pytest.approx(alone.objective, abs=FITTED)
         assert together.status[place] == alone.status
         torch.testing.assert_close(
-            together.restart_match_scores[place], alone.restart_match_scores, rtol=0, atol=1e-6
+            # Cosines of components, which move along flat directions more than their law does.
+            together.restart_match_scores[place],
+            alone.restart_match_scores,
+            rtol=0,
+            atol=1e-6,
         )
 
 
