@@ -4,11 +4,13 @@ where it can.
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
 import torch
 from reference_joint import full_pass_joint
+from rounding import FORWARD, rounding
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -42,7 +44,13 @@ CONFIGS = {
 SHARES = {"llama", "gpt2", "gpt_neox"}
 
 
-def random_model(kind: str, sharpness: float = 4.0) -> HuggingFaceLanguageModel:
+# Whatever precision its weights have, its states are single.
+SINGLE_INSIDE = {"mamba"}
+
+
+def random_model(
+    kind: str, sharpness: float = 4.0, dtype: torch.dtype = torch.float32
+) -> HuggingFaceLanguageModel:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind])
     with (
@@ -51,43 +59,64 @@ def random_model(kind: str, sharpness: float = 4.0) -> HuggingFaceLanguageModel:
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.mul_(sharpness)
-    return HuggingFaceLanguageModel(model, name=kind)
+    return HuggingFaceLanguageModel(model.to(dtype), name=kind)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
-def test_every_architecture_gives_the_joint_of_full_forward_passes(kind):
-    lm = random_model(kind)
+def test_every_architecture_gives_the_joint_of_full_forward_passes(kind, dtype):
+    lm = random_model(kind, dtype=dtype)
     assert lm.shares_prefixes == (kind in SHARES)
-    joint = exact_joint(lm, CONTEXT, 3)
     expected, conditionals = full_pass_joint(lm, CONTEXT, 3)
-    assert abs(joint.probs.sum().item() - 1) <= 1e-9
-    assert 0.5 * (joint.probs - expected).abs().sum() <= 1e-5
-    assert _worst_conditional(joint, conditionals) <= 1e-4
+    double = dtype == torch.float64 and kind not in SINGLE_INSIDE
+    allowed = FORWARD if double else _single_precision(kind)
+    _check_joint(exact_joint(lm, CONTEXT, 3), expected, conditionals, allowed)
     assert expected.max() > 3 * expected.mean()  # a uniform law would agree with anything
 
 
-def _worst_conditional(joint, conditionals, floor=-20.0):
-    worst = 0.0
-    for k, expected in enumerate(conditionals, 1):
-        found = joint.conditional_probs(k).log().view(expected.shape)
-        counted = expected > floor
-        worst = max(worst, (found - expected)[counted].abs().max().item())
-    return worst
+def _single_precision(kind: str) -> float:
+    """What passes of other shapes may differ by in single precision: eight times what separates
+    it from double, as measured on this machine, and the rounding of log-probabilities themselves.
+    """
+    conditionals = [
+        full_pass_joint(random_model(kind, dtype=dtype), CONTEXT, 3)[1]
+        for dtype in (torch.float32, torch.float64)
+    ]
+    apart = _worst_log_prob(*conditionals)
+    return 8 * apart + rounding(torch.float32, 11 + 20)
+
+
+def _check_joint(joint, expected, conditionals, allowed: float) -> None:
+    """Conditionals as close as allowed to log-probabilities, and products of them as follows."""
+    entries = joint.probs.numel()
+    assert abs(joint.probs.sum().item() - 1) <= rounding(torch.float64, entries)
+    found = [joint.conditional_probs(k).log() for k in range(1, joint.horizon + 1)]
+    assert _worst_log_prob(found, conditionals) <= allowed
+    # A product of n conditionals, each off by a factor of e to the allowed.
+    distance = 0.5 * (joint.probs - expected).abs().sum()
+    assert distance <= 0.5 * math.expm1(joint.horizon * allowed)
+
+
+def _worst_log_prob(found, expected, floor: float = -20.0) -> float:
+    return max(
+        (one.view(other.shape) - other)[other > floor].abs().max().item()
+        for one, other in zip(found, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("kind", sorted(SHARES))
 def test_a_shared_prefix_gives_what_each_branch_gives_alone(kind):
-    lm = random_model(kind)
+    lm = random_model(kind, dtype=torch.float64)
     continuations = torch.randint(11, (40, 3), generator=torch.Generator().manual_seed(1))
     alone = torch.cat(
         [lm.next_token_log_probs(torch.cat([CONTEXT, c])[None]) for c in continuations]
     )
     torch.testing.assert_close(
-        lm.continuation_log_probs(CONTEXT, continuations), alone, atol=1e-4, rtol=1e-4
+        lm.continuation_log_probs(CONTEXT, continuations), alone, atol=FORWARD, rtol=0
     )
     lm.batch_tokens = 4  # however it is cut into passes
     torch.testing.assert_close(
-        lm.continuation_log_probs(CONTEXT, continuations), alone, atol=1e-4, rtol=1e-4
+        lm.continuation_log_probs(CONTEXT, continuations), alone, atol=FORWARD, rtol=0
     )
     assert lm.model.config._attn_implementation == "sdpa"
 
@@ -101,18 +130,19 @@ def test_a_new_context_is_not_answered_from_the_last_ones_cache():
 
 
 def test_a_double_precision_forward_pass_is_kept():
-    lm = random_model("llama")
-    double = HuggingFaceLanguageModel(lm.model.double())
+    single, double = (random_model("llama", dtype=d) for d in (torch.float32, torch.float64))
     joint, (expected, _) = exact_joint(double, CONTEXT, 2), full_pass_joint(double, CONTEXT, 2)
-    torch.testing.assert_close(joint.probs, expected, atol=1e-13, rtol=1e-9)
+    torch.testing.assert_close(joint.probs, expected, atol=0, rtol=3 * FORWARD)
+    assert (exact_joint(single, CONTEXT, 2).probs / expected - 1).abs().max() > 100 * FORWARD
 
 
 def test_a_half_precision_forward_pass_stays_near_and_sums_to_one():
     lm = random_model("llama", sharpness=2.0)
     expected = exact_joint(lm, CONTEXT, 2).probs
     joint = exact_joint(HuggingFaceLanguageModel(lm.model.bfloat16()), CONTEXT, 2)
-    assert abs(joint.probs.sum().item() - 1) <= 1e-9
-    assert 0.5 * (joint.probs - expected).abs().sum() <= 0.05
+    assert abs(joint.probs.sum().item() - 1) <= rounding(torch.float64, 11**2)
+    # Logits of about one, rounded some six times on their way, of two tokens.
+    assert 0.5 * (joint.probs - expected).abs().sum() <= rounding(torch.bfloat16, 2 * 6)
 
 
 def test_contexts_and_horizons_beyond_the_window_are_refused():
@@ -157,23 +187,22 @@ def _check_real_joint(lm, horizon, length):
     joint = exact_joint(lm, context, horizon)
     expected, conditionals = full_pass_joint(lm, context, horizon)
     assert lm.shares_prefixes
-    assert abs(joint.probs.sum().item() - 1) <= 1e-9
-    assert 0.5 * (joint.probs - expected).abs().sum() <= 1e-5
-    assert _worst_conditional(joint, conditionals) <= 1e-4
+    _check_joint(joint, expected, conditionals, FORWARD)
     if horizon > 1:
         shorter = exact_joint(lm, context, horizon - 1).probs
-        assert (joint.marginal(horizon - 1).probs - shorter).abs().max() <= 1e-9
+        allowed = rounding(torch.float64, joint.probs.numel())
+        assert (joint.marginal(horizon - 1).probs - shorter).abs().max() <= allowed
 
 
 def test_a_real_models_joint_is_that_of_full_forward_passes(stories):
-    _check_real_joint(load_language_model(stories), 2, 32)
+    _check_real_joint(load_language_model(stories, dtype=torch.float64), 2, 32)
 
 
 @pytest.mark.parametrize("name", ["code", "prose"])
 def test_an_embedded_models_joint_is_that_of_full_forward_passes(name):
     if name not in embedded_models():
         pytest.skip(f"the embedded model {name} is not there yet")
-    _check_real_joint(load_language_model(name), 2, 32)
+    _check_real_joint(load_language_model(name, dtype=torch.float64), 2, 32)
 
 
 @pytest.mark.slow
@@ -181,7 +210,7 @@ def test_an_embedded_models_joint_is_that_of_full_forward_passes(name):
 def test_an_embedded_models_joint_of_three_is_that_of_full_forward_passes(name):
     if name not in embedded_models():
         pytest.skip(f"the embedded model {name} is not there yet")
-    _check_real_joint(load_language_model(name), 3, 16)
+    _check_real_joint(load_language_model(name, dtype=torch.float64), 3, 16)
 
 
 def _stored(folder, change) -> None:

@@ -29,15 +29,16 @@ class BigramTable:
 
 
 class RecurrentModel(torch.nn.Module):
-    """A user's LSTM."""
+    """A user's LSTM, in double precision: the size of a batch changes the last digits alone."""
 
-    def __init__(self, vocab_size: int = 8, seed: int = 0):
+    def __init__(self, vocab_size: int = 8, seed: int = 0, dtype: torch.dtype = torch.float64):
         super().__init__()
         torch.manual_seed(seed)
         self.vocab_size = vocab_size
         self.embedding = torch.nn.Embedding(vocab_size + 1, 12)
         self.lstm = torch.nn.LSTM(12, 16, batch_first=True)
         self.out = torch.nn.Linear(16, vocab_size)
+        self.to(dtype)
 
     @torch.no_grad()
     def next_token_log_probs(self, token_ids):

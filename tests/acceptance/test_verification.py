@@ -6,7 +6,8 @@ import pytest
 import torch
 from random_drafts import random_draft
 from reference_acceptance import emitted_law, random_joint, survival
-from typechecker import unchecked
+from rounding import rounding
+from unchecked import unchecked
 
 from cpmtp.acceptance.verification import VERIFIED, residual_law, verify
 from cpmtp.drafts.cp_distribution import CPDistribution
@@ -29,15 +30,19 @@ CASES = [
 ]
 
 
+def allowed(target: torch.Tensor) -> float:
+    """What is emitted adds, for every text, products of some sixteen numbers over all paths."""
+    return rounding(torch.float64, 16 * target.numel())
+
+
 @pytest.mark.parametrize("rule", VERIFIED)
 def test_what_is_emitted_follows_the_targets_law_exactly(rule):
-    worst = 0.0
     assert len(CASES) >= 200
     for vocab, n, seed in CASES:
         target = random_joint(vocab, n + 1, seed, zeros=0.3 * (seed % 2))
         draft = random_joint(vocab, n, seed + 1000, zeros=0.3 * (seed % 3 == 0))
-        worst = max(worst, (emitted_law(target, draft, rule)[0] - target).abs().max().item())
-    assert worst <= 1e-12
+        worst = (emitted_law(target, draft, rule)[0] - target).abs().max().item()
+        assert worst <= allowed(target)
 
 
 @pytest.mark.slow
@@ -49,7 +54,8 @@ def test_long_blocks_keep_the_law_too(rule):
                 random_joint(vocab, n + 1, seed, zeros=0.2),
                 random_joint(vocab, n, seed + 1, zeros=0.2),
             )
-            assert (emitted_law(target, draft, rule)[0] - target).abs().max() <= 1e-12
+            found = emitted_law(target, draft, rule)[0]
+            assert (found - target).abs().max() <= allowed(target)
 
 
 @pytest.mark.parametrize("rule", VERIFIED)
@@ -62,7 +68,7 @@ def test_accepted_lengths_have_the_survival_that_is_implied(rule):
         _, lengths = emitted_law(target, draft, rule)
         reached = 1 - lengths.cumsum(0)[:-1]
         torch.testing.assert_close(
-            reached, survival(target.sum(-1), draft, rule), atol=1e-12, rtol=0
+            reached, survival(target.sum(-1), draft, rule), atol=allowed(target), rtol=0
         )
 
 
@@ -138,7 +144,8 @@ def test_a_lossy_variant_breaks_the_law(monkeypatch, change, rule):
 def test_a_mixture_verified_as_the_product_of_its_marginals_breaks_the_law(monkeypatch, rule):
     target, mixture = random_joint(3, 3, 0), random_draft(3, 2, rank=2, seed=0)
     marginals = torch.stack(JointDistribution(mixture.to_tensor()).marginals())
-    assert (emitted_law(target, mixture.to_tensor(), rule)[0] - target).abs().max() <= 1e-12
+    found = emitted_law(target, mixture.to_tensor(), rule)[0]
+    assert (found - target).abs().max() <= allowed(target)
     _with(monkeypatch, lambda p, q, path, outcome, rule: verify(p, marginals, path, rule))
     assert (emitted_law(target, mixture.to_tensor(), rule)[0] - target).abs().max() > 1e-3
 
@@ -156,7 +163,7 @@ def test_verifying_against_the_sampled_component_keeps_the_law_but_its_block_tok
         emitted, lengths = emitted_law(target, component.to_tensor(), rule)
         law += weight * emitted
         earned += weight * (lengths * torch.arange(3)).sum()
-    assert (law - target).abs().max() <= 1e-12
+    assert (law - target).abs().max() <= 3 * allowed(target)
     if rule == "block":
         known = (emitted_law(target, mixture.to_tensor(), rule)[1] * torch.arange(3)).sum()
         # Both are exact: nothing but the rule makes the difference.
@@ -173,7 +180,7 @@ def test_a_residual_with_nothing_left_is_the_target():
     [
         (lambda p, q, x: verify(p, q, x, "greedy"), "unknown rule 'greedy'"),
         (lambda p, q, x: verify(q, q, x, "token"), "expected 3 and 2"),
-        (lambda p, q, x: unchecked(verify)(p, q[..., :1], x, "block"), "one vocabulary"),
+        (lambda p, q, x: unchecked(verify, p, q[..., :1], x, "block"), "one vocabulary"),
     ],
 )
 def test_bad_input_is_refused(call, said):

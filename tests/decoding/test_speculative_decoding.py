@@ -369,6 +369,68 @@ def test_transformers_generate_can_call_it():
     )
 
 
+LAWS = [
+    {},
+    {"temperature": 0.6},
+    {"top_k": 3},
+    {"top_p": 0.8},
+    {"temperature": 1.5, "top_k": 4, "top_p": 0.9},
+]
+
+
+def generated(law, *, rows: int = 1500, **options) -> torch.Tensor:
+    """What transformers' ``generate`` returns when it samples by drafts: the new tokens."""
+    lm, prompt = a_model(), torch.tensor([[2, 1]])
+    out = lm.model.generate(
+        prompt.expand(rows, -1),
+        attention_mask=torch.ones(rows, 2),
+        custom_generate=custom_generate(lm, a_head(lm, horizon=3)),
+        do_sample=True,
+        max_new_tokens=3,
+        **({"eos_token_id": None, "pad_token_id": 0} | law | options),
+    )
+    assert torch.equal(out[:, :2], prompt.expand(rows, -1))
+    return out[:, 2:]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_what_transformers_samples_by_drafts_follows_the_law_it_asked_for(law):
+    tokens, lm = generated(law), a_model()
+    for other in LAWS:
+        p_value = law_p_value(tokens, exact_joint(lm, torch.tensor([2, 1]), 3, **other).probs)
+        assert p_value > 1e-3 if other == law else p_value < 1e-6, other
+
+
+def test_transformers_samples_without_drafts_follow_the_same_law():
+    lm, law = a_model(), {"temperature": 1.5, "top_k": 4, "top_p": 0.9}
+    torch.manual_seed(0)
+    plain = lm.model.generate(
+        torch.tensor([[2, 1]]).expand(1500, -1),
+        attention_mask=torch.ones(1500, 2),
+        do_sample=True,
+        max_new_tokens=3,
+        eos_token_id=None,
+        pad_token_id=0,
+        **law,
+    )
+    joint = exact_joint(lm, torch.tensor([2, 1]), 3, **law).probs
+    assert law_p_value(plain[:, 2:], joint) > 1e-3
+
+
+def test_rows_that_transformers_sees_end_early_are_filled_with_its_padding():
+    tokens = generated({}, rows=400, eos_token_id=4, pad_token_id=0)
+    whole = generated({}, rows=400)
+    ended = (whole == 4).cumsum(1) - (whole == 4).long() > 0
+    assert 0 < ended.sum() < ended.numel()
+    assert torch.equal(tokens, whole.masked_fill(ended, 0))
+
+
+def test_transformers_options_that_drafts_cannot_keep_are_refused():
+    for options in ({"num_beams": 2}, {"repetition_penalty": 1.2}):
+        with pytest.raises(ValueError, match="no beams and no repetition penalty"):
+            generated({}, rows=1, **options)
+
+
 def test_the_monitor_gets_a_line_per_cycle(tmp_path):
     lm = a_model()
     out = speculative_generate(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from rounding import FITTED, kl_rounding, rounding
 
 from cpmtp.acceptance.implied import implied_acceptance
 from cpmtp.decomposition.fitting import fit
@@ -28,9 +29,10 @@ def test_every_method_gives_a_distribution_whose_objective_is_what_it_says(metho
     joint = random_joint(6, horizon)
     result = fit(joint, 3, method)
     assert result.status in ("ok", "not_converged")
-    assert result.distribution.to_tensor().sum().item() == pytest.approx(1, abs=1e-9)
+    allowed = kl_rounding(joint.probs.numel())
+    assert result.distribution.to_tensor().sum().item() == pytest.approx(1, abs=allowed)
     assert result.objective == pytest.approx(
-        objective_of(method, joint, result.distribution), abs=1e-9
+        objective_of(method, joint, result.distribution), abs=allowed
     )
 
 
@@ -50,7 +52,7 @@ def test_the_same_seed_gives_the_same_fit_and_more_restarts_never_a_worse_one(me
         fit(joint, 3, method, restarts=3),
     )
     assert torch.equal(first.distribution.to_tensor(), again.distribution.to_tensor())
-    assert more.objective <= first.objective + 1e-12
+    assert more.objective <= first.objective + FITTED
     assert more.restart_objectives.shape == (3,)
 
 
@@ -63,7 +65,7 @@ def test_an_anchored_fit_holds_one_distribution_per_first_token(method):
     assert isinstance(result.objective, float)
     if method in ("em", "gradient", "acceptance"):
         assert objective_of(method, joint, result.distribution) == pytest.approx(
-            result.objective, abs=1e-6
+            result.objective, abs=2 * kl_rounding(joint.probs.numel())
         )
 
 
@@ -126,12 +128,16 @@ def test_a_joint_is_fitted_the_same_whatever_else_is_in_its_batch(method, anchor
             together.distribution[place].to_tensor(),
             alone.distribution.to_tensor(),
             rtol=0,
-            atol=1e-9,
+            atol=FITTED,
         )
-        assert together.objective[place].item() == pytest.approx(alone.objective, abs=1e-9)
+        assert together.objective[place].item() == pytest.approx(alone.objective, abs=FITTED)
         assert together.status[place] == alone.status
         torch.testing.assert_close(
-            together.restart_match_scores[place], alone.restart_match_scores, rtol=0, atol=1e-6
+            # Cosines of components, which move along flat directions more than their law does.
+            together.restart_match_scores[place],
+            alone.restart_match_scores,
+            rtol=0,
+            atol=1e-6,
         )
 
 
@@ -153,4 +159,4 @@ def test_maximising_tokens_per_call_never_ends_below_its_em_start(rule, first_to
         before = implied_acceptance(
             joint, start.distribution, rule=rule, first_token=first_token
         ).tokens_per_call
-        assert -found.objective >= before - 1e-12
+        assert -found.objective >= before - 3 * rounding(torch.float64, 4 * 6**3)

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from rounding import kl_rounding
 
 from cpmtp.decomposition.fitting import fit
 from cpmtp.decomposition.matching import factor_match_score
@@ -33,25 +34,24 @@ def test_the_objective_never_rises_along_the_path(method, anchored):
     path = fit_path(joint, [6, 1, 2, 4, 3, 2], method, anchored=anchored, max_iterations=30)
     assert [result.distribution.rank for result in path] == [1, 2, 3, 4, 6]
     objectives = [result.objective for result in path]
-    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(objectives))
+    assert all(later <= earlier + kl_rounding(6**3) for earlier, later in pairwise(objectives))
 
 
 def test_a_path_stopped_at_once_still_never_rises_and_reports_what_it_returns():
     path = fit_path(peaked_joint(8, 3), range(1, 12), max_iterations=0)
     for earlier, later in pairwise(path):
-        assert later.objective <= earlier.objective + 1e-12
+        assert later.objective <= earlier.objective + kl_rounding(8**3)
     for result in path:
         kl = divergences(peaked_joint(8, 3), result.distribution).kl_nats
-        assert kl == pytest.approx(result.objective, abs=1e-9)
+        assert kl == pytest.approx(result.objective, abs=2 * kl_rounding(8**3))
 
 
 def test_a_path_takes_batches():
     joint = peaked_joint(5, 2, batch=(3,))
     path = fit_path(joint, [1, 2, 4])
     assert all(result.objective.shape == (3,) for result in path)
-    assert (path[0].objective >= path[1].objective).all() and (
-        path[1].objective >= path[2].objective
-    ).all()
+    for earlier, later in pairwise(path):
+        assert (later.objective <= earlier.objective + kl_rounding(5**2)).all()
 
 
 @pytest.mark.parametrize(

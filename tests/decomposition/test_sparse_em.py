@@ -4,8 +4,11 @@ is not.
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from rounding import FORWARD, kl_rounding, rounding
 from tiny_models import RecurrentModel
 
 from cpmtp.decomposition.fitting import fit
@@ -24,9 +27,10 @@ def test_the_fit_to_a_tree_of_everything_is_the_fit_to_the_joint():
     sparse = fit(
         truncated_joint(lm, CONTEXT, 3, mass=1.0), rank=3, restarts=2, seed=1, max_iterations=100
     )
-    assert sparse.objective == pytest.approx(dense.objective, abs=1e-6)
+    # Their starts may differ: both stop within the default tolerance, 1e-4 nats, of one end.
+    assert sparse.objective == pytest.approx(dense.objective, abs=1e-4)
     torch.testing.assert_close(
-        sparse.distribution.to_tensor(), dense.distribution.to_tensor(), atol=1e-4, rtol=1e-3
+        sparse.distribution.to_tensor(), dense.distribution.to_tensor(), atol=1e-3, rtol=0
     )
 
 
@@ -35,7 +39,7 @@ def test_the_anchored_fit_to_a_tree_of_everything_is_the_anchored_fit_to_the_joi
     dense = fit(exact_joint(lm, CONTEXT, 3), rank=2, seed=1, anchored=True)
     sparse = fit(truncated_joint(lm, CONTEXT, 3, mass=1.0), rank=2, seed=1, anchored=True)
     assert sparse.distribution.batch_shape == (5,) and sparse.distribution.horizon == 2
-    assert sparse.objective == pytest.approx(dense.objective, abs=1e-5)
+    assert sparse.objective == pytest.approx(dense.objective, abs=1e-4)
 
 
 @pytest.mark.parametrize("nodes", [3, 20, 60])
@@ -43,22 +47,26 @@ def test_the_cells_of_any_tree_share_out_all_the_mass(nodes):
     tree = truncated_joint(RecurrentModel(8), CONTEXT, 3, mass=1.0, max_nodes=nodes)
     for most in (5, 50, 1000):
         cells = tree_cells(tree, most)
-        assert cells.weights.sum().item() == pytest.approx(1.0, abs=1e-9)
+        # What a prefix's children take from it and give to theirs adds up over three levels.
+        allowed = 2 * rounding(torch.float64, 8 + 8**2 + 8**3)
+        assert cells.weights.sum().item() == pytest.approx(1.0, abs=allowed)
         assert (cells.weights > 0).all() and len(cells.weights) <= most + 1 + tree.horizon
 
 
 def test_the_objective_never_rises_and_never_exceeds_the_divergence_of_the_whole_joint():
     lm = RecurrentModel(8)
     joint = exact_joint(lm, CONTEXT, 3)
+    # The tree's passes have other shapes: three conditionals of every text, times its nats.
+    allowed = kl_rounding(8**3) + 3 * FORWARD * math.log(8**3)
     gaps = []
     for mass in (0.6, 0.9, 0.999):
         found = fit(truncated_joint(lm, CONTEXT, 3, mass=mass), rank=3, seed=0)
         assert all(
-            later <= earlier + 1e-9
+            later <= earlier + allowed
             for earlier, later in zip(found.trace[:-1], found.trace[1:], strict=True)
         )
         gaps.append(divergences(joint, found.distribution).kl_nats - found.objective)
-    assert all(gap >= -1e-9 for gap in gaps)
+    assert all(gap >= -2 * allowed for gap in gaps)
     assert gaps[-1] == min(gaps)
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from rounding import kl_rounding, rounding
 
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.drafts.divergence import divergences
@@ -49,23 +50,27 @@ def as_list(result) -> list[float]:
 def test_divergences_equal_plain_sums(horizon):
     joint, draft = random_joint(5, horizon, seed=1), random_cp(5, horizon, 3, seed=2)
     assert as_list(divergences(joint, draft)) == pytest.approx(
-        naive(joint.probs, draft.to_tensor()), abs=1e-12
+        naive(joint.probs, draft.to_tensor()), abs=2 * kl_rounding(5**horizon)
     )
 
 
 def test_a_dense_draft_is_compared_as_it_is():
     joint, draft = random_joint(4, 3, seed=1), random_joint(4, 3, seed=2)
     assert as_list(divergences(joint, draft)) == pytest.approx(
-        naive(joint.probs, draft.probs), abs=1e-12
+        naive(joint.probs, draft.probs), abs=2 * kl_rounding(4**3)
     )
 
 
 def test_an_anchored_draft_takes_the_first_token_from_the_target():
     joint, draft = random_joint(4, 3, seed=1), random_cp(4, 2, 2, seed=3, batch=(4,))
     whole = joint.prefix_probs(1)[:, None, None] * draft.to_tensor()
-    assert as_list(divergences(joint, draft)) == pytest.approx(naive(joint.probs, whole), abs=1e-12)
+    assert as_list(divergences(joint, draft)) == pytest.approx(
+        naive(joint.probs, whole), abs=2 * kl_rounding(4**3)
+    )
     dense = JointDistribution(draft.to_tensor(), 2)
-    assert as_list(divergences(joint, dense)) == pytest.approx(naive(joint.probs, whole), abs=1e-12)
+    assert as_list(divergences(joint, dense)) == pytest.approx(
+        naive(joint.probs, whole), abs=2 * kl_rounding(4**3)
+    )
 
 
 @pytest.mark.parametrize("anchored", [False, True])
@@ -80,14 +85,16 @@ def test_a_batch_gives_what_its_entries_give_alone(anchored):
     for i in range(2):
         for j in range(3):
             alone = as_list(divergences(JointDistribution(joint.probs[i, j]), draft[i, j]))
-            assert together[i, j].tolist() == pytest.approx(alone, abs=1e-14)
+            assert together[i, j].tolist() == pytest.approx(alone, abs=2 * kl_rounding(4**3))
 
 
 def test_the_target_itself_is_at_distance_zero():
     draft = random_cp(5, 3, 2, seed=4)
-    assert as_list(divergences(JointDistribution(draft.to_tensor()), draft)) == pytest.approx(
-        [0.0] * 4, abs=1e-7
-    )
+    found = divergences(JointDistribution(draft.to_tensor()), draft)
+    # Products of three and their sum of two, in another order, are all that differs.
+    allowed = 2 * rounding(torch.float64, 2 + 3)
+    assert found.kl_nats <= 2 * kl_rounding(5**3)
+    assert max(found.total_variation, found.relative_frobenius, found.hellinger) <= allowed
 
 
 def test_zeros_never_give_nan():

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounding import rounding
 
 from cpmtp.acceptance.implied import implied_acceptance
 from cpmtp.heads import losses as head_objectives
@@ -17,6 +18,9 @@ from cpmtp.pretrained import HuggingFaceLanguageModel
 from cpmtp.training.new_models import new_llama
 
 SHAPES = [{}, {"anchored": True, "blocks": 1}, {"anchored": True}]
+# Logits add 96 products, of absolute values that come to ten or less; of two tokens and of the
+# target's own, in single precision.
+NATS = 3 * 10 * rounding(torch.float32, 96)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,7 @@ def test_likelihood_is_the_mean_negative_log_probability_of_what_came(lm, shape)
             -(draft[path[0].item()].log_prob(path[1:]) if head.anchored else draft.log_prob(path))
         )
     loss = head_loss(head, hidden, tokens, lm.unembed, objective="likelihood").loss
-    assert loss.item() == pytest.approx(torch.stack(found).mean().item(), abs=1e-4)
+    assert loss.item() == pytest.approx(torch.stack(found).mean().item(), abs=NATS)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -76,7 +80,7 @@ def test_distillation_is_the_divergence_from_the_targets_own_conditionals(lm, sh
             found.append((p * (p.log() - q.log())).sum())
     expected = torch.stack(found).sum() / len(found) * (head.horizon - 1)
     loss = head_loss(head, hidden, tokens, lm.unembed, objective="distillation").loss
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-4)
+    assert loss.item() == pytest.approx(expected.item(), abs=NATS)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -93,22 +97,27 @@ def test_survival_is_unbiased_for_the_exact_block_survival(lm, shape):
         last, hidden = tokens[:, -4:], lm.hidden_states(tokens)[:, -4:]
         survival = head_loss(head, hidden, last, lm.unembed).survival
         total += joint.probs[tuple(path)] * survival.double()
-    assert torch.allclose(total, exact, atol=1e-5)
+    assert (total - exact).abs().max() <= NATS
 
 
 @pytest.mark.parametrize("objective", head_objectives.OBJECTIVES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_chunks_give_the_gradients_of_the_whole(lm, shape, objective, monkeypatch):
     hidden, tokens = a_window(lm)
+    weight = lm.unembedding.double()
     gradients = []
     for size in (1 << 22, 128):
         monkeypatch.setattr(head_objectives, "_LOGITS_AT_ONCE", size)
-        head = a_head(lm, **shape)
-        head_loss(
-            head, hidden, tokens, lm.unembed, objective=objective, balance=0.0
-        ).loss.backward()
+        head = a_head(lm, **shape).double()
+        loss = head_loss(
+            head, hidden.double(), tokens, lambda h: h @ weight.T, objective=objective, balance=0.0
+        ).loss
+        loss.backward()
         gradients.append([p.grad for p in head.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients, strict=True))
+    # Chunks are added up in single precision, whatever the head's: the sum of twenty positions.
+    allowed = rounding(torch.float32, 20)
+    for whole, chunked in zip(*gradients, strict=True):
+        torch.testing.assert_close(chunked, whole, atol=allowed * whole.abs().max().item(), rtol=0)
     assert any(g.abs().max() > 1e-3 for g in gradients[0])
 
 
@@ -129,12 +138,14 @@ def test_gradients_agree_with_finite_differences(lm, objective):
     loss(head.maps.detach().clone()).backward()
     step = torch.zeros_like(head.maps).flatten()
     generator = torch.Generator().manual_seed(0)
-    start = head.maps.detach().clone()
+    start, length = head.maps.detach().clone(), 1e-4
     for index in torch.randint(len(step), (6,), generator=generator):
-        step.zero_()[index] = 1e-4
+        step.zero_()[index] = length
         with torch.no_grad():
-            slope = (loss(start + step.view_as(start)) - loss(start - step.view_as(start))) / 2e-4
-        assert head.maps.grad.flatten()[index].item() == pytest.approx(slope.item(), abs=1e-6)
+            ends = loss(start + step.view_as(start)), loss(start - step.view_as(start))
+            slope = (ends[0] - ends[1]).item() / (2 * length)
+        # Differences over two steps are off by a sixth of the third derivative times its square.
+        assert head.maps.grad.flatten()[index].item() == pytest.approx(slope, abs=100 * length**2)
 
 
 def test_balance_is_zero_for_equal_weights_and_positive_otherwise(lm):
@@ -148,7 +159,8 @@ def test_balance_is_zero_for_equal_weights_and_positive_otherwise(lm):
         ]
         return losses[1] - losses[0]
 
-    assert cost() == pytest.approx(0, abs=1e-5)
+    # Two losses of some five nats, rounded a few times after what they share.
+    assert cost() == pytest.approx(0, abs=2 * 5 * rounding(torch.float32, 8))
     head.mixture.bias.data[0] = 5.0
     assert cost() > 0.5
 

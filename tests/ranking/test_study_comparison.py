@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from chances import assert_share
+from scipy import stats
 
 from cpmtp.ranking.comparison import compare_studies
 from cpmtp.study.plan import StudySettings
@@ -14,25 +16,24 @@ from cpmtp.study.running import run_study
 
 
 def table(values, *, model="m", domain="d", text="t") -> pd.DataFrame:
-    """One row per context and rank; `values` has a row per context."""
-    rows = [
+    """One row per context and rank; `values` has a row per context, two contexts a document."""
+    contexts, ranks = values.shape
+    context = np.repeat(np.arange(contexts), ranks)
+    return pd.DataFrame(
         {
             "model": model,
             "domain": domain,
-            "document": f"document {c // 2}",
-            "context": c,
-            "context_text": f"{text} {c}" if text else "",
+            "document": [f"document {c // 2}" for c in context],
+            "context": context,
+            "context_text": [f"{text} {c}" if text else "" for c in context],
             "temperature": 1.0,
             "anchored": False,
             "horizon": 2,
-            "rank": rank,
+            "rank": np.tile(np.arange(1, ranks + 1), contexts),
             "status": "ok",
-            "tokens_per_call_block_target": value,
+            "tokens_per_call_block_target": values.ravel(),
         }
-        for c, of_ranks in enumerate(values)
-        for rank, value in zip((1, 2), of_ranks, strict=True)
-    ]
-    return pd.DataFrame(rows)
+    )
 
 
 VALUES = np.random.default_rng(0).uniform(1, 2, (40, 2))
@@ -64,15 +65,27 @@ def test_only_shared_contexts_count_where_there_are_any():
 
 
 def test_the_interval_of_a_true_difference_holds_it_as_often_as_it_says():
+    documents, ranks = 20, 1200
     generator = np.random.default_rng(1)
-    held = 0
-    for seed in range(100):
-        first = generator.normal(2, 0.3, (40, 2))
-        second = first + generator.normal(0.05, 0.1, (40, 2))
-        row = compare_studies(table(first), table(second), seed=seed).iloc[0]
-        held += row["difference_low"] <= 0.05 <= row["difference_high"]
-    # Twenty clusters: a percentile interval holds a little less than the 95 % it is named after.
-    assert 84 <= held <= 99
+    first = generator.normal(2, 0.3, (2 * documents, ranks))
+    # Contexts of a document differ from the first study alike: only documents say anything new.
+    difference = generator.normal(0.05, 0.1, (documents, ranks)).repeat(2, axis=0)
+    found = compare_studies(table(first), table(first + difference))
+    held = (found["difference_low"] <= 0.05) & (found["difference_high"] >= 0.05)
+    assert_share(
+        int(held.sum()),
+        ranks,
+        percentile_coverage(0.95, documents),
+        wrong=percentile_coverage(0.9, documents),
+    )
+
+
+def percentile_coverage(level: float, documents: int) -> float:
+    """What a percentile interval of a mean of normal numbers covers: it is as wide as the normal
+    one with the variance of the sample, and the mean's t has one degree of freedom less.
+    """
+    width = stats.norm.ppf(0.5 + level / 2) * np.sqrt((documents - 1) / documents)
+    return float(1 - 2 * stats.t.sf(width, documents - 1))
 
 
 def test_studies_with_nothing_in_common_are_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -36,10 +38,34 @@ def test_the_stated_sample_excludes_more_edits_in_four_fifths_of_simulated_tests
     assert np.mean(edits[:, 1] - edits[:, 0] + 1.645 * error < 0.03) == pytest.approx(0.8, abs=0.02)
 
 
-def test_every_forecast_lies_in_its_interval():
-    for measure in plan().measures:
-        if measure.low is not None:
-            assert measure.low <= measure.expected <= measure.high, measure.name
+def test_forecasts_and_their_ends_are_what_the_ends_of_tokens_per_call_come_to():
+    # A call of 21 ms at 2.5 an hour; fewer tokens per call are slower and dearer.
+    found = {m.name: (m.expected, m.low, m.high) for m in plan().measures}
+    assert found == {
+        "tokens per call": (2.5, 2.4, 2.6),
+        "time per call": pytest.approx((21.0, None, None)),
+        "throughput": pytest.approx((2.5 / 0.021, 2.4 / 0.021, 2.6 / 0.021)),
+        "latency": pytest.approx((21 / 2.5, 21 / 2.6, 21 / 2.4)),
+        "cost": pytest.approx(tuple(0.021 / t * 2.5 / 3600 * 1e6 for t in (2.5, 2.6, 2.4))),
+        "edits": (None, None, None),
+    }
+
+
+@pytest.mark.parametrize("unknown", [(math.nan, math.nan), (2.4, math.nan), (math.nan, 2.6)])
+def test_without_an_interval_of_tokens_per_call_no_forecast_has_one(unknown):
+    known = {m.name: m for m in plan().measures}
+    for measure in plan(tokens=(2.5, *unknown)).measures:
+        assert measure.low is None and measure.high is None, measure.name
+        assert measure.expected == known[measure.name].expected, measure.name
+
+
+def test_alarms_name_break_even_the_forecasts_end_and_plain_decoding():
+    alarms = {m.name: m.alarm for m in plan().measures}
+    # 21 ms a call against 20 ms a step.
+    assert "below 1.05 (break-even)" in alarms["tokens per call"]
+    assert "below 2.40" in alarms["tokens per call"]
+    assert "(50.0 tokens/s)" in alarms["throughput"]
+    assert f"({0.02 * 2.5 / 3600 * 1e6:.2f})" in alarms["cost"]
 
 
 def test_a_head_that_does_not_pay_never_pays_for_its_training():

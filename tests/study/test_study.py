@@ -14,6 +14,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from rounding import kl_rounding, rounding
 
 from cpmtp.report.document import write_report
 from cpmtp.study.plan import StudySettings, estimate_study, plan_study
@@ -48,17 +49,21 @@ def test_there_is_one_row_per_cell(table):
 
 def test_numbers_in_the_table_keep_their_laws(table):
     em = table[table["method"] == "em"]
+    # Three survivals, each a sum over at most 6 ** 3 texts of products of six conditionals.
+    allowed = 3 * rounding(torch.float64, 6**3 + 6 * 2 * 6**2)
     assert (
-        table["tokens_per_call_token_target"] <= table["tokens_per_call_block_target"] + 1e-9
+        table["tokens_per_call_token_target"] <= table["tokens_per_call_block_target"] + allowed
     ).all()
     assert (
-        table["tokens_per_call_block_target"] <= table["tokens_per_call_coupling_target"] + 1e-9
+        table["tokens_per_call_block_target"] <= table["tokens_per_call_coupling_target"] + allowed
     ).all()
-    assert (table["tokens_per_call_coupling_target"] <= table["horizon"] + 1e-9).all()
-    assert (table["survival_block_target_1"] - 1).abs().max() < 1e-12
+    assert (table["tokens_per_call_coupling_target"] <= table["horizon"] + allowed).all()
+    assert (table["survival_block_target_1"] - 1).abs().max() <= allowed
     rank_one = em[em["rank"] == 1]
-    assert (rank_one["kl_nats"] - rank_one["total_correlation_nats"]).abs().max() < 1e-6
-    assert (em["kl_nats"] >= -1e-12).all()
+    assert (
+        rank_one["kl_nats"] - rank_one["total_correlation_nats"]
+    ).abs().max() <= 4 * kl_rounding(6**3)
+    assert (table["kl_nats"] >= 0).all()
 
 
 def test_a_shorter_horizons_rows_do_not_depend_on_the_longer(table, tmp_path):

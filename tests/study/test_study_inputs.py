@@ -7,8 +7,11 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rounding import rounding
+from unchecked import unchecked
 
 from cpmtp.cli import main
 from cpmtp.study.plan import StudySettings, study_cells
@@ -86,7 +89,7 @@ BAD_SETTINGS = [
 @pytest.mark.parametrize(("change", "said"), BAD_SETTINGS)
 def test_bad_settings_are_a_value_error_of_one_line(change, said):
     with pytest.raises(ValueError) as error:
-        StudySettings(**SMALL | change)
+        unchecked(StudySettings, **SMALL | change)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -110,7 +113,7 @@ BAD_STUDIES = [
 @pytest.mark.parametrize(("change", "said"), BAD_STUDIES)
 def test_what_cannot_be_studied_is_a_value_error_and_nothing_is_written(change, said, tmp_path):
     with pytest.raises(ValueError) as error:
-        run_study(StudySettings(**SMALL | change), tmp_path / "out", workers=1)
+        run_study(unchecked(StudySettings, **SMALL | change), tmp_path / "out", workers=1)
     assert said in str(error.value) and not (tmp_path / "out").exists()
 
 
@@ -234,7 +237,10 @@ def test_valid_settings_run(tmp_path_factory, change):
     assert len(table) == len(study_cells(chosen)) * chosen.contexts * len(chosen.temperatures)
     assert (table.loc[table["status"] == "failed", "message"] != "").all()
     usable = table[table["status"] != "failed"]
-    assert usable["tokens_per_call_block_target"].between(1 - 1e-9, usable["horizon"] + 1e-9).all()
+    # Three survivals, each a sum over at most 6 ** 3 texts of products of six conditionals.
+    allowed = 3 * rounding(torch.float64, 6**3 + 6 * 2 * 6**2)
+    tokens = usable["tokens_per_call_block_target"]
+    assert tokens.between(1 - allowed, usable["horizon"] + allowed).all()
 
 
 @quick
@@ -244,7 +250,8 @@ def test_whatever_else_is_said_one_bad_value_is_refused_before_any_work(
 ):
     out = tmp_path_factory.mktemp("bad") / "out"
     with pytest.raises(ValueError):
-        run_study(StudySettings(**SMALL | change | {"methods": ("als",)} | bad[0]), out, workers=1)
+        settings = SMALL | change | {"methods": ("als",)} | bad[0]
+        run_study(unchecked(StudySettings, **settings), out, workers=1)
     assert not out.exists()
 
 
