@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cpmtp.prefix_tree import PrefixTree, truncated_joint
     from cpmtp.pretrained import HuggingFaceLanguageModel, embedded_models, load_language_model
     from cpmtp.ranking.comparison import compare_studies
+    from cpmtp.ranking.parts import best_fits
     from cpmtp.ranking.selection import RankChoice, select_rank
     from cpmtp.report.document import write_report
     from cpmtp.sampling_law import SamplingLaw
@@ -67,6 +68,7 @@ _HOME = {
     "embedded_models": "pretrained",
     "load_language_model": "pretrained",
     "RankChoice": "ranking.selection",
+    "best_fits": "ranking.parts",
     "select_rank": "ranking.selection",
     "write_report": "report.document",
     "AcceptanceEstimate": "acceptance.sampled",

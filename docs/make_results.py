@@ -9,13 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from cpmtp.latency import memory_bound_latency
-from cpmtp.ranking.selection import (
-    OUTCOME,
-    compare_criteria,
-    context_values,
-    needed_ranks,
-    select_rank,
-)
+from cpmtp.ranking.parts import OUTCOME
+from cpmtp.ranking.scores import context_values
+from cpmtp.ranking.selection import compare_criteria, needed_ranks, select_rank
 from cpmtp.ranking.summary import method_summary, objective_gap
 from cpmtp.report.plots import (
     figure_svg,
@@ -126,7 +122,7 @@ measurement), `throughput` chooses three tokens with rank 8 in both domains, far
 
 
 def _what_rank_follows(reference: pd.DataFrame, figures: Path) -> str:
-    needed = needed_ranks(reference)
+    needed = needed_ranks(reference, pooled=True)
     summary = (
         needed.groupby(["model", "horizon"])["needed_rank"]
         .describe()[["25%", "50%", "75%"]]
@@ -184,7 +180,7 @@ grid; code needs a higher rank than prose. Within a domain it follows how uncert
 
 
 def _objectives(methods: pd.DataFrame, figures: Path) -> str:
-    summary = method_summary(methods)
+    summary = method_summary(methods, pooled=True)
     three = summary[summary["horizon"] == 3]
     wide = (
         three.pivot(index="rank", columns="method", values="tokens_per_call")

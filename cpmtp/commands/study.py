@@ -156,8 +156,8 @@ def _finish(table, out: Path, quiet: bool) -> None:
 
 def _summarise(table, manifest: dict) -> None:
     """One screen: what was studied, and per horizon what each rank gives."""
+    from cpmtp.ranking.parts import table_parts
     from cpmtp.ranking.selection import select_rank
-    from cpmtp.report.document import table_parts
 
     for name, corpus in manifest["corpora"].items():
         replaced = corpus["replaced_bytes"]

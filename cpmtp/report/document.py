@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cpmtp.latency import LatencyModel, memory_bound_latency
+from cpmtp.ranking.parts import table_parts
 from cpmtp.report.plots import figure_svg, theme_css, themed_svg
 from cpmtp.report.sections import (
     Economics,
@@ -237,26 +238,6 @@ _PILOT = (
     "output laws before traffic "
     "does.",
 )
-
-
-def table_parts(table: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
-    """What a rank is chosen for: (model, domain), the domain with the temperature and kind of draft
-    where there are several.
-    """
-    keys = [
-        name for name in ("temperature", "anchored") if name in table and table[name].nunique() > 1
-    ]
-    found = []
-    for (model, domain, *others), part in table.groupby(["model", "domain", *keys], sort=False):
-        told = dict(zip(keys, others, strict=True))
-        notes = [f"temperature {told['temperature']:g}"] if "temperature" in told else []
-        notes += (
-            [("anchored" if told["anchored"] else "unanchored") + " drafts"]
-            if "anchored" in told
-            else []
-        )
-        found.append(((model, ", ".join([domain, *notes])), part))
-    return found
 
 
 def _economics(extras: ReportExtras) -> Economics:

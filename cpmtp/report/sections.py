@@ -13,13 +13,9 @@ import pandas as pd
 
 from cpmtp.latency import LatencyModel, cost_per_million_tokens
 from cpmtp.ranking.criteria import throughput_choice
-from cpmtp.ranking.selection import (
-    OUTCOME,
-    RankChoice,
-    compare_criteria,
-    context_values,
-    paired_gains,
-)
+from cpmtp.ranking.parts import OUTCOME
+from cpmtp.ranking.scores import context_values
+from cpmtp.ranking.selection import RankChoice, compare_criteria, paired_gains
 from cpmtp.ranking.summary import method_summary, survival_by_rank
 from cpmtp.report import plots
 from cpmtp.report.pilot import LOOKS, PilotPlan, plan_pilot
