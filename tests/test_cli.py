@@ -37,7 +37,9 @@ def test_a_study_ends_with_rank_table_and_report(monkeypatch, capsys, tmp_path):
         monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2", "--out", tmp_path / "s"
     )
     assert status == 0, err
-    assert re.search(r"horizon 2: ceiling saturates at rank (at least )?\d+, \d\.\d\d tokens per call", out)
+    assert re.search(
+        r"horizon 2: ceiling saturates at rank (at least )?\d+, \d\.\d\d tokens per call", out
+    )
     assert (tmp_path / "s" / "table.parquet").is_file() and (
         tmp_path / "s" / "report.html"
     ).is_file()

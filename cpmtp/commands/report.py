@@ -66,7 +66,8 @@ def compare(
             if part["paired"].iloc[0]
             else "unpaired"
         )
-        print(f"{what}, horizon {horizon} ({paired})")
+        bounds = "; truncated joints: lower bounds" if part["truncated"].any() else ""
+        print(f"{what}, horizon {horizon} ({paired}{bounds})")
         for row in part.itertuples():
             print(
                 f"  rank {row.rank:4d}  {row.first:7.3f}  {row.second:7.3f}  difference "
