@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from cpmtp.ranking.selection import RankChoice, select_rank
     from cpmtp.report.document import write_report
     from cpmtp.sampling_law import SamplingLaw
-    from cpmtp.study.plan import StudySettings
     from cpmtp.study.running import run_study
+    from cpmtp.study.settings import StudySettings
     from cpmtp.training.base_models import BaseTrainingSettings, train_base
     from cpmtp.training.heads import HeadTrainingSettings, train_head
 
@@ -76,7 +76,7 @@ _HOME = {
     "AcceptanceInterval": "acceptance.truncated",
     "SamplingLaw": "sampling_law",
     "speculative_generate": "decoding.speculative",
-    "StudySettings": "study.plan",
+    "StudySettings": "study.settings",
     "run_study": "study.running",
     "compare_studies": "ranking.comparison",
     "BaseTrainingSettings": "training.base_models",

@@ -28,8 +28,10 @@ def pair(option: str, text: str) -> tuple[str, str]:
     return name, path
 
 
-def anchored_choices(text: str) -> tuple[bool, ...]:
-    """The settings that ``no``, ``yes`` and ``both`` stand for."""
+def anchored_choices(text: str | None) -> tuple[bool, ...] | None:
+    """The settings that ``no``, ``yes`` and ``both`` stand for; None leaves it to the study."""
+    if text is None:
+        return None
     choices = {"no": (False,), "yes": (True,), "both": (False, True)}
     if text not in choices:
         raise ValueError(f"--anchored {text!r}: expected no, yes or both")

@@ -50,7 +50,9 @@ def train_one_head(
     ] = None,
     horizon: Annotated[int, typer.Option(help="Tokens per call at most.")] = 4,
     rank: Annotated[int, typer.Option(help="Components of the CP distribution.")] = 8,
-    anchored: Annotated[bool, typer.Option(help="The head reads the known first token.")] = True,
+    anchored: Annotated[
+        bool, typer.Option(help="Whether the head is told the first token, as study's drafts are.")
+    ] = True,
     objective: Annotated[
         str, typer.Option(help="distillation, likelihood or acceptance.")
     ] = "distillation",

@@ -19,8 +19,9 @@ from tqdm.auto import tqdm
 
 from cpmtp.study.folder import StudyFolder
 from cpmtp.study.older import completed
-from cpmtp.study.plan import StudySettings, StudyUnit, plan_study
+from cpmtp.study.plan import StudyUnit, plan_study
 from cpmtp.study.rows import domain_bits_per_byte, one_thread
+from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import joined, packed, rows_to_table, with_best
 from cpmtp.study.workers import unit_results
 

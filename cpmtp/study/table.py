@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cpmtp.study.plan import StudySettings
+from cpmtp.study.settings import StudySettings
 
 SCHEMA_VERSION = 3
 RULES = ("token", "block", "coupling")

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from cpmtp.ranking.comparison import compare_studies
-from cpmtp.study.plan import StudySettings
 from cpmtp.study.running import run_study
+from cpmtp.study.settings import StudySettings
 
 
 def table(values, *, model="m", domain="d", text="t") -> pd.DataFrame:

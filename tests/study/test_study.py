@@ -17,8 +17,9 @@ import torch
 
 from cpmtp.ranking.parts import best_fits
 from cpmtp.report.document import write_report
-from cpmtp.study.plan import StudySettings, estimate_study, plan_study
+from cpmtp.study.plan import estimate_study, plan_study
 from cpmtp.study.running import read_study, run_study
+from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import KEY_COLUMNS, SCHEMA_VERSION, TIMING_COLUMNS, table_columns
 
 TINY = StudySettings(
