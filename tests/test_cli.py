@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
@@ -37,8 +38,9 @@ def test_a_study_ends_with_rank_table_and_report(monkeypatch, capsys, tmp_path):
         monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2", "--out", tmp_path / "s"
     )
     assert status == 0, err
+    assert re.search(r"recommended: horizon 3 with rank (at least )?\d+, the fastest in", out)
     assert re.search(
-        r"horizon 2: ceiling saturates at rank (at least )?\d+, \d\.\d\d tokens per call", out
+        r"horizon 3: ceiling saturates at rank (at least )?\d+, \d\.\d\d tokens per call", out
     )
     assert (tmp_path / "s" / "table.parquet").is_file() and (
         tmp_path / "s" / "report.html"
@@ -49,6 +51,25 @@ def test_a_study_ends_with_rank_table_and_report(monkeypatch, capsys, tmp_path):
     )
     assert status == 0
     assert (tmp_path / "again.html").read_bytes() == (tmp_path / "s" / "report.html").read_bytes()
+
+
+def test_a_measured_latency_in_the_folder_is_used_by_the_study_as_by_the_report(
+    monkeypatch, capsys, tmp_path
+):
+    (tmp_path / "latency.json").write_text('{"plain_step": 0.01, "base": 0.02}')
+    arguments = ("study", *SMALL, "--ranks", "1,2", "--out", tmp_path)
+    status, out, err = run(monkeypatch, capsys, *arguments)
+    assert status == 0, err
+    assert "calls     measured as 20 + 0 n + 0 n r ms, a plain step 10 ms" in out
+
+
+def test_a_study_of_truncated_joints_says_so(monkeypatch, capsys, tmp_path):
+    arguments = ("study", *SMALL, "--ranks", "1,2", "--max-gigabytes", "0.000005")
+    status, out, err = run(monkeypatch, capsys, *arguments, "--out", tmp_path)
+    assert status == 0, err
+    assert "Horizon 3 is truncated: its joints hold" in out
+    assert re.search(r"r=1: \d\.\d\d to \d\.\d\d \[", out)
+    assert "truncated" in (tmp_path / "report.html").read_text("utf-8")
 
 
 def test_a_models_folder_and_a_corpus_are_enough(monkeypatch, capsys, tmp_path):
@@ -113,8 +134,34 @@ def test_a_quiet_study_says_nothing(monkeypatch, capsys, tmp_path):
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(monkeypatch, capsys, tmp_path):
     status, out, _ = run(monkeypatch, capsys, "study", *SMALL, "--dry-run", "--out", tmp_path / "s")
     assert status == 0
-    assert re.search(r"cells +24", out) and "memory" in out and "time" in out
+    assert re.search(r"cells +10", out) and "memory" in out and "time" in out
     assert not (tmp_path / "s").exists()
+
+
+def test_the_options_defaults_are_the_settings_own(monkeypatch, capsys):
+    from cpmtp.commands.study import study
+    from cpmtp.commands.train import train_one_head
+    from cpmtp.decomposition.fitting import METHODS
+    from cpmtp.study.settings import StudySettings
+    from cpmtp.training.heads import HeadTrainingSettings
+
+    def defaults(command):
+        return {name: p.default for name, p in inspect.signature(command).parameters.items()}
+
+    given, settings = defaults(study), StudySettings()
+    for name in ("horizons", "ranks", "methods", "temperatures"):
+        assert given[name] == ",".join(map(str, getattr(settings, name))), name
+    for name in ("contexts", "context_length", "restarts", "seed"):
+        assert given[name] == getattr(settings, name), name
+    assert tuple(given["model"]) == settings.models
+    assert given["max_gigabytes"] * 1e9 == settings.max_bytes
+    assert given["anchored"] is None
+    given, settings = defaults(train_one_head), HeadTrainingSettings()
+    for name in ("horizon", "rank", "anchored", "objective", "steps", "seconds", "seed"):
+        assert given[name] == getattr(settings, name), name
+    shown = " ".join(run(monkeypatch, capsys, "study", "--help")[1].split())
+    assert ", ".join(METHODS) in shown
+    assert "Default: yes, as those of trained heads; no where a horizon is 2" in shown
 
 
 def test_the_version_and_help_are_shown(monkeypatch, capsys):
@@ -189,4 +236,4 @@ def test_failed_cells_are_counted_and_the_status_is_one(monkeypatch, capsys, tmp
         monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2,4", "--out", tmp_path / "s"
     )
     assert status == 1
-    assert "4 of 12 cells failed" in err and "report" in out
+    assert "2 of 6 cells failed" in err and "report" in out
