@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
+import time
 
 import pytest
+from command_line import run
 from tiny_models import random_llama_folder
-
-from cpmtp.cli import main
-
-
-def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["cpmtp", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    out, err = capsys.readouterr()
-    return stopped.value.code or 0, out, err
-
 
 SMALL = (
     "--model",
@@ -199,6 +190,34 @@ def test_bad_input_is_one_line_and_status_two(monkeypatch, capsys, tmp_path, arg
     assert status == 2
     assert shown == "" and len(err.strip().splitlines()) == 1 and said in err
     assert not (tmp_path / "s" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("address", ["foo", "tcp://foo", "foo:bar", "tcp://:8786", "http://a:1"])
+def test_a_scheduler_without_an_address_is_refused_at_once(monkeypatch, capsys, tmp_path, address):
+    begun = time.monotonic()
+    status, shown, err = run(
+        monkeypatch, capsys, "study", *SMALL[:-2], "--dask", address, "--out", tmp_path / "s"
+    )
+    assert (status, shown) == (2, "") and len(err.splitlines()) == 1
+    assert f"--dask {address!r}: expected a scheduler's address such as tcp://" in err
+    assert time.monotonic() - begun < 5 and not (tmp_path / "s").exists()
+
+
+def test_a_scheduler_that_does_not_answer_is_one_line(monkeypatch, capsys, tmp_path):
+    distributed = pytest.importorskip("distributed")
+
+    class Strange(Exception):
+        """Of a kind that no other library knows."""
+
+    def no_client(*_, **__):
+        raise Strange("no luck")
+
+    monkeypatch.setattr(distributed, "Client", no_client)
+    status, shown, err = run(
+        monkeypatch, capsys, "study", *SMALL[:-2], "--dask", "tcp://[::1]:87", "--out", tmp_path
+    )
+    assert (status, shown) == (2, "") and len(err.splitlines()) == 1
+    assert "no scheduler answers there (no luck)" in err
 
 
 def test_an_empty_corpus_and_a_folder_without_a_model_are_refused(monkeypatch, capsys, tmp_path):

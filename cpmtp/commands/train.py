@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cpmtp.commands.options import load_head
+
 
 def train_base_model(
     domain: Annotated[str, typer.Argument(help="code or prose.")],
@@ -58,7 +60,7 @@ def train_one_head(
     ] = "distillation",
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 500,
     seconds: Annotated[
-        float | None, typer.Option(help="Train for so long instead of for --steps.")
+        float | None, typer.Option(help="Train for this many seconds instead of --steps.")
     ] = None,
     corpus: Annotated[
         list[str] | None,
@@ -75,7 +77,6 @@ def train_one_head(
     Example: cpmtp train-head --model code --rank 8 --steps 2000 --out runs/head-code
     """
     from cpmtp.corpora import read_documents
-    from cpmtp.heads.cp_head import CPHead
     from cpmtp.pretrained import load_language_model
     from cpmtp.training.heads import HeadTrainingSettings, train_head, windows_of_text
 
@@ -100,7 +101,7 @@ def train_one_head(
         settings,
         out=folder,
         tokens=tokens,
-        start=CPHead.from_pretrained(start) if start else None,
+        start=None if start is None else load_head(start, model, device),
     )
     last = (folder / "metrics.csv").read_text("utf-8").splitlines()[-1].split(",")
     print(f"steps            {last[0]} in {float(last[1]):.0f} s")
