@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -120,6 +122,20 @@ def test_a_quiet_study_says_nothing(monkeypatch, capsys, tmp_path):
     assert run(
         monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2", "--quiet", "--out", tmp_path / "s"
     ) == (0, "", "")
+
+
+def test_a_quiet_study_of_a_real_model_with_workers_says_nothing_either(tmp_path, root):
+    (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 20)
+    command = [sys.executable, "-m", "cpmtp.cli", "study", "--quiet", "--workers", "2"]
+    command += ["--model", random_llama_folder(tmp_path / "m"), "--corpus", tmp_path / "text.txt"]
+    command += ["--contexts", "2", "--context-length", "8", "--horizons", "2", "--ranks", "1,2"]
+    done = subprocess.run(
+        [*command, "--methods", "em", "--out", tmp_path / "s"],
+        capture_output=True,
+        text=True,
+        cwd=root,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(monkeypatch, capsys, tmp_path):
@@ -256,3 +272,5 @@ def test_failed_cells_are_counted_and_the_status_is_one(monkeypatch, capsys, tmp
     )
     assert status == 1
     assert "2 of 6 cells failed" in err and "report" in out
+    quiet = ("study", *SMALL, "--ranks", "1,2", "--quiet", "--out", tmp_path / "q")
+    assert run(monkeypatch, capsys, *quiet) == (1, "", "")

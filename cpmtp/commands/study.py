@@ -82,7 +82,9 @@ def study(
             help="Memory of a worker for dense joints; larger ones become truncated trees."
         ),
     ] = 4.0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, no summary.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print nothing; status 1 says that cells failed.")
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Show cells, memory and estimated time; compute nothing."),
@@ -152,9 +154,10 @@ def _finish(table, out: Path, quiet: bool) -> None:
             print(written.summary)
             print(f"table   {out / 'table.parquet'}  ({len(table):,} rows)")
             print(f"report  {path}")
-    if failed:
+    if failed and not quiet:
         print(
             f"{failed} of {len(table)} cells failed: see the columns status and message",
             file=sys.stderr,
         )
+    if failed:
         raise typer.Exit(1)
