@@ -89,12 +89,12 @@ def _certainty(subject: Subject) -> str:
     choice, (horizon, rank) = subject.recommended, subject.best
     if choice.contexts == 1:
         return "one context was studied: nothing can be said about others."
-    found = (
-        f"rank {rank} is the fastest in {choice.frequency[horizon][rank]:.0%} of resamples of "
-        f"{choice.documents} documents"
-    )
+    found = f"in {choice.frequency[horizon][rank]:.0%} of resamples of {choice.documents} documents"
     if len(choice.rank) > 1:
-        found = f"horizon {horizon} in {choice.horizon_frequency[horizon]:.0%} and, at it, {found}"
+        share = choice.horizon_frequency[horizon]
+        found = f"horizon {horizon} is the fastest in {share:.0%} and, at it, rank {rank} {found}"
+    else:
+        found = f"rank {rank} is the fastest {found}"
     gain = choice.detectable_gain[horizon]
     if math.isfinite(gain):
         found += (

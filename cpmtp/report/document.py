@@ -16,10 +16,10 @@ from cpmtp.latency import LatencyModel
 from cpmtp.report.answer import answer
 from cpmtp.report.blocks import Figure, Section, Table, Text
 from cpmtp.report.console import console_summary
-from cpmtp.report.learned import LEARNED_SHARE
+from cpmtp.report.learned import LEARNED_SHARE, learned_sections
 from cpmtp.report.pilot import pilot
 from cpmtp.report.plots import figure_svg
-from cpmtp.report.sections import findings, learned_sections
+from cpmtp.report.sections import findings
 from cpmtp.report.subject import PRICE, ReportExtras, Subject, subjects_of
 from cpmtp.report.theme import theme_css, themed_svg
 

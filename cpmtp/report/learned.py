@@ -1,4 +1,5 @@
-"""What a trained head will earn, as long as nobody has trained one: a share of its rank's ceiling.
+"""What trained heads reached, and what one will earn as long as nobody has trained it: a share of
+its rank's ceiling.
 
 A ceiling is what the best draft of a rank does at each single context. Trained heads stay below it,
 and by more than ranks differ, so that costs, throughput and alarms rest on what heads reach. Until
@@ -9,9 +10,14 @@ one token that plain decoding gives.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
+
+from cpmtp.report import plots
+from cpmtp.report.blocks import Figure, Section, Table
 
 # Tokens per call of a trained head over those of its ceiling. The trained anchored heads of rank 8
 # that come with the embedded models reached 78 % (code) and 87 % (prose), over three tokens
@@ -169,3 +175,74 @@ def _matching(table: pd.DataFrame | None, known: dict[str, object]) -> pd.DataFr
         if name in table:
             table = table[table[name] == value]
     return table if len(table) else None
+
+
+def learned_sections(
+    waterfall: pd.DataFrame | None, decoding: pd.DataFrame | None, step_times: pd.DataFrame | None
+) -> Iterator[Section]:
+    """What the learned head reached; each part only where its table is there."""
+    if waterfall is not None and len(waterfall):
+        yield Section("Where tokens per call are lost", tuple(_waterfall_blocks(waterfall)))
+    if decoding is not None and len(decoding):
+        words = (
+            f"Measured against forecast tokens per call of {len(decoding)} runs; mean difference "
+            f"{(decoding['measured'] - decoding['forecast']).mean():+.3f}. On the dotted line the "
+            "forecast is right."
+        )
+        yield Section(
+            "Forecast against measurement",
+            (
+                _plain_table(decoding),
+                Figure("Forecast and measurement", words, partial(plots.plot_forecast, decoding)),
+            ),
+        )
+    if step_times is not None and len(step_times):
+        yield Section(
+            "What a call spends its time on",
+            (
+                _plain_table(step_times),
+                Figure(
+                    "Time of a call",
+                    "Milliseconds per call, by part.",
+                    partial(plots.plot_step_times, step_times),
+                ),
+            ),
+        )
+
+
+def _waterfall_blocks(waterfall: pd.DataFrame) -> Iterator[Table | Figure]:
+    yield _plain_table(waterfall)
+    waterfall = waterfall.assign(anchored=waterfall.get("anchored", False))
+    for (model, horizon, anchored), rows in waterfall.groupby(
+        ["model", "horizon", "anchored"], sort=False
+    ):
+        kind = "anchored" if anchored else "unanchored"
+        yield Figure(
+            f"Losses by rank, n = {horizon}, {kind}",
+            "What a head of each rank has learned, and what is lost to learning, to the objective "
+            "and to the rank.",
+            partial(plots.plot_losses_over_rank, rows),
+            str(model),
+        )
+    for _, row in waterfall.loc[
+        waterfall.groupby(["model", "horizon"], sort=False)["learned"].idxmax()
+    ].iterrows():
+        yield Figure(
+            f"The best head, n = {row['horizon']}, rank "
+            f"{row['rank']}{', anchored' if row['anchored'] else ''}",
+            f"Of {row['exact_limit']:.2f} tokens per call, "
+            f"{row['exact_limit'] - row['acceptance_fit']:.2f} are lost to rank, "
+            f"{row['acceptance_fit'] - row['em_fit']:.2f} to the objective and "
+            f"{row['em_fit'] - row['learned']:.2f} to "
+            f"learning; the learned head has {row['learned']:.2f}.",
+            partial(plots.plot_waterfall, row),
+            str(row["model"]),
+        )
+
+
+def _plain_table(table: pd.DataFrame) -> Table:
+    def cell(value) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    rows = tuple(tuple(cell(value) for value in row) for row in table.itertuples(index=False))
+    return Table(tuple(str(name).replace("_", " ") for name in table.columns), rows)

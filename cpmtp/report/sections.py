@@ -1,4 +1,4 @@
-"""Tables and figures of what was found, and of what trained heads reached."""
+"""Tables and figures of what was found."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def findings(subject: Subject) -> Iterator[Section]:
     label = subject.title
     yield Section(label, (), level=2)
     yield Section(
-        "Tokens per call by rank", (_rank_table(subject), *_horizon_figures(subject)), level=3
+        "Tokens per call by rank",
+        (_rank_table(subject), _rank_note(subject), *_horizon_figures(subject)),
+        level=3,
     )
     bounds = ", from lower bounds where joints are truncated" if subject.truncated else ""
     speedup = Figure(
@@ -70,27 +72,35 @@ def _rank_table(subject: Subject) -> Table:
                 (
                     f"{n}",
                     f"{row.rank}",
-                    f"{row.parameters:,.0f}",
                     f"{row.tokens_per_call:.3f}{upper}",
                     _interval(row.tokens_per_call_low, row.tokens_per_call_high),
-                    f"{row.shortfall:.3f} ± {row.shortfall_standard_error:.3f}",
                     f"{row.speedup:.2f}",
                     f"{row.fastest_frequency:.0%}",
+                    f"{row.shortfall:.3f} ± {row.shortfall_standard_error:.3f}",
+                    f"{row.parameters:,.0f}",
                 )
             )
-        rows.append((f"{n}", "exact draft", "", f"{n:.3f}", "", "", "", ""))
-    bounds = ", lower to upper bound where truncated" if subject.truncated else ""
+        rows.append((f"{n}", "exact draft", f"{n:.3f}", "", "", "", "", ""))
     head = (
         "horizon",
         "rank",
-        "parameters",
-        f"ceiling, tokens per call{bounds}",
+        "ceiling",
         "95 % interval",
-        "shortfall to best rank",
-        f"speedup at {100 * subject.share.expected:.0f} % of the ceiling",
+        "speedup",
         "fastest in",
+        "shortfall to best rank",
+        "parameters",
     )
     return Table(head, tuple(rows), frozenset(marked))
+
+
+def _rank_note(subject: Subject) -> Text:
+    bounds = ", certified lower to upper bound where truncated" if subject.truncated else ""
+    return Text(
+        f"Ceiling: tokens per call of the best fit{bounds}. Speedup: over plain decoding, "
+        f"{subject.share.words}. Fastest in: share of resamples. Bold: the recommendation.",
+        "note",
+    )
 
 
 def _interval(low: float, high: float, digits: int = 3) -> str:
@@ -322,74 +332,3 @@ def _error_figures(subject: Subject) -> Iterator[Figure]:
             partial(plots.plot_error_against_rank, part),
             subject.title,
         )
-
-
-def learned_sections(
-    waterfall: pd.DataFrame | None, decoding: pd.DataFrame | None, step_times: pd.DataFrame | None
-) -> Iterator[Section]:
-    """What the learned head reached; each part only where its table is there."""
-    if waterfall is not None and len(waterfall):
-        yield Section("Where tokens per call are lost", tuple(_waterfall_blocks(waterfall)))
-    if decoding is not None and len(decoding):
-        words = (
-            f"Measured against forecast tokens per call of {len(decoding)} runs; mean difference "
-            f"{(decoding['measured'] - decoding['forecast']).mean():+.3f}. On the dotted line the "
-            "forecast is right."
-        )
-        yield Section(
-            "Forecast against measurement",
-            (
-                _plain_table(decoding),
-                Figure("Forecast and measurement", words, partial(plots.plot_forecast, decoding)),
-            ),
-        )
-    if step_times is not None and len(step_times):
-        yield Section(
-            "What a call spends its time on",
-            (
-                _plain_table(step_times),
-                Figure(
-                    "Time of a call",
-                    "Milliseconds per call, by part.",
-                    partial(plots.plot_step_times, step_times),
-                ),
-            ),
-        )
-
-
-def _waterfall_blocks(waterfall: pd.DataFrame) -> Iterator[Table | Figure]:
-    yield _plain_table(waterfall)
-    waterfall = waterfall.assign(anchored=waterfall.get("anchored", False))
-    for (model, horizon, anchored), rows in waterfall.groupby(
-        ["model", "horizon", "anchored"], sort=False
-    ):
-        kind = "anchored" if anchored else "unanchored"
-        yield Figure(
-            f"Losses by rank, n = {horizon}, {kind}",
-            "What a head of each rank has learned, and what is lost to learning, to the objective "
-            "and to the rank.",
-            partial(plots.plot_losses_over_rank, rows),
-            str(model),
-        )
-    for _, row in waterfall.loc[
-        waterfall.groupby(["model", "horizon"], sort=False)["learned"].idxmax()
-    ].iterrows():
-        yield Figure(
-            f"The best head, n = {row['horizon']}, rank "
-            f"{row['rank']}{', anchored' if row['anchored'] else ''}",
-            f"Of {row['exact_limit']:.2f} tokens per call, "
-            f"{row['exact_limit'] - row['acceptance_fit']:.2f} are lost to rank, "
-            f"{row['acceptance_fit'] - row['em_fit']:.2f} to the objective and "
-            f"{row['em_fit'] - row['learned']:.2f} to "
-            f"learning; the learned head has {row['learned']:.2f}.",
-            partial(plots.plot_waterfall, row),
-            str(row["model"]),
-        )
-
-
-def _plain_table(table: pd.DataFrame) -> Table:
-    def cell(value) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    rows = tuple(tuple(cell(value) for value in row) for row in table.itertuples(index=False))
-    return Table(tuple(str(name).replace("_", " ") for name in table.columns), rows)
