@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from cpmtp.prefix_tree import PrefixTree, truncated_joint
     from cpmtp.pretrained import HuggingFaceLanguageModel, embedded_models, load_language_model
     from cpmtp.ranking.comparison import compare_studies
+    from cpmtp.ranking.parts import best_fits
     from cpmtp.ranking.selection import RankChoice, select_rank
     from cpmtp.report.document import write_report
     from cpmtp.sampling_law import SamplingLaw
-    from cpmtp.study.plan import StudySettings
     from cpmtp.study.running import run_study
+    from cpmtp.study.settings import StudySettings
     from cpmtp.training.base_models import BaseTrainingSettings, train_base
     from cpmtp.training.heads import HeadTrainingSettings, train_head
 
@@ -67,6 +68,7 @@ _HOME = {
     "embedded_models": "pretrained",
     "load_language_model": "pretrained",
     "RankChoice": "ranking.selection",
+    "best_fits": "ranking.parts",
     "select_rank": "ranking.selection",
     "write_report": "report.document",
     "AcceptanceEstimate": "acceptance.sampled",
@@ -74,7 +76,7 @@ _HOME = {
     "AcceptanceInterval": "acceptance.truncated",
     "SamplingLaw": "sampling_law",
     "speculative_generate": "decoding.speculative",
-    "StudySettings": "study.plan",
+    "StudySettings": "study.settings",
     "run_study": "study.running",
     "compare_studies": "ranking.comparison",
     "BaseTrainingSettings": "training.base_models",

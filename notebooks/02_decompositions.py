@@ -49,7 +49,7 @@ pd.DataFrame(rows).round(3)
 
 # %%
 table, manifest = read_study(STUDIES / "methods")
-summary = method_summary(table)
+summary = method_summary(table, pooled=True)  # both domains together
 summary.pivot(index=["horizon", "rank"], columns="method", values="tokens_per_call").round(3)
 
 # %%

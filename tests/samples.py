@@ -70,3 +70,19 @@ def study_table(gain, contexts=64, documents=32, noise=0.05, seed=0, horizon=3) 
                     }
                 )
     return pd.DataFrame(rows)
+
+
+def with_trees(
+    table: pd.DataFrame, horizons=(3,), width: float = 0.08, kept_mass: float = 0.97
+) -> pd.DataFrame:
+    """The same table with truncated joints at some horizons: every figure a lower bound with an
+    upper one `width` above it.
+    """
+    tree, column = table["horizon"].isin(horizons), "tokens_per_call_block_target"
+    kept = np.where(table["context"] % 2 == 0, kept_mass, kept_mass - 0.02)
+    return table.assign(
+        joint=np.where(tree, "tree", "dense"),
+        kept_mass=np.where(tree, kept, 1.0),
+        tokens_per_call_upper_block_target=table[column] + width * tree,
+        kl_nats=table["kl_nats"].where(~tree),
+    )

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import subprocess
+import sys
+import time
 
 import pytest
+from command_line import run
 from tiny_models import random_llama_folder
-
-from cpmtp.cli import main
-
-
-def run(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["cpmtp", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    out, err = capsys.readouterr()
-    return stopped.value.code or 0, out, err
-
 
 SMALL = (
     "--model",
@@ -37,7 +31,10 @@ def test_a_study_ends_with_rank_table_and_report(monkeypatch, capsys, tmp_path):
         monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2", "--out", tmp_path / "s"
     )
     assert status == 0, err
-    assert re.search(r"horizon 2: rank (at least )?\d+, \d\.\d\d tokens per call", out)
+    assert re.search(r"recommended: horizon 3 with rank (at least )?\d+, the fastest in", out)
+    assert re.search(
+        r"horizon 3: ceiling saturates at rank (at least )?\d+, \d\.\d\d tokens per call", out
+    )
     assert (tmp_path / "s" / "table.parquet").is_file() and (
         tmp_path / "s" / "report.html"
     ).is_file()
@@ -47,6 +44,25 @@ def test_a_study_ends_with_rank_table_and_report(monkeypatch, capsys, tmp_path):
     )
     assert status == 0
     assert (tmp_path / "again.html").read_bytes() == (tmp_path / "s" / "report.html").read_bytes()
+
+
+def test_a_measured_latency_in_the_folder_is_used_by_the_study_as_by_the_report(
+    monkeypatch, capsys, tmp_path
+):
+    (tmp_path / "latency.json").write_text('{"plain_step": 0.01, "base": 0.02}')
+    arguments = ("study", *SMALL, "--ranks", "1,2", "--out", tmp_path)
+    status, out, err = run(monkeypatch, capsys, *arguments)
+    assert status == 0, err
+    assert "calls     measured as 20 + 0 n + 0 n r ms, a plain step 10 ms" in out
+
+
+def test_a_study_of_truncated_joints_says_so(monkeypatch, capsys, tmp_path):
+    arguments = ("study", *SMALL, "--ranks", "1,2", "--max-gigabytes", "0.000005")
+    status, out, err = run(monkeypatch, capsys, *arguments, "--out", tmp_path)
+    assert status == 0, err
+    assert "Horizon 3 is truncated: its joints hold" in out
+    assert re.search(r"r=1: \d\.\d\d to \d\.\d\d \[", out)
+    assert "truncated" in (tmp_path / "report.html").read_text("utf-8")
 
 
 def test_a_models_folder_and_a_corpus_are_enough(monkeypatch, capsys, tmp_path):
@@ -108,11 +124,51 @@ def test_a_quiet_study_says_nothing(monkeypatch, capsys, tmp_path):
     ) == (0, "", "")
 
 
+def test_a_quiet_study_of_a_real_model_with_workers_says_nothing_either(tmp_path, root):
+    (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 20)
+    command = [sys.executable, "-m", "cpmtp.cli", "study", "--quiet", "--workers", "2"]
+    command += ["--model", random_llama_folder(tmp_path / "m"), "--corpus", tmp_path / "text.txt"]
+    command += ["--contexts", "2", "--context-length", "8", "--horizons", "2", "--ranks", "1,2"]
+    done = subprocess.run(
+        [*command, "--methods", "em", "--out", tmp_path / "s"],
+        capture_output=True,
+        text=True,
+        cwd=root,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(monkeypatch, capsys, tmp_path):
     status, out, _ = run(monkeypatch, capsys, "study", *SMALL, "--dry-run", "--out", tmp_path / "s")
     assert status == 0
-    assert re.search(r"cells +24", out) and "memory" in out and "time" in out
+    assert re.search(r"cells +10", out) and "memory" in out and "time" in out
     assert not (tmp_path / "s").exists()
+
+
+def test_the_options_defaults_are_the_settings_own(monkeypatch, capsys):
+    from cpmtp.commands.study import study
+    from cpmtp.commands.train import train_one_head
+    from cpmtp.decomposition.fitting import METHODS
+    from cpmtp.study.settings import StudySettings
+    from cpmtp.training.heads import HeadTrainingSettings
+
+    def defaults(command):
+        return {name: p.default for name, p in inspect.signature(command).parameters.items()}
+
+    given, settings = defaults(study), StudySettings()
+    for name in ("horizons", "ranks", "methods", "temperatures"):
+        assert given[name] == ",".join(map(str, getattr(settings, name))), name
+    for name in ("contexts", "context_length", "restarts", "seed"):
+        assert given[name] == getattr(settings, name), name
+    assert tuple(given["model"]) == settings.models
+    assert given["max_gigabytes"] * 1e9 == settings.max_bytes
+    assert given["anchored"] is None
+    given, settings = defaults(train_one_head), HeadTrainingSettings()
+    for name in ("horizon", "rank", "anchored", "objective", "steps", "seconds", "seed"):
+        assert given[name] == getattr(settings, name), name
+    shown = " ".join(run(monkeypatch, capsys, "study", "--help")[1].split())
+    assert ", ".join(METHODS) in shown
+    assert "Default: yes, as those of trained heads; no where a horizon is 2" in shown
 
 
 def test_the_version_and_help_are_shown(monkeypatch, capsys):
@@ -152,6 +208,34 @@ def test_bad_input_is_one_line_and_status_two(monkeypatch, capsys, tmp_path, arg
     assert not (tmp_path / "s" / "manifest.json").exists()
 
 
+@pytest.mark.parametrize("address", ["foo", "tcp://foo", "foo:bar", "tcp://:8786", "http://a:1"])
+def test_a_scheduler_without_an_address_is_refused_at_once(monkeypatch, capsys, tmp_path, address):
+    begun = time.monotonic()
+    status, shown, err = run(
+        monkeypatch, capsys, "study", *SMALL[:-2], "--dask", address, "--out", tmp_path / "s"
+    )
+    assert (status, shown) == (2, "") and len(err.splitlines()) == 1
+    assert f"--dask {address!r}: expected a scheduler's address such as tcp://" in err
+    assert time.monotonic() - begun < 5 and not (tmp_path / "s").exists()
+
+
+def test_a_scheduler_that_does_not_answer_is_one_line(monkeypatch, capsys, tmp_path):
+    distributed = pytest.importorskip("distributed")
+
+    class Strange(Exception):
+        """Of a kind that no other library knows."""
+
+    def no_client(*_, **__):
+        raise Strange("no luck")
+
+    monkeypatch.setattr(distributed, "Client", no_client)
+    status, shown, err = run(
+        monkeypatch, capsys, "study", *SMALL[:-2], "--dask", "tcp://[::1]:87", "--out", tmp_path
+    )
+    assert (status, shown) == (2, "") and len(err.splitlines()) == 1
+    assert "no scheduler answers there (no luck)" in err
+
+
 def test_an_empty_corpus_and_a_folder_without_a_model_are_refused(monkeypatch, capsys, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "nothing").mkdir()
@@ -187,4 +271,6 @@ def test_failed_cells_are_counted_and_the_status_is_one(monkeypatch, capsys, tmp
         monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2,4", "--out", tmp_path / "s"
     )
     assert status == 1
-    assert "4 of 12 cells failed" in err and "report" in out
+    assert "2 of 6 cells failed" in err and "report" in out
+    quiet = ("study", *SMALL, "--ranks", "1,2", "--quiet", "--out", tmp_path / "q")
+    assert run(monkeypatch, capsys, *quiet) == (1, "", "")

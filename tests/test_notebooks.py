@@ -40,3 +40,15 @@ def test_the_pair_holds_the_same_cells_and_no_outputs(root, name):
     cells = [(cell["cell_type"], "".join(cell["source"])) for cell in stored["cells"]]
     assert cells == [(cell.cell_type, cell.source) for cell in source.cells]
     assert not any(cell.get("outputs") for cell in stored["cells"])
+
+
+def test_the_notebook_on_the_choice_recommends_and_marks_the_fastest_rank(root, capsys):
+    matplotlib.use("Agg", force=True)
+    space = runpy.run_path(str(root / "notebooks" / "03_choosing_the_rank.py"))
+    fastest = space["choices"]["throughput"]
+    horizon = fastest.horizon
+    assert f"recommended: horizon {horizon} with rank {fastest.rank[horizon]}\n" in (
+        capsys.readouterr().out
+    )
+    legend = [text.get_text() for text in space["left"].get_legend().get_texts()]
+    assert f"recommended rank {fastest.rank[horizon]}" in legend

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
+from pathlib import Path
+
+# A host's name or number (an IPv6 one in brackets) and a port, with the kind of connection before.
+_ADDRESS = re.compile(r"((tcp|tls|ucx|ws|wss)://)?([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
 
 
 def integers(option: str, text: str) -> tuple[int, ...]:
@@ -28,8 +33,10 @@ def pair(option: str, text: str) -> tuple[str, str]:
     return name, path
 
 
-def anchored_choices(text: str) -> tuple[bool, ...]:
-    """The settings that ``no``, ``yes`` and ``both`` stand for."""
+def anchored_choices(text: str | None) -> tuple[bool, ...] | None:
+    """The settings that ``no``, ``yes`` and ``both`` stand for; None leaves it to the study."""
+    if text is None:
+        return None
     choices = {"no": (False,), "yes": (True,), "both": (False, True)}
     if text not in choices:
         raise ValueError(f"--anchored {text!r}: expected no, yes or both")
@@ -49,6 +56,10 @@ def executor_at(address: str | None, workers: int | None):
     if address is None:
         yield None
         return
+    if not _ADDRESS.fullmatch(address):
+        raise ValueError(
+            f"--dask {address!r}: expected a scheduler's address such as tcp://10.0.0.5:8786"
+        )
     if workers is not None:
         raise ValueError(
             "--workers counts local processes and --dask computes elsewhere: give one of them"
@@ -61,9 +72,25 @@ def executor_at(address: str | None, workers: int | None):
         ) from None
     try:
         client = Client(address, timeout="10s", set_as_default=False)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+    except Exception as error:  # each kind of connection has errors of its own
         raise ValueError(f"--dask {address!r}: no scheduler answers there ({error})") from error
     with client:
         # A context whose rows depend on nothing but itself may be computed twice; its first answer
         # counts.
         yield client.get_executor(pure=False)
+
+
+def load_head(name: str | Path, model: str, device: str):
+    """The head in a folder, or one that comes with an embedded model."""
+    from cpmtp.heads.cp_head import CPHead
+    from cpmtp.pretrained import embedded_heads
+
+    known = embedded_heads(model)
+    folder = known.get(str(name), Path(name))
+    if not (folder / "config.json").is_file():
+        others = f"; {model} comes with {', '.join(known)}" if known else ""
+        raise ValueError(
+            f"the folder {str(name)!r} holds no head: expected config.json and model.safetensors "
+            f"in it{others}"
+        )
+    return CPHead.from_pretrained(folder).to(device)

@@ -21,6 +21,13 @@ def report(
         ),
     ] = None,
     price: Annotated[float, typer.Option(help="Price of a device-hour.")] = 2.5,
+    learned_share: Annotated[
+        float,
+        typer.Option(
+            help="Tokens per call of a trained head over its ceiling's, where the folder has no "
+            "tables of trained heads."
+        ),
+    ] = 0.8,
 ) -> None:
     """Write a finished study's report again.
 
@@ -34,7 +41,7 @@ def report(
     if not price > 0:
         raise ValueError(f"--price {price}: expected a price above 0")
     table, manifest = read_study(folder)
-    written = Report.of(table, manifest, read_extras(folder, latency, price))
+    written = Report.of(table, manifest, read_extras(folder, latency, price, learned_share))
     page = out or folder / "report.html"
     print(f"report    {written.write_html(page)}")
     print(f"markdown  {written.write_markdown(page.with_suffix('.md'))}")
@@ -66,7 +73,8 @@ def compare(
             if part["paired"].iloc[0]
             else "unpaired"
         )
-        print(f"{what}, horizon {horizon} ({paired})")
+        bounds = "; truncated joints: lower bounds" if part["truncated"].any() else ""
+        print(f"{what}, horizon {horizon} ({paired}{bounds})")
         for row in part.itertuples():
             print(
                 f"  rank {row.rank:4d}  {row.first:7.3f}  {row.second:7.3f}  difference "

@@ -34,11 +34,12 @@ def study(
     ] = None,
     horizons: Annotated[
         str, typer.Option(help="Numbers of future tokens, separated by commas.")
-    ] = "2,3",
-    ranks: Annotated[str, typer.Option(help="Ranks, separated by commas.")] = "1,2,4,8,16,32",
+    ] = "3",
+    ranks: Annotated[str, typer.Option(help="Ranks, separated by commas.")] = "1,2,4,8,16",
     methods: Annotated[
-        str, typer.Option(help="als, hals, mu, em, gradient, separated by commas.")
-    ] = "als,em,gradient",
+        str,
+        typer.Option(help="als, hals, mu, em, gradient, acceptance, separated by commas."),
+    ] = "em,acceptance",
     contexts: Annotated[int, typer.Option(help="Contexts per model.")] = 8,
     context_length: Annotated[int, typer.Option(help="Tokens in a context.")] = 64,
     domain: Annotated[
@@ -53,12 +54,16 @@ def study(
         typer.Option(
             "--temperatures",
             "--temperature",
-            help="Temperatures of the target's law, separated by commas.",
+            help="Temperatures of the target's distribution, separated by commas.",
         ),
     ] = "1.0",
     anchored: Annotated[
-        str, typer.Option(help="no, yes or both: whether drafts are told the first token.")
-    ] = "no",
+        str | None,
+        typer.Option(
+            help="no, yes or both: whether drafts are told the first token. Default: yes, as "
+            "those of trained heads; no where a horizon is 2."
+        ),
+    ] = None,
     restarts: Annotated[int, typer.Option(help="Random starts per fit; the best is kept.")] = 1,
     out: Annotated[
         Path, typer.Option(help="Folder of the study; the same folder again goes on with it.")
@@ -77,7 +82,9 @@ def study(
             help="Memory of a worker for dense joints; larger ones become truncated trees."
         ),
     ] = 4.0,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar, no summary.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print nothing; status 1 says that cells failed.")
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Show cells, memory and estimated time; compute nothing."),
@@ -85,11 +92,11 @@ def study(
 ) -> None:
     """Run a study and recommend a rank.
 
-    Example: cpmtp study --model ./my-model --corpus docs/ --horizons 2,3 --ranks 1,2,4,8 --out
+    Example: cpmtp study --model ./my-model --corpus docs/ --horizons 3 --ranks 1,2,4,8 --out
     runs/mine
     """
-    from cpmtp.study.plan import StudySettings
     from cpmtp.study.running import run_study
+    from cpmtp.study.settings import StudySettings
 
     settings = StudySettings(
         models=tuple(model),
@@ -100,7 +107,7 @@ def study(
         methods=tuple(part.strip() for part in methods.split(",") if part.strip()),
         contexts=contexts,
         context_length=context_length,
-        anchored=anchored_choices(anchored),
+        anchored=anchored_choices(anchored),  # type: ignore[arg-type]  # None: the default
         temperatures=numbers("--temperatures", temperatures, float, "numbers", "1.0,0.7"),
         restarts=restarts,
         max_bytes=gigabytes_in_bytes(max_gigabytes),
@@ -135,61 +142,22 @@ def _show_plan(settings, workers: int | None) -> None:
 
 
 def _finish(table, out: Path, quiet: bool) -> None:
-    from cpmtp.report.document import write_report
+    from cpmtp.report.document import Report, read_extras
     from cpmtp.study.running import read_study
 
     failed = int((table["status"] == "failed").sum())
     _, manifest = read_study(out)
     if failed < len(table):
-        path = write_report(table, manifest, out / "report.html")
+        written = Report.of(table, manifest, read_extras(out))
+        path = written.write_html(out / "report.html")
         if not quiet:
-            _summarise(table, manifest)
+            print(written.summary)
             print(f"table   {out / 'table.parquet'}  ({len(table):,} rows)")
             print(f"report  {path}")
-    if failed:
+    if failed and not quiet:
         print(
             f"{failed} of {len(table)} cells failed: see the columns status and message",
             file=sys.stderr,
         )
+    if failed:
         raise typer.Exit(1)
-
-
-def _summarise(table, manifest: dict) -> None:
-    """One screen: what was studied, and per horizon what each rank gives."""
-    from cpmtp.ranking.selection import select_rank
-    from cpmtp.report.document import table_parts
-
-    for name, corpus in manifest["corpora"].items():
-        replaced = corpus["replaced_bytes"]
-        note = f", {replaced:,} bytes that were not UTF-8 replaced" if replaced else ""
-        print(f"domain {name}: {corpus['documents']:,} documents{note}")
-    for name, facts in manifest["models"].items():
-        for horizon in facts["truncated_horizons"]:
-            held = table[(table["model"] == name) & (table["horizon"] == horizon)][
-                "kept_mass"
-            ].min()
-            print(
-                f"{name}, horizon {horizon}: {facts['vocab_size']:,} tokens are too many for a "
-                "dense joint; truncated trees of "
-                f"at least {held:.1%} of the mass, tokens per call are lower bounds"
-            )
-    for (model, domain), part in table_parts(table):
-        title = f"{model} · contexts from {domain}"
-        if (part["status"] == "failed").all():
-            print(f"{title}: every fit failed")
-            continue
-        choice = select_rank(part)
-        bits = part["domain_bits_per_byte"].iloc[0]
-        known = f", {bits:.2f} bits per byte" if bits == bits else ""
-        print(f"{title} ({choice.contexts} contexts{known})")
-        for horizon in choice.rank:
-            rows = choice.table[choice.table["horizon"] == horizon]
-            cells = [
-                f"r={r.rank}: {r.tokens_per_call:.2f} [{r.tokens_per_call_low:.2f}, "
-                f"{r.tokens_per_call_high:.2f}]"
-                for r in rows.itertuples()
-            ]
-            print(f"  {choice.sentence(horizon)}")
-            print(f"    {'  '.join(cells)}")
-        if choice.caution:
-            print(f"  {choice.caution}")

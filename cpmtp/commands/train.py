@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cpmtp.commands.options import load_head
+
 
 def train_base_model(
     domain: Annotated[str, typer.Argument(help="code or prose.")],
@@ -50,13 +52,15 @@ def train_one_head(
     ] = None,
     horizon: Annotated[int, typer.Option(help="Tokens per call at most.")] = 4,
     rank: Annotated[int, typer.Option(help="Components of the CP distribution.")] = 8,
-    anchored: Annotated[bool, typer.Option(help="The head reads the known first token.")] = True,
+    anchored: Annotated[
+        bool, typer.Option(help="Whether the head is told the first token, as study's drafts are.")
+    ] = True,
     objective: Annotated[
         str, typer.Option(help="distillation, likelihood or acceptance.")
     ] = "distillation",
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 500,
     seconds: Annotated[
-        float | None, typer.Option(help="Train for so long instead of for --steps.")
+        float | None, typer.Option(help="Train for this many seconds instead of --steps.")
     ] = None,
     corpus: Annotated[
         list[str] | None,
@@ -73,7 +77,6 @@ def train_one_head(
     Example: cpmtp train-head --model code --rank 8 --steps 2000 --out runs/head-code
     """
     from cpmtp.corpora import read_documents
-    from cpmtp.heads.cp_head import CPHead
     from cpmtp.pretrained import load_language_model
     from cpmtp.training.heads import HeadTrainingSettings, train_head, windows_of_text
 
@@ -98,7 +101,7 @@ def train_one_head(
         settings,
         out=folder,
         tokens=tokens,
-        start=CPHead.from_pretrained(start) if start else None,
+        start=None if start is None else load_head(start, model, device),
     )
     last = (folder / "metrics.csv").read_text("utf-8").splitlines()[-1].split(",")
     print(f"steps            {last[0]} in {float(last[1]):.0f} s")

@@ -37,9 +37,11 @@ def load_language_model(
     Raises
     ------
     ValueError
-        If there is no such model, the folder holds none, or the hub cannot be reached.
+        If there is no such model or device, the folder holds none or other weights, or the hub
+        cannot be reached.
     """
-    source, local = _locate(str(name))
+    device = usable_device(device)
+    source, local = _locate(name)
     # Nothing is ever unpickled and no code of a model's own is run.
     options = {"local_files_only": local, "trust_remote_code": False}
     try:
@@ -73,6 +75,32 @@ def _refuse_other_weights(name: str, found: dict) -> None:
             )
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name, after it has held a number.
+
+    Raises
+    ------
+    ValueError
+        If there is no such kind of device, or none of it on this machine.
+
+    Examples
+    --------
+    >>> usable_device("cpu")
+    device(type='cpu')
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}: expected cpu, cuda or cuda:NUMBER") from None
+    try:
+        torch.zeros(1, device=found).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"device {str(device)!r} cannot be used here ({first_line(error)}): take cpu"
+        ) from None
+    return found
+
+
 def embedded_models() -> dict[str, Path]:
     """Names and folders of the models that come with cpmtp."""
     return {
@@ -96,23 +124,41 @@ def _embedded_root(kind: str = "models") -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "data" / kind
 
 
-def _locate(name: str) -> tuple[str, bool]:
+def _locate(given: str | Path) -> tuple[str, bool]:
     """Where a model is, and whether that is on this machine."""
-    embedded = embedded_models()
+    name, embedded = str(given), embedded_models()
     if name in embedded:
         return str(embedded[name]), True
-    if Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
             raise ValueError(
                 f"the folder {name!r} holds no model: expected config.json and *.safetensors in it"
             )
-        return name, True
+        return str(folder), True
+    if isinstance(given, Path) or _is_path(name):
+        file = ", it is a file" if folder.is_file() else ""
+        raise ValueError(
+            f"no folder {name}{file}: expected a folder in Hugging Face format, a hub id "
+            f"(OWNER/NAME), or {' or '.join(embedded)}"
+        )
     if isinstance(
         try_to_load_from_cache(name, "config.json") if _HUB_ID.fullmatch(name) else None, str
     ):
         return name, False
     _ask_hub(name)
     return name, False
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be meant as a place on this machine: a hub's id has one slash at most
+    and begins with a letter, a digit or an underscore.
+    """
+    return (
+        name.startswith((".", "~", "/"))
+        or name.endswith((".gguf", "/"))
+        or ("\\" in name or name.count("/") > 1)
+    )
 
 
 def _ask_hub(name: str) -> None:

@@ -39,7 +39,8 @@ def compare_studies(
     -------
     pandas.DataFrame
         Per (compared, horizon, rank): `first`, `second` (mean tokens per call), `difference`
-        (second minus first), `difference_low`, `difference_high`, `paired`, `shared_contexts`.
+        (second minus first), `difference_low`, `difference_high`, `paired`, `shared_contexts`, and
+        `truncated`: whether joints of either study are, so that these are means of lower bounds.
 
     Raises
     ------
@@ -75,7 +76,9 @@ def compare_studies(
         for horizon, rank in sorted(set(values[0].columns) & set(values[1].columns)):
             before, after = (v[horizon, rank].dropna() for v in values)
             found = {"compared": name, "horizon": horizon, "rank": rank}
-            rows.append(found | _difference(before, after, np.random.default_rng(seed)))
+            found |= _difference(before, after, np.random.default_rng(seed))
+            truncated = any(_is_truncated(table, horizon) for table in (part, other))
+            rows.append(found | {"truncated": truncated})
     if not rows:
         raise ValueError(
             "the studies have no horizon and rank of the same model and domain in common"
@@ -88,7 +91,7 @@ def _matching_parts(first: pd.DataFrame, second: pd.DataFrame):
     free = [name for name in _SETTING if first[name].nunique() == 1 and second[name].nunique() == 1]
     keys = [name for name in _SETTING if name not in free]
     named = [
-        f"{first[n].iloc[0]} against {second[n].iloc[0]}"
+        f"{_told(n, first[n].iloc[0])} against {_told(n, second[n].iloc[0])}"
         for n in free
         if first[n].iloc[0] != second[n].iloc[0]
     ]
@@ -103,11 +106,21 @@ def _matching_parts(first: pd.DataFrame, second: pd.DataFrame):
     others = {key: part for key, part in second.groupby(keys, sort=False)}
     for key, part in first.groupby(keys, sort=False):
         if key in others:
-            told = [
-                f"{k}" if n in ("model", "domain") else f"{n} {k}"
-                for n, k in zip(keys, key, strict=True)
-            ]
+            told = [_told(n, k) for n, k in zip(keys, key, strict=True)]
             yield ", ".join([*told, *named, *same]), part, others[key]
+
+
+def _is_truncated(table: pd.DataFrame, horizon: int) -> bool:
+    return "joint" in table and bool(
+        ((table["joint"] == "tree") & (table["horizon"] == horizon)).any()
+    )
+
+
+def _told(name: str, value: object) -> str:
+    """A value of what may differ, in words."""
+    if name == "anchored":
+        return "anchored drafts" if value else "unanchored drafts"
+    return f"temperature {value}" if name == "temperature" else str(value)
 
 
 def _values(table: pd.DataFrame, column: str) -> pd.DataFrame:

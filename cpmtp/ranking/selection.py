@@ -14,11 +14,18 @@ from cpmtp.ranking.criteria import (
     marginal_choice,
     throughput_choice,
     tolerant_choice,
-    tolerated,
+)
+from cpmtp.ranking.parts import OUTCOME, require_one_part
+from cpmtp.ranking.scores import (
+    Scores,
+    context_keys,
+    context_values,
+    rank_table,
+    scores_of,
+    tokens_in_words,
 )
 from cpmtp.resampling import (
     FEW_CLUSTERS,
-    Clusters,
     detectable,
     intervals,
     resampling_weights,
@@ -27,13 +34,11 @@ from cpmtp.resampling import (
 )
 
 TOLERANCE = 0.01
-OUTCOME = "tokens_per_call_block_target"
-CONTEXT_KEYS = ["model", "domain", "document", "context"]
 
 
 @dataclass(frozen=True)
 class RankChoice:
-    """The rank to train, per horizon.
+    """A rank per horizon by one criterion, and how sure that is.
 
     Attributes
     ----------
@@ -50,7 +55,10 @@ class RankChoice:
         One row per (horizon, rank): mean tokens per call with a 95 % interval, the paired shortfall
         to the best rank with its standard error, and whether it is tolerated; with a latency model
         also the predicted speedup with its interval and the share of resamples in which the cell is
-        the fastest of all.
+        the fastest of all. Where joints are `truncated` the mean is that of certified lower bounds,
+        with the upper bounds' mean beside it (`tokens_per_call_upper`, elsewhere the same number),
+        an interval that holds both, and the probability that the joints hold (`kept_mass`,
+        `kept_mass_lowest`: mean and smallest over contexts).
     contexts, documents : int
         Units and clusters the choice rests on.
     detectable_gain : dict of int to float
@@ -99,26 +107,19 @@ class RankChoice:
         return self.table.query("horizon == @horizon and rank == @self.rank[@horizon]").iloc[0]
 
     def sentence(self, horizon: int) -> str:
-        """The recommendation for one horizon in words."""
-        row = self.row(horizon)
-        least = "at least " if self.at_grid_edge[horizon] else ""
-        return (
-            f"horizon {horizon}: rank {least}{self.rank[horizon]}, {row.tokens_per_call:.2f} "
-            "tokens per call "
-            f"(95 % interval {row.tokens_per_call_low:.2f} to {row.tokens_per_call_high:.2f}), "
-            "chosen in "
-            f"{self.frequency[horizon][self.rank[horizon]]:.0%} of resamples"
-        )
+        """What was found at one horizon, in words.
 
-
-@dataclass(frozen=True)
-class _Scores:
-    """One horizon's scores: columns are ranks."""
-
-    horizon: int
-    ranks: np.ndarray
-    parameters: np.ndarray
-    clusters: Clusters
+        ``tolerance`` finds where the ceiling saturates: whether that rank pays depends on what a
+        call costs, which only ``throughput`` knows.
+        """
+        rank = f"rank {'at least ' if self.at_grid_edge[horizon] else ''}{self.rank[horizon]}"
+        found = {
+            "tolerance": f"ceiling saturates at {rank}",
+            "throughput": f"fastest at {rank}",
+        }.get(self.criterion, f"{rank} by {self.criterion}")
+        sure = f", chosen in {self.frequency[horizon][self.rank[horizon]]:.0%} of resamples"
+        known = f"horizon {horizon}: {found}, {tokens_in_words(self.row(horizon))}"
+        return known + (sure if self.contexts > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,15 @@ def select_rank(
     tolerance: float = TOLERANCE,
     latency: LatencyModel | None = None,
     seed: int = 0,
+    pooled: bool = False,
 ) -> RankChoice:
     """Choose a rank per horizon from a study's table.
 
     Every context counts once; its value at a rank is the best any method reached (each fit is a
     rank-r distribution, so the best is the tightest bound on the ceiling). Ranks are compared on
-    the same contexts. Contexts of one document are one cluster, of standard errors as of the
-    bootstrap. Several models or domains in the table are pooled: select from a part of it for a
-    choice per model.
+    the same contexts, and where joints are truncated by their certified lower bounds. Contexts of
+    one document are one cluster, of standard errors as of the bootstrap. A choice is made for one
+    model, domain, temperature and kind of draft: `table_parts` has the parts of a table.
 
     Parameters
     ----------
@@ -166,12 +168,14 @@ def select_rank(
         predicted speedup.
     seed : int
         Of the bootstrap.
+    pooled : bool
+        Take the contexts of several models, domains, temperatures or kinds of draft together.
 
     Raises
     ------
     ValueError
-        If the criterion is unknown, ``throughput`` has no latency model, a column is missing, or no
-        context has all ranks.
+        If the criterion is unknown, ``throughput`` has no latency model, a column is missing, no
+        context has all ranks, or the table has several parts and they are not to be pooled.
 
     References
     ----------
@@ -198,11 +202,10 @@ def select_rank(
         raise ValueError(
             "criterion 'throughput' needs to know what a call costs: give latency=LatencyModel(...)"
         )
-    values = context_values(table, column)
-    scores = _scores(table, values, complete=criterion == "throughput")
-    return _choice(
-        criterion, scores, _rows(scores, tolerance, latency, seed), _Rule(tolerance, latency, seed)
-    )
+    require_one_part(table, pooled=pooled)
+    scores = scores_of(table, column, complete=criterion == "throughput")
+    rows = rank_table(scores, tolerance, latency, seed)
+    return _choice(criterion, scores, rows, _Rule(tolerance, latency, seed))
 
 
 def compare_criteria(
@@ -212,28 +215,31 @@ def compare_criteria(
     tolerance: float = TOLERANCE,
     latency: LatencyModel | None = None,
     seed: int = 0,
+    pooled: bool = False,
 ) -> dict[str, RankChoice]:
     """What every criterion chooses, side by side; ``throughput`` only with a latency model.
-    Parameters as of `select_rank`.
+    Parameters and errors as of `select_rank`.
     """
-    values, rule = context_values(table, column), _Rule(tolerance, latency, seed)
-    scores = _scores(table, values)
-    rows = _rows(scores, tolerance, latency, seed)
+    require_one_part(table, pooled=pooled)
+    scores, rule = scores_of(table, column), _Rule(tolerance, latency, seed)
+    rows = rank_table(scores, tolerance, latency, seed)
     found = {name: _choice(name, scores, rows, rule) for name in CRITERIA if name != "throughput"}
     if latency is not None:
-        whole = _scores(table, values, complete=True)
+        whole = scores_of(table, column, complete=True)
         same = all(
             np.array_equal(a.clusters.sums, b.clusters.sums)
             for a, b in zip(scores, whole, strict=True)
         )
-        found["throughput"] = _choice(
-            "throughput", whole, rows if same else _rows(whole, tolerance, latency, seed), rule
-        )
+        rows = rows if same else rank_table(whole, tolerance, latency, seed)
+        found["throughput"] = _choice("throughput", whole, rows, rule)
     return found
 
 
-def paired_gains(table: pd.DataFrame, *, column: str = OUTCOME, seed: int = 0) -> pd.DataFrame:
-    """What each step of the grid of ranks gains, on the same contexts.
+def paired_gains(
+    table: pd.DataFrame, *, column: str = OUTCOME, seed: int = 0, pooled: bool = False
+) -> pd.DataFrame:
+    """What each step of the grid of ranks gains, on the same contexts; where joints are truncated,
+    the difference of the lower bounds.
 
     Returns
     -------
@@ -247,9 +253,10 @@ def paired_gains(table: pd.DataFrame, *, column: str = OUTCOME, seed: int = 0) -
     ValueError
         As for `select_rank`.
     """
+    require_one_part(table, pooled=pooled)
     rows = []
     values = context_values(table, column)
-    for part in _scores(table, values):
+    for part in scores_of(table, column):
         scores = values.xs(part.horizon, level="horizon")[list(part.ranks)].dropna()
         steps = part.clusters.differences(slice(1, None), slice(None, -1))
         if not steps.sums.shape[1]:
@@ -280,7 +287,11 @@ def paired_gains(table: pd.DataFrame, *, column: str = OUTCOME, seed: int = 0) -
 
 
 def needed_ranks(
-    table: pd.DataFrame, *, column: str = OUTCOME, tolerance: float = TOLERANCE
+    table: pd.DataFrame,
+    *,
+    column: str = OUTCOME,
+    tolerance: float = TOLERANCE,
+    pooled: bool = False,
 ) -> pd.DataFrame:
     """Per context and horizon, the smallest rank within `tolerance` of the context's best, and what
     the context is like.
@@ -289,7 +300,13 @@ def needed_ranks(
     -------
     pandas.DataFrame
         The context's keys, `horizon`, `needed_rank` and, where the table has them, the entropies.
+
+    Raises
+    ------
+    ValueError
+        As for `select_rank`.
     """
+    require_one_part(table, pooled=pooled)
     values = context_values(table, column).dropna()
     best = values.max(axis=1)
     enough = values.ge(best * (1 - tolerance), axis=0)
@@ -299,57 +316,11 @@ def needed_ranks(
         for name in ("joint_entropy_nats", "first_token_entropy_nats", "total_correlation_nats")
         if name in table
     ]
-    keys = [*CONTEXT_KEYS, "horizon"]
+    keys = context_keys(table)
     return needed.merge(table[[*keys, *facts]].drop_duplicates(keys), on=keys, how="left")
 
 
-def context_values(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Best value any method reached: rows (model, domain, document, context, horizon), columns
-    ranks, NaN where none did.
-
-    Raises
-    ------
-    ValueError
-        If a column is missing or no row is usable.
-    """
-    keys = [*CONTEXT_KEYS, "horizon"]
-    missing = [name for name in (*keys, "rank", "method", "status", column) if name not in table]
-    if missing:
-        raise ValueError(
-            f"the table has no column {', '.join(missing)}: expected a table of run_study"
-        )
-    usable = table[(table["status"] != "failed") & table[column].notna()]
-    if usable.empty:
-        raise ValueError("the table has no usable row: every fit failed; look at the messages")
-    return usable.pivot_table(index=keys, columns="rank", values=column, aggfunc="max").sort_index(
-        axis=1
-    )
-
-
-def _scores(table: pd.DataFrame, values: pd.DataFrame, *, complete: bool = False) -> list[_Scores]:
-    """Per horizon the contexts that have every rank of it; with `complete` those that have every
-    rank of every horizon.
-    """
-    if complete:
-        whole = values.unstack("horizon").dropna(axis=1, how="all").dropna().index
-        values = values[values.index.droplevel("horizon").isin(whole)]
-    parts = []
-    for horizon in sorted(table.loc[table["status"] != "failed", "horizon"].unique().tolist()):
-        at = values.index.get_level_values("horizon") == horizon
-        scores = values[at].droplevel("horizon").dropna(axis=1, how="all").dropna()
-        if scores.empty:
-            raise ValueError(
-                f"horizon {horizon}: no context has a usable fit at every rank; look at status "
-                "and message"
-            )
-        ranks = scores.columns.to_numpy()
-        parts.append(
-            _Scores(int(horizon), ranks, _parameters(table, horizon, ranks), Clusters.of(scores))
-        )
-    return parts
-
-
-def _choice(criterion: str, scores: list[_Scores], rows: pd.DataFrame, rule: _Rule) -> RankChoice:
+def _choice(criterion: str, scores: list[Scores], rows: pd.DataFrame, rule: _Rule) -> RankChoice:
     """One criterion's choice at every horizon, and how often resamples choose the same."""
     rank, edge, frequency, gains = {}, {}, {}, {}
     for part in scores:
@@ -379,21 +350,7 @@ def _choice(criterion: str, scores: list[_Scores], rows: pd.DataFrame, rule: _Ru
     )
 
 
-def _parameters(table: pd.DataFrame, horizon: int, ranks: np.ndarray) -> np.ndarray:
-    """Free parameters at each rank; in proportion to the rank where they are not counted."""
-    if "parameters" not in table:
-        return ranks.astype(float)
-    counted = (
-        table[table["horizon"] == horizon]
-        .groupby("rank")["parameters"]
-        .median()
-        .reindex(ranks)
-        .to_numpy()
-    )
-    return ranks.astype(float) if np.isnan(counted).any() else counted
-
-
-def _choose(part: _Scores, weights: np.ndarray, criterion: str, rule: _Rule) -> np.ndarray:
+def _choose(part: Scores, weights: np.ndarray, criterion: str, rule: _Rule) -> np.ndarray:
     """Index of the chosen rank, (resamples,)."""
     if criterion == "tolerance":
         return tolerant_choice(*shortfalls(part.clusters, weights), rule.tolerance)
@@ -409,7 +366,7 @@ def _seconds(horizon: int, ranks: np.ndarray, latency: LatencyModel) -> np.ndarr
     return np.array([latency.call_seconds(horizon, int(rank)) for rank in ranks])
 
 
-def _detectable_gain(part: _Scores, chosen: int) -> float:
+def _detectable_gain(part: Scores, chosen: int) -> float:
     if len(part.ranks) < 2:
         return float("nan")
     low = min(chosen, len(part.ranks) - 2)
@@ -417,49 +374,8 @@ def _detectable_gain(part: _Scores, chosen: int) -> float:
     return float(detectable(standard_errors(step)[0], step.number))
 
 
-def _rows(
-    scores: list[_Scores], tolerance: float, latency: LatencyModel | None, seed: int
-) -> pd.DataFrame:
-    rows = pd.concat([_rank_rows(part, tolerance, seed) for part in scores], ignore_index=True)
-    return rows if latency is None else _with_speedup(rows, latency)
-
-
-def _rank_rows(part: _Scores, tolerance: float, seed: int) -> pd.DataFrame:
-    arrays = shortfalls(part.clusters, np.ones((1, part.clusters.number), dtype=int))
-    means, shortfall, error = (array[0] for array in arrays)
-    low, high = intervals(part.clusters, seed)
-    return pd.DataFrame(
-        {
-            "horizon": part.horizon,
-            "rank": part.ranks,
-            "parameters": part.parameters,
-            "tokens_per_call": means,
-            "tokens_per_call_low": low,
-            "tokens_per_call_high": high,
-            "shortfall": shortfall,
-            "shortfall_standard_error": error,
-            "tolerated": tolerated(*arrays, tolerance)[0],
-        }
-    )
-
-
-def _with_speedup(rows: pd.DataFrame, latency: LatencyModel) -> pd.DataFrame:
-    """Predicted speedup over plain decoding; a call's time is taken as known."""
-    seconds = np.array(
-        [
-            latency.call_seconds(int(n), int(r))
-            for n, r in zip(rows["horizon"], rows["rank"], strict=True)
-        ]
-    )
-    scaled = {
-        f"speedup{end}": rows[f"tokens_per_call{end}"] * latency.plain_step / seconds
-        for end in ("", "_low", "_high")
-    }
-    return rows.assign(call_seconds=seconds, **scaled)
-
-
 def _fastest(
-    scores: list[_Scores], latency: LatencyModel, seed: int
+    scores: list[Scores], latency: LatencyModel, seed: int
 ) -> tuple[np.ndarray, dict[int, float], int]:
     """Share of resamples in which each (horizon, rank) is the fastest, the same per horizon, and
     the fastest horizon.

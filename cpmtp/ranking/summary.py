@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pandas as pd
 
+from cpmtp.ranking.parts import OUTCOME, best_fits, require_one_part
+
 
 def method_summary(
-    table: pd.DataFrame, column: str = "tokens_per_call_block_target"
+    table: pd.DataFrame, column: str = OUTCOME, *, pooled: bool = False
 ) -> pd.DataFrame:
     """Per (horizon, rank, method): medians and quartiles of the errors, the mean of `column`,
-    failures and seconds.
+    failures and seconds; of one part of a table unless `pooled`, as for `select_rank`.
     """
+    require_one_part(table, pooled=pooled)
     usable = table.assign(
         failed=table["status"] == "failed", not_converged=table["status"] == "not_converged"
     )
@@ -33,13 +36,17 @@ def method_summary(
 
 
 def survival_by_rank(
-    table: pd.DataFrame, rule: str = "block", first_token: str = "target"
+    table: pd.DataFrame,
+    rule: str = "block",
+    first_token: str = "target",
+    *,
+    pooled: bool = False,
 ) -> pd.DataFrame:
-    """Mean survival per (horizon, rank, position), each context represented by its best method."""
-    column = f"tokens_per_call_{rule}_{first_token}"
-    usable = table[(table["status"] != "failed") & table[column].notna()]
-    keys = ["model", "domain", "document", "context", "horizon", "rank"]
-    best = usable.loc[usable.groupby(keys)[column].idxmax()]
+    """Mean survival per (horizon, rank, position), each context represented by its best method; of
+    one part of a table unless `pooled`. Where joints are truncated it is that of the lower bounds.
+    """
+    require_one_part(table, pooled=pooled)
+    best = best_fits(table, column=f"tokens_per_call_{rule}_{first_token}")
     prefix = f"survival_{rule}_{first_token}_"
     positions = [name for name in best if name.startswith(prefix)]
     means = best.groupby(["horizon", "rank"])[positions].mean()
@@ -51,9 +58,7 @@ def survival_by_rank(
     return long.dropna().rename("survival").reset_index()
 
 
-def objective_gap(
-    table: pd.DataFrame, column: str = "tokens_per_call_block_target"
-) -> pd.DataFrame:
+def objective_gap(table: pd.DataFrame, column: str = OUTCOME) -> pd.DataFrame:
     """Where tokens per call are lost before any learning: the exact limit, the fit by tokens per
     call, the fit by divergence.
 

@@ -5,62 +5,32 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cpmtp.latency import LatencyModel, memory_bound_latency
-from cpmtp.report.plots import figure_svg, theme_css, themed_svg
-from cpmtp.report.sections import (
-    Economics,
-    Figure,
-    Section,
-    Subject,
-    Table,
-    Text,
-    answer,
-    findings,
-    learned_sections,
-    pilot,
-)
+from cpmtp.latency import LatencyModel
+from cpmtp.report.answer import answer
+from cpmtp.report.blocks import Figure, Section, Table, Text
+from cpmtp.report.console import console_summary
+from cpmtp.report.learned import LEARNED_SHARE, learned_sections
+from cpmtp.report.pilot import pilot
+from cpmtp.report.plots import figure_svg
+from cpmtp.report.sections import findings
+from cpmtp.report.subject import PRICE, ReportExtras, Subject, subjects_of
+from cpmtp.report.theme import theme_css, themed_svg
 
-PRICE = 2.5
-_ASSUMED_STEP, _ASSUMED_LAYERS = 0.02, 32
 _MARKDOWN = re.compile(r"([\\`*_\[\]|$~])")
 
 
-@dataclass(frozen=True)
-class ReportExtras:
-    """What a report can show beside the study; a part that is None is left out.
-
-    Attributes
-    ----------
-    latency : LatencyModel, optional
-        As measured. Without it calls are assumed to cost what reading the weights of 32 layers
-        costs, and the report says so.
-    price : float
-        Per device-hour.
-    waterfall : pandas.DataFrame, optional
-        `model`, `domain`, `horizon`, `rank`, `anchored`, and in tokens per call `exact_limit`,
-        `acceptance_fit`, `em_fit`, `learned` with `learned_low` and `learned_high`.
-    decoding : pandas.DataFrame, optional
-        `forecast` and `measured` tokens per call, each with `_low` and `_high`, and `rank`.
-    step_times : pandas.DataFrame, optional
-        `label` and one column of seconds per part of a call.
-    """
-
-    latency: LatencyModel | None = None
-    price: float = PRICE
-    waterfall: pd.DataFrame | None = None
-    decoding: pd.DataFrame | None = None
-    step_times: pd.DataFrame | None = None
-
-
 def read_extras(
-    folder: str | Path, latency: str | Path | None = None, price: float = PRICE
+    folder: str | Path,
+    latency: str | Path | None = None,
+    price: float = PRICE,
+    learned_share: float = LEARNED_SHARE,
 ) -> ReportExtras:
     """What lies beside a study's table: `latency.json`, `waterfall.parquet`, `decoding.parquet`,
     `step_times.parquet`.
@@ -73,6 +43,8 @@ def read_extras(
         one.
     price : float
         Per device-hour.
+    learned_share : float
+        See `ReportExtras`.
 
     Raises
     ------
@@ -84,7 +56,7 @@ def read_extras(
     found = {name: pd.read_parquet(path) for name, path in tables.items() if path.is_file()}
     path = Path(latency) if latency else folder / "latency.json"
     model = _read_latency(path) if latency or path.is_file() else None
-    return ReportExtras(latency=model, price=price, **found)
+    return ReportExtras(latency=model, price=price, learned_share=learned_share, **found)
 
 
 def _read_latency(path: Path) -> LatencyModel:
@@ -108,17 +80,22 @@ class Report:
         The first screen, one per model and kind of contexts; and the rest.
     drawings : dict of str to str
         Name of every figure to its SVG on white.
+    summary : str
+        What a console shows: the recommendation first.
     """
 
     answers: tuple[Section, ...]
     sections: tuple[Section, ...]
     drawings: dict[str, str]
+    summary: str = ""
 
     @classmethod
     def of(cls, table: pd.DataFrame, manifest: dict, extras: ReportExtras | None = None) -> Report:
         """From a study's table and manifest; parameters and errors as of `write_report`."""
-        answers, sections = _content(table, manifest, extras or ReportExtras())
-        return cls.of_sections(sections, answers)
+        subjects = subjects_of(table, extras or ReportExtras())
+        sections = _sections(subjects, table, manifest)
+        written = cls.of_sections(sections, [answer(subject) for subject in subjects])
+        return replace(written, summary=console_summary(subjects, table, manifest))
 
     @classmethod
     def of_sections(cls, sections: Sequence[Section], answers: Sequence[Section] = ()) -> Report:
@@ -191,14 +168,11 @@ def write_report(
     return report.write_markdown(path) if Path(path).suffix == ".md" else report.write_html(path)
 
 
-def _content(
-    table: pd.DataFrame, manifest: dict, extras: ReportExtras
-) -> tuple[list[Section], list[Section]]:
-    subjects = [
-        Subject.of(f"{model} · contexts from {domain}", part, _economics(extras))
-        for (model, domain), part in table_parts(table)
-    ]
-    sections = [Section("How to read this", tuple(Text(text) for text in _READING))]
+def _sections(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) -> list[Section]:
+    extras = subjects[0].extras
+    truncated = any(subject.truncated for subject in subjects)
+    reading = (*_READING, _TRUNCATED) if truncated else _READING
+    sections = [Section("How to read this", tuple(Text(text) for text in reading))]
     for subject in subjects:
         sections += findings(subject)
     sections += learned_sections(extras.waterfall, extras.decoding, extras.step_times)
@@ -206,74 +180,36 @@ def _content(
     if (table["status"] == "failed").any():
         sections.append(Section("Failed fits", (_failures(table),)))
     sections.append(Section("Pilot plan", tuple(Text(text) for text in _PILOT)))
-    sections += [pilot(subject) for subject in subjects]
-    return [answer(subject) for subject in subjects], sections
+    return [*sections, *map(pilot, subjects)]
 
 
 _READING = (
     "Tokens per call: expected tokens emitted per forward pass of the target by lossless block "
-    "verification, the first token "
-    "of a block drawn from the target itself. These are ceilings of a rank: the best of the fits "
-    "to each context's exact "
-    "joint.",
-    "Fastest: most tokens per second, over all horizons and ranks. Tolerance: per horizon, the "
-    "smallest rank whose mean "
-    "shortfall to "
-    "the best rank, paired by context, is at most one standard error or 1 % of tokens per call, "
-    'whichever is larger. "At '
-    'least" '
-    "stands before a rank at the edge of the grid. Intervals: bias-corrected and accelerated "
-    "bootstrap over documents; shares: "
-    "how often resamples of the documents choose the same.",
+    "verification, the first token of a block drawn from the target itself. A rank's ceiling is "
+    "that of the best fit of that rank to each context's own exact joint; a trained head has to "
+    "find such fits from a hidden state and stays below.",
+    "Recommended: most tokens per second, over all horizons and ranks. Where the ceiling saturates "
+    "(tolerance) is another question, whatever a call costs: per horizon, the smallest rank whose "
+    "mean shortfall to the best rank, paired by context, is at most one standard error or 1 % of "
+    'tokens per call, whichever is larger. "At least" stands before a rank at the edge of the '
+    "grid. Intervals: bias-corrected and accelerated bootstrap over documents; shares: how often "
+    "resamples of the documents choose the same.",
+)
+_TRUNCATED = (
+    "Truncated joints: where a vocabulary is too large, a joint holds its most probable sequences "
+    "only. Tokens per call are then certified lower bounds, with certified upper bounds beside "
+    "them, and intervals reach from the lower bounds' lower end to the upper bounds' upper end. "
+    "Ranks are compared by the lower bounds."
 )
 _PILOT = (
     "Begin with a workload where a slow or failed answer hurts nobody (batch jobs, internal "
     "tools), at a small share of it; "
     "then a tenth of the traffic, then half, each step as an A/B test by request against plain "
     "decoding of the same target.",
-    "What cannot change is the law of the output: verification is lossless, so no new review of "
-    "quality is needed. What can go "
-    "wrong is the implementation; that is why edits are counted, and why the test suite compares "
-    "output laws before traffic "
-    "does.",
+    "What cannot change is the distribution of the output: verification is lossless, so no new "
+    "review of quality is needed. What can go wrong is the implementation; that is why edits are "
+    "counted, and why the test suite compares output distributions before traffic does.",
 )
-
-
-def table_parts(table: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
-    """What a rank is chosen for: (model, domain), the domain with the temperature and kind of draft
-    where there are several.
-    """
-    keys = [
-        name for name in ("temperature", "anchored") if name in table and table[name].nunique() > 1
-    ]
-    found = []
-    for (model, domain, *others), part in table.groupby(["model", "domain", *keys], sort=False):
-        told = dict(zip(keys, others, strict=True))
-        notes = [f"temperature {told['temperature']:g}"] if "temperature" in told else []
-        notes += (
-            [("anchored" if told["anchored"] else "unanchored") + " drafts"]
-            if "anchored" in told
-            else []
-        )
-        found.append(((model, ", ".join([domain, *notes])), part))
-    return found
-
-
-def _economics(extras: ReportExtras) -> Economics:
-    if extras.latency is not None:
-        t = extras.latency
-        words = (
-            f"measured as {1e3 * t.base:.3g} + {1e3 * t.per_position:.3g} n + "
-            f"{1e3 * t.per_component:.3g} n r ms, a plain step "
-            f"{1e3 * t.plain_step:.3g} ms"
-        )
-        return Economics(t, words, extras.price)
-    words = (
-        "assumed, not measured: one request at a time on a device that only reads weights, "
-        f"{_ASSUMED_LAYERS} layers, "
-        f"{1e3 * _ASSUMED_STEP:.0f} ms a plain step; give your own with --latency"
-    )
-    return Economics(memory_bound_latency(_ASSUMED_STEP, _ASSUMED_LAYERS), words, extras.price)
 
 
 def _setup(table: pd.DataFrame, manifest: dict) -> Table:
@@ -288,6 +224,8 @@ def _setup(table: pd.DataFrame, manifest: dict) -> Table:
         ("Contexts from", ", ".join(settings["corpus"]) or "samples of each model itself"),
         ("Temperature", ", ".join(map(str, _several(settings, "temperature")))),
         ("Horizons", ", ".join(map(str, settings["horizons"]))),
+        *_kinds_of_draft(table),
+        *_truncated_horizons(table),
         ("Ranks", ", ".join(map(str, settings["ranks"]))),
         ("Methods", f"{', '.join(settings['methods'])}; {settings['restarts']} start(s) each"),
         ("Seed", str(settings["seed"])),
@@ -296,6 +234,24 @@ def _setup(table: pd.DataFrame, manifest: dict) -> Table:
         ("Rows", f"{len(table):,}"),
     )
     return Table(("what", "value"), rows, wide=True)
+
+
+def _kinds_of_draft(table: pd.DataFrame) -> list[tuple[str, str]]:
+    if "anchored" not in table:
+        return []
+    told = {True: "told the first token (anchored)", False: "not told the first token"}
+    return [("Drafts", " and ".join(told[bool(kind)] for kind in table["anchored"].unique()))]
+
+
+def _truncated_horizons(table: pd.DataFrame) -> list[tuple[str, str]]:
+    if "joint" not in table:
+        return []
+    rows = table[table["joint"] == "tree"]
+    found = [
+        f"{model}: horizon {horizon} (joints hold {100 * part['kept_mass'].min():.1f} % at least)"
+        for (model, horizon), part in rows.groupby(["model", "horizon"], sort=False)
+    ]
+    return [("Truncated joints", ", ".join(found))] if found else []
 
 
 def _several(settings: dict, name: str) -> list:

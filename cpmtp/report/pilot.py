@@ -1,17 +1,23 @@
 """The plan of a staged roll-out: what to measure, what to expect, how long, when to stop.
 
-What cannot change is the law of the output: verification is lossless, so no new review of quality
-is needed, only checks that the implementation is right.
+What cannot change is the distribution of the output: verification is lossless, so no new review of
+quality is needed, only checks that the implementation is right. What to expect is what a trained
+head is forecast to earn; an alarm set to a rank's ceiling would ring at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 
 from cpmtp.latency import Forecast, LatencyModel, cost_per_million_tokens, tokens_until_paid
+from cpmtp.ranking.parts import OUTCOME
+from cpmtp.ranking.scores import context_values, tokens_in_words
+from cpmtp.report.answer import does_not_pay
+from cpmtp.report.blocks import Section, Table, Text
+from cpmtp.report.subject import Subject
 
 LOOKS = 4
 # O'Brien and Fleming's bounds for four equally spaced looks at a two-sided level of 5 %: 2.024
@@ -20,6 +26,9 @@ _LAST_BOUND = 2.024
 _LEVEL, _POWER = 0.05, 0.8
 _EDIT_MARGIN, _EDIT_RATE = 0.03, 0.2
 _FEWEST = 100  # fewer requests do not show what traffic is like
+# Between requests throughput varies for more reasons than the contexts of a study show: lengths,
+# batches, other users.
+_LEAST_VARIATION = 0.3
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,8 @@ class PilotMeasure:
     ----------
     name, how : str
     expected, low, high : float, optional
-        The forecast and its 95 % interval, in `unit`; None where the baseline of the service itself
-        is what is expected, ends None too where a single context gives no interval.
+        The forecast and its range, in `unit`; None where the baseline of the service itself is what
+        is expected, ends None too where there is no range.
     unit : str
     alarm : str
         When to switch back.
@@ -95,7 +104,7 @@ def plan_pilot(
     Parameters
     ----------
     tokens_per_call : tuple of float
-        Forecast, lower and upper end of its 95 % interval (NaN: unknown).
+        Of a trained head: forecast, lower and upper end of its range (NaN: unknown).
     latency : LatencyModel
     horizon, rank : int
     price : float
@@ -179,13 +188,13 @@ def _measures(
         return cost_per_million_tokens(tokens_per_call / seconds, price)
 
     def ends(scale: Callable[[float], float]) -> tuple[float | None, float | None]:
-        # A single context has no interval.
         lower, upper = (
             sorted((scale(low), scale(high))) if math.isfinite(low + high) else (None, None)
         )
         return lower, upper
 
-    watched = f"; below {low:.2f}: look at the traffic" if math.isfinite(low) else ""
+    # Below break-even the first alarm has rung already.
+    watched = f"; below {low:.2f}: look at the traffic" if low > break_even else ""
     return (
         PilotMeasure(
             "tokens per call",
@@ -240,4 +249,73 @@ def _measures(
             f"higher by {_EDIT_MARGIN:.0%} or more: not the method but a fault of the "
             "implementation; stop and test it",
         ),
+    )
+
+
+def pilot(subject: Subject) -> Section:
+    """The plan of a staged roll-out of the recommendation, from what a trained head is forecast to
+    earn.
+    """
+    (horizon, rank), forecast = subject.best, subject.forecast
+    scores = context_values(subject.table, OUTCOME).xs(horizon, level="horizon")[rank].dropna()
+    seen = float(scores.std() / scores.mean()) if len(scores) > 1 else 0.0
+    plan = plan_pilot(
+        (forecast.tokens_per_call, forecast.low, forecast.high),
+        subject.economics.latency,
+        horizon=horizon,
+        rank=rank,
+        price=subject.economics.price,
+        variation=max(seen, _LEAST_VARIATION),
+    )
+    return Section(
+        f"{subject.title}: horizon {horizon}, rank {rank}",
+        (*_basis(subject), _pilot_table(plan), *_pilot_texts(plan, seen)),
+        level=3,
+    )
+
+
+def _basis(subject: Subject) -> Iterator[Text]:
+    if does_not_pay(subject):
+        yield Text(does_not_pay(subject), "strong")
+    yield Text(
+        "The forecasts and the alarm on tokens per call are of a trained head, "
+        f"{subject.forecast.words}. They are not the ceiling: {tokens_in_words(subject.row)}."
+    )
+
+
+def _pilot_table(plan: PilotPlan) -> Table:
+    def interval(measure) -> str:
+        if measure.expected is None:
+            return measure.unit
+        ends = "" if measure.low is None else f" ({measure.low:.2f} to {measure.high:.2f})"
+        return f"{measure.expected:.2f}{ends} {measure.unit}"
+
+    rows = tuple((m.name, m.how, interval(m), m.alarm) for m in plan.measures)
+    return Table(("measure", "how", "forecast (range)", "alarm"), rows, wide=True)
+
+
+def _pilot_texts(plan: PilotPlan, seen: float) -> Iterator[Text]:
+    paid = plan.tokens_per_training_hour
+    pays = (
+        f"after {paid / 1e6:.1f} million tokens for every device-hour of it"
+        if math.isfinite(paid)
+        else "never"
+    )
+    yield Text(
+        f"Sample: {plan.requests_per_arm:,} requests in each arm show half of the forecast gain "
+        "in throughput (two-sided 5 %, "
+        f"power 80 %, coefficient of variation {plan.variation:.2f}; the study's contexts vary by "
+        f"{seen:.2f}, traffic by more: "
+        "measure it in a week with the same decoding in both arms and scale the number by its "
+        "square). "
+        f"{plan.edit_requests_per_arm:,} in each arm exclude that people edit three points more "
+        "often than 20 %."
+    )
+    yield Text(
+        f"Stopping rule: {LOOKS} equally spaced looks; stop for a difference where |z| exceeds "
+        f"{', '.join(map(str, plan.bounds))} (O'Brien and Fleming, 5 % in all); stop for futility "
+        "where at half-time the "
+        "interval of the measured speedup lies below half of the forecast gain; stop at once on "
+        "an alarm. Break-even: "
+        f"{plan.break_even:.2f} tokens per call. The head's training has paid for itself {pays}."
     )

@@ -23,41 +23,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import StrMethodFormatter
 
-# On a light page, and what the same series is on a dark one.
-COLOURS = ("#0072b2", "#e05a10", "#00a05a", "#a1225d", "#825021")
-DARK_COLOURS = ("#56b4e9", "#d86d3c", "#00e07a", "#c49ab0", "#ebb71f")
-INK, DARK_INK = "#1b1f24", "#e6e9ec"
+from cpmtp.report.theme import COLOURS, INK, ON_WHITE, STYLE, own_names
+
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 _PALETTE = (*COLOURS, INK)
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.grid": True,
-    "grid.color": INK,
-    "grid.alpha": 0.15,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
 _SIZE = (4.8, 3.3)
 _MARGINS = (0.15, 0.15, 0.82, 0.75)  # left, bottom, width, height of the axes
-_ON_WHITE = 'style="background: #fff"'
 _MOST_POINTS = 150
 _KL_FLOOR = 1e-6  # a logarithmic axis has no zero
 
 
 def house_style() -> AbstractContextManager[None]:
     """The style as a context: ``with house_style(): figure, ax = plt.subplots()``."""
-    return matplotlib.rc_context(_STYLE)
+    return matplotlib.rc_context(STYLE)
 
 
 def plot_error_against_rank(summary: pd.DataFrame, ax: Axes) -> Axes:
@@ -82,10 +61,19 @@ def plot_error_against_rank(summary: pd.DataFrame, ax: Axes) -> Axes:
     return ax
 
 
-def plot_tokens_per_call(choice: pd.DataFrame, ax: Axes, *, recommended: int, horizon: int) -> Axes:
-    """Mean tokens per call over ranks with 95 % band, the horizon as ceiling and the recommended
-    rank marked.
+def plot_tokens_per_call(
+    choice: pd.DataFrame, ax: Axes, *, recommended: int | None, horizon: int
+) -> Axes:
+    """Mean tokens per call over ranks with 95 % band, the horizon as what an exact draft gives, and
+    the recommended rank marked if it is of this horizon.
+
+    Parameters
+    ----------
+    choice : pandas.DataFrame
+        One horizon's rows of a choice's table; where they are `truncated` the means are lower
+        bounds and the upper ones are drawn beside them.
     """
+    truncated = "truncated" in choice and bool(choice["truncated"].any())
     ax.fill_between(
         choice["rank"],
         choice["tokens_per_call_low"],
@@ -93,13 +81,16 @@ def plot_tokens_per_call(choice: pd.DataFrame, ax: Axes, *, recommended: int, ho
         color=COLOURS[0],
         alpha=0.2,
     )
-    ax.plot(
-        choice["rank"], choice["tokens_per_call"], label="best fit (mean, 95 % band)", **_series(0)
-    )
+    label = "lower bound (mean, 95 % band)" if truncated else "best fit (mean, 95 % band)"
+    ax.plot(choice["rank"], choice["tokens_per_call"], label=label, **_series(0))
+    if truncated:
+        upper = _series(2) | {"linestyle": "--", "marker": ""}
+        ax.plot(choice["rank"], choice["tokens_per_call_upper"], label="upper bound", **upper)
     ax.axhline(horizon, color=INK, linestyle=":", label="exact draft")
-    ax.axvline(
-        recommended, color=COLOURS[1], linestyle="--", label=f"recommended rank {recommended}"
-    )
+    if recommended is not None:
+        ax.axvline(
+            recommended, color=COLOURS[1], linestyle="--", label=f"recommended rank {recommended}"
+        )
     _rank_axis(ax, choice["rank"])
     ax.set_ylabel("tokens per call")
     ax.legend(loc="lower right")
@@ -356,7 +347,7 @@ def figure_svg(
     size : tuple of float
         Inches.
     """
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name or title}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": name or title}):
         figure = Figure(figsize=size, facecolor="none")
         FigureCanvasSVG(figure)
         # Fixed margins: an automatic layout measures every text several times, and took half of a
@@ -369,34 +360,7 @@ def figure_svg(
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r"(font: [^';\"]*?px )[^;\"]*", r"\1sans-serif", text)
-    return _own_names(text, name or title).replace("<svg ", f"<svg {_ON_WHITE} ", 1)
-
-
-def themed_svg(svg: str) -> str:
-    """A figure of `figure_svg` whose colours and ground are left to the page's style sheet
-    (`theme_css`).
-    """
-    svg = svg.replace(f"{_ON_WHITE} ", "", 1)
-    for i, colour in enumerate(COLOURS):
-        svg = svg.replace(colour, f"var(--series-{i}, {colour})")
-    return svg.replace(INK, f"var(--figure-ink, {INK})")
-
-
-def theme_css() -> tuple[str, str]:
-    """Custom properties of the figures' colours on a light page and on a dark one."""
-    light = "".join(f" --series-{i}: {colour};" for i, colour in enumerate(COLOURS))
-    dark = "".join(f" --series-{i}: {colour};" for i, colour in enumerate(DARK_COLOURS))
-    return f"--figure-ink: {INK};{light}", f"--figure-ink: {DARK_INK};{dark}"
-
-
-def _own_names(svg: str, name: str) -> str:
-    """Ids that nothing refers to are dropped, the others made the figure's own: a page holds many
-    figures.
-    """
-    used = set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", svg))
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{slug}-{m[1]}"' if m[1] in used else "", svg)
-    return re.sub(r"(url\(|href=\")#", rf"\1#{slug}-", svg)
+    return own_names(text, name or title).replace("<svg ", f"<svg {ON_WHITE} ", 1)
 
 
 def _half_widths(rows: pd.DataFrame, name: str) -> np.ndarray:

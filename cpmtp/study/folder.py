@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cpmtp.study.plan import StudySettings, StudyUnit, study_cells
+from cpmtp.study.plan import StudyUnit, study_cells
+from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import SCHEMA_VERSION, read_part, write_atomically, write_part, write_table
 
 _PACKAGES = ("cpmtp", "torch", "transformers", "tensorly", "numpy", "scipy", "pandas", "pyarrow")

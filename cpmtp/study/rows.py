@@ -18,7 +18,8 @@ from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import LanguageModel
 from cpmtp.prefix_tree import PrefixTree, truncated_joint
-from cpmtp.study.plan import StudyCell, StudySettings, StudyUnit, open_language_model, study_cells
+from cpmtp.study.plan import StudyCell, StudyUnit, open_language_model, study_cells
+from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import FIRST_TOKENS, RULES, SCHEMA_VERSION
 
 

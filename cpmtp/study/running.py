@@ -18,9 +18,11 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from cpmtp.study.folder import StudyFolder
-from cpmtp.study.plan import StudySettings, StudyUnit, plan_study
+from cpmtp.study.older import completed
+from cpmtp.study.plan import StudyUnit, plan_study
 from cpmtp.study.rows import domain_bits_per_byte, one_thread
-from cpmtp.study.table import joined, packed, rows_to_table
+from cpmtp.study.settings import StudySettings
+from cpmtp.study.table import joined, packed, rows_to_table, with_best
 from cpmtp.study.workers import unit_results
 
 
@@ -38,7 +40,8 @@ def run_study(
     context's rows are written to a Parquet part of their own as soon as they are there; started
     again with the same settings and folder, finished contexts are not computed again and damaged
     parts are set aside. What fails is a row with ``status`` and ``message``; a context whose worker
-    vanished for good is tried again by the next run.
+    vanished for good is tried again by the next run. The column `best` marks the best method's rows
+    (`best_fits` takes them): a mean over all methods is nothing that any of them reaches.
 
     Parameters
     ----------
@@ -66,15 +69,17 @@ def run_study(
     with one_thread():
         units, identity = plan_study(settings)
     with StudyFolder.opened(Path(out), settings, identity) as folder:
-        table = _with_domain_bits(
-            joined(_computed(folder, units, executor, workers, progress), settings)
-        )
+        parts = _computed(folder, units, executor, workers, progress)
+        table = with_best(_with_domain_bits(joined(parts, settings)))
         folder.write_table(table)
     return _frame(table)
 
 
 def read_study(folder: str | Path) -> tuple[pd.DataFrame, dict]:
     """A finished study's table and manifest.
+
+    A table of an earlier version gets the columns of this one: `best` is computed, what that
+    version could not do yet (anchored drafts, truncated joints) is filled in.
 
     Raises
     ------
@@ -87,9 +92,8 @@ def read_study(folder: str | Path) -> tuple[pd.DataFrame, dict]:
             f"{str(folder)!r} holds no finished study: run `cpmtp study --out {folder}` first"
         )
     try:
-        return _frame(pq.read_table(folder / "table.parquet")), json.loads(
-            (folder / "manifest.json").read_text("utf-8")
-        )
+        table = completed(_frame(pq.read_table(folder / "table.parquet")))
+        return table, json.loads((folder / "manifest.json").read_text("utf-8"))
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(
             f"{str(folder)!r} holds a damaged study ({error}): run `cpmtp study --out {folder}` "

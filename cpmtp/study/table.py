@@ -12,12 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cpmtp.study.plan import StudySettings
+from cpmtp.study.settings import StudySettings
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 RULES = ("token", "block", "coupling")
 FIRST_TOKENS = ("target", "draft")
 TIMING_COLUMNS = ("joint_seconds", "fit_seconds")
@@ -33,6 +34,10 @@ KEY_COLUMNS = (
     "method",
     "anchored",
 )
+
+# Of methods that share all of these, one is the best.
+_BEST_OF = tuple(name for name in KEY_COLUMNS if name != "method")
+_OUTCOME = "tokens_per_call_block_target"
 
 _FIXED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "schema_version": (pa.int64(), "version of this list of columns"),
@@ -66,6 +71,11 @@ _FIXED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "restarts": (pa.int64(), "random starts; the best is kept"),
     "status": (pa.string(), "ok, not_converged or failed"),
     "message": (pa.string(), "why it is not ok"),
+    "best": (
+        pa.bool_(),
+        "whether this method gives the most tokens per call (block rule, first token from the "
+        "target) of its context, temperature, horizon, rank and kind of draft; one row of each",
+    ),
     "converged": (pa.float64(), "1 if the fit met its tolerance, else 0"),
     "iterations": (pa.float64(), "passes over the joint"),
     "parameters": (pa.float64(), "free parameters of the draft"),
@@ -188,6 +198,24 @@ def rows_to_table(rows: Sequence[dict], settings: StudySettings) -> pa.Table:
             missing = _MISSING[field.type]
             arrays.append(pa.array([row.get(field.name, missing) for row in rows], field.type))
     return pa.Table.from_arrays(arrays, schema=schema)
+
+
+def is_best(table: pd.DataFrame) -> np.ndarray:
+    """The column `best` of a table, (rows,) bool; of methods that tie the first."""
+    found = np.zeros(len(table), dtype=bool)
+    usable = np.flatnonzero((table["status"] != "failed") & table[_OUTCOME].notna())
+    rows = table.iloc[usable].reset_index(drop=True)
+    groups = rows.groupby(list(_BEST_OF), sort=False, dropna=False, observed=True)
+    found[usable[groups[_OUTCOME].idxmax().to_numpy(dtype=int)]] = True
+    return found
+
+
+def with_best(table: pa.Table) -> pa.Table:
+    """The table with its column `best` filled in."""
+    columns = table.select([*_BEST_OF, "status", _OUTCOME])
+    best = is_best(columns.to_pandas(strings_to_categorical=True))
+    index = table.schema.get_field_index("best")
+    return table.set_column(index, table.schema.field(index), pa.array(best))
 
 
 def write_part(path: Path, table: pa.Table) -> None:

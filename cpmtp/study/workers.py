@@ -21,8 +21,9 @@ from concurrent.futures import (
 )
 from contextlib import contextmanager
 
-from cpmtp.study.plan import StudySettings, StudyUnit
+from cpmtp.study.plan import StudyUnit
 from cpmtp.study.rows import failed_rows, study_unit_rows
+from cpmtp.study.settings import StudySettings
 
 # One thread each; and memory that is freed stays with the process: fits take and drop tensors of a
 # joint's size all the time, and fetching fresh pages for each took half of the evaluation's time

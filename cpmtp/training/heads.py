@@ -37,7 +37,7 @@ class HeadTrainingSettings:
     Attributes
     ----------
     horizon, rank, anchored, width, blocks
-        The head, see `CPHead`.
+        The head, see `CPHead`; told the first token by default, as the drafts of a study are.
     objective : {"distillation", "likelihood", "acceptance"}
         See `head_loss`. ``acceptance`` has vanishing gradients far from the target: give
         `train_head` a head to start from.
@@ -60,7 +60,7 @@ class HeadTrainingSettings:
 
     horizon: int = 4
     rank: int = 8
-    anchored: bool = False
+    anchored: bool = True
     width: int | None = None
     blocks: int = 1
     objective: str = "distillation"

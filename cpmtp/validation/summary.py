@@ -15,9 +15,9 @@ import transformers
 from scipy.stats import kstest
 
 from cpmtp.latency import LatencyModel
+from cpmtp.report.blocks import Figure, Section, Table, Text
 from cpmtp.report.document import Report
 from cpmtp.report.plots import plot_forecast, plot_step_times
-from cpmtp.report.sections import Figure, Section, Table, Text
 from cpmtp.training.checkpoints import write_text
 from cpmtp.validation.stages import Workplace, fit_latency
 

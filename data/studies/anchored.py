@@ -13,7 +13,8 @@ import pandas as pd
 import torch
 
 import cpmtp
-from cpmtp.study.plan import StudySettings, open_language_model, plan_study
+from cpmtp.study.plan import open_language_model, plan_study
+from cpmtp.study.settings import StudySettings
 
 SETTINGS = StudySettings(
     horizons=(2, 3), ranks=(1, 2, 4, 8, 16, 32, 64), methods=("em",), contexts=64

@@ -24,7 +24,8 @@ import cpmtp
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.heads.evaluation import learned_scores, rank_ceilings
 from cpmtp.resampling import Clusters, intervals
-from cpmtp.study.plan import StudySettings, StudyUnit, open_language_model, plan_study
+from cpmtp.study.plan import StudyUnit, open_language_model, plan_study
+from cpmtp.study.settings import StudySettings
 
 SETTINGS = StudySettings(
     horizons=(2, 3), ranks=(1, 2, 4, 8, 16, 32, 64), methods=("em",), contexts=64

@@ -10,20 +10,21 @@ import time
 
 import pytest
 
-from cpmtp.study.plan import StudySettings
 from cpmtp.study.running import read_study, run_study
+from cpmtp.study.settings import StudySettings
 
 ROWS = """
 import json, random, resource, sys, time
 import cpmtp.study.workers
-from cpmtp.cli import _summarise
-from cpmtp.report.document import write_report
+from cpmtp.report.document import Report
 from cpmtp.study.running import read_study, run_study
-from cpmtp.study.plan import StudySettings, study_cells
+from cpmtp.study.plan import study_cells
+from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import FIRST_TOKENS, RULES
 from cpmtp.study.rows import _row
 
-settings = StudySettings(models=("tiny_models:bigram",), contexts=2800, context_length=64)
+settings = StudySettings(models=("tiny_models:bigram",), contexts=2800, context_length=64,
+    horizons=(2, 3), ranks=(1, 2, 4, 8, 16, 32), methods=("als", "em", "gradient"))
 imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 in_fits = 0.0
@@ -57,8 +58,9 @@ written = time.perf_counter()
 run_study(settings, sys.argv[1], workers=1)
 resumed = time.perf_counter()
 table, manifest = read_study(sys.argv[1])
-_summarise(table, manifest)
-write_report(table, manifest, sys.argv[1] + "/report.html")
+written = Report.of(table, manifest)
+print(written.summary)
+written.write_html(sys.argv[1] + "/report.html")
 done = time.perf_counter()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 figures = {"rows": len(table), "write": written - begun - in_fits}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from cpmtp.decoding.drift import drift_warning, expected_interval
+from cpmtp.decoding.drift import drift_report, drift_warning, expected_interval
 from cpmtp.decoding.stats import GenerationStats
 
 
@@ -23,6 +23,44 @@ def test_a_measurement_is_given_its_own_uncertainty():
     assert drift_warning(stats(5, 5), 1.7, 1.8) is None
     assert "below the forecast" in drift_warning(stats(500, 500), 1.7, 1.8)
     assert "above the forecast" in drift_warning(stats(500, 500), 1.1, 1.2)
+
+
+def test_the_report_says_which_of_the_two_it_is():
+    assert drift_report(stats(100, 100), 1.4, 1.6) == (
+        "tokens per call within the forecast of 1.400 to 1.600"
+    )
+    assert drift_report(stats(500, 500), 1.7, 1.8).startswith("drift: tokens per call 1.500")
+    assert "nothing to compare" in drift_report(stats(0, 0), 1.7, 1.8)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "named"),
+    [
+        ({"temperature": 0.7}, "temperature 0.7"),
+        ({"top_k": 5}, "top_k 5"),
+        ({"top_p": 0.9}, "top_p"),
+    ],
+)
+def test_a_forecast_that_does_not_say_holds_for_temperature_one_only(tmp_path, sampling, named):
+    path = tmp_path / "table.parquet"
+    pd.DataFrame([dict(rank=8, forecast_low=1.0, forecast_high=2.0)]).to_parquet(path)
+    plain = {"temperature": 1.0, "top_k": None, "top_p": 1.0}
+    assert expected_interval(path, rank=8, **plain) == (1.0, 2.0)
+    with pytest.raises(ValueError, match=named):
+        expected_interval(path, rank=8, **plain | sampling)
+
+
+def test_a_forecast_without_truncation_is_the_row_without_a_number(tmp_path):
+    path = tmp_path / "table.csv"
+    rows = [
+        dict(top_k=k, temperature=1.0, forecast_low=low, forecast_high=2.0)
+        for k, low in ((None, 1.0), (20, 1.5))
+    ]
+    pd.DataFrame(rows).to_csv(path, index=False)
+    assert expected_interval(path, temperature=1.0, top_k=None) == (1.0, 2.0)
+    assert expected_interval(path, temperature=1.0, top_k=20) == (1.5, 2.0)
+    with pytest.raises(ValueError, match="has 0 rows"):
+        expected_interval(path, temperature=0.5, top_k=20)
 
 
 def test_nothing_measured_is_no_drift():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from samples import study_table
+from samples import study_table, with_trees
 from scipy import stats
 
 from cpmtp.latency import LatencyModel
@@ -25,7 +25,8 @@ def test_a_choice_at_the_edge_of_the_grid_says_at_least():
     choice = select_rank(study_table(lambda r: 1.0 / r))
     assert choice.rank == {3: 8}
     assert choice.at_grid_edge == {3: True}
-    assert "at least 8" in choice.sentence(3)
+    assert choice.sentence(3).startswith("horizon 3: ceiling saturates at rank at least 8, ")
+    assert "recommend" not in choice.sentence(3)
 
 
 def test_ranks_are_compared_paired_so_that_noise_common_to_a_context_does_not_matter():
@@ -226,3 +227,47 @@ def test_a_single_document_is_resampled_by_its_contexts_and_told():
 def test_a_single_context_has_no_interval():
     row = select_rank(study_table(lambda r: 0.4 / r, contexts=1, documents=1)).table.iloc[0]
     assert np.isnan(row.tokens_per_call_low)
+    assert "nan" not in choice_of_one_context().sentence(3)
+
+
+def choice_of_one_context():
+    return select_rank(study_table(lambda r: 0.4 / r, contexts=1, documents=1))
+
+
+def test_each_criterion_says_what_it_found():
+    table = study_table(lambda r: {1: 0.5, 2: 0.2, 4: 0.01, 8: 0.0}[r])
+    said = {name: c.sentence(3) for name, c in compare_criteria(table, latency=LATENCY).items()}
+    assert said["tolerance"].startswith("horizon 3: ceiling saturates at rank 4, 2.9")
+    assert said["throughput"].startswith("horizon 3: fastest at rank 2, 2.8")
+    assert said["marginal_gain"].startswith("horizon 3: rank 4 by marginal_gain, 2.9")
+
+
+def test_where_joints_are_truncated_the_choice_has_both_bounds_and_an_interval_of_both():
+    table = study_table(lambda r: 0.4 / r)
+    exact = select_rank(table).table
+    found = select_rank(with_trees(table, width=0.08, kept_mass=0.97)).table
+    assert found["truncated"].all() and not exact["truncated"].any()
+    pd.testing.assert_series_equal(found["tokens_per_call"], exact["tokens_per_call"])
+    np.testing.assert_allclose(found["tokens_per_call_upper"], exact["tokens_per_call"] + 0.08)
+    np.testing.assert_allclose(found["tokens_per_call_low"], exact["tokens_per_call_low"])
+    np.testing.assert_allclose(found["tokens_per_call_high"], exact["tokens_per_call_high"] + 0.08)
+    np.testing.assert_allclose(found["kept_mass"], 0.96)
+    np.testing.assert_allclose(found["kept_mass_lowest"], 0.95)
+    assert (exact["tokens_per_call_upper"] == exact["tokens_per_call"]).all()
+
+
+def test_a_table_of_complete_and_truncated_joints_is_right_per_horizon():
+    table = with_trees(
+        pd.concat([study_table(lambda r: 0.4 / r, horizon=n) for n in (2, 3)]), horizons=(3,)
+    )
+    choice = select_rank(table)
+    assert choice.table.groupby("horizon")["truncated"].first().to_dict() == {2: False, 3: True}
+    assert "truncated" not in choice.sentence(2)
+    bounds = choice.row(3)
+    assert (
+        f"between {bounds.tokens_per_call:.2f} and {bounds.tokens_per_call_upper:.2f} tokens per "
+        "call (truncated joints; 95 % interval" in choice.sentence(3)
+    )
+    fast = select_rank(table, "throughput", latency=LATENCY).table.set_index("horizon")
+    assert (fast.loc[2, "speedup_upper"] == fast.loc[2, "speedup"]).all()
+    assert (fast.loc[3, "speedup_upper"] > fast.loc[3, "speedup"]).all()

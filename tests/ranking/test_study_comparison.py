@@ -11,8 +11,8 @@ from chances import assert_share
 from scipy import stats
 
 from cpmtp.ranking.comparison import compare_studies
-from cpmtp.study.plan import StudySettings
 from cpmtp.study.running import run_study
+from cpmtp.study.settings import StudySettings
 
 
 def table(values, *, model="m", domain="d", text="t") -> pd.DataFrame:
@@ -126,3 +126,37 @@ def test_two_real_studies_are_compared_from_the_command_line(tmp_path, monkeypat
         not stopped.value.code and "3 shared contexts, paired" in shown and "95 % interval" in shown
     )
     assert len(pd.read_csv(tmp_path / "c.csv")) == 2
+
+
+def test_two_kinds_of_draft_and_two_temperatures_are_named_in_words():
+    plain, told = table(VALUES), table(VALUES + 0.1).assign(anchored=True)
+    found = compare_studies(plain, told)
+    assert found["compared"].iloc[0] == "unanchored drafts against anchored drafts, m, d"
+    cooler = compare_studies(plain, plain.assign(temperature=0.5))
+    assert cooler["compared"].iloc[0] == "temperature 1.0 against temperature 0.5, m, d"
+
+
+def test_lower_bounds_are_told_from_exact_figures():
+    exact = table(VALUES)
+    assert not compare_studies(exact, exact)["truncated"].any()
+    assert compare_studies(exact.assign(joint="dense"), exact.assign(joint="tree"))[
+        "truncated"
+    ].all()
+
+
+def test_a_fresh_study_is_compared_with_a_stored_one_of_an_earlier_version(
+    root, tmp_path, monkeypatch, capsys
+):
+    from cpmtp.cli import main
+
+    stored = root / "data" / "studies" / "reference"
+    fresh = replace(
+        StudySettings(models=("code",), horizons=(3,), ranks=(1,), methods=("em",)), contexts=2
+    )
+    run_study(fresh, tmp_path / "fresh", workers=1)
+    monkeypatch.setattr("sys.argv", ["cpmtp", "compare", str(tmp_path / "fresh"), str(stored)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    shown, err = capsys.readouterr()
+    assert not stopped.value.code, err
+    assert "code" in shown and "horizon 3" in shown and "rank    1" in shown

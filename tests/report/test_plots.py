@@ -11,7 +11,7 @@ import pytest
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
-from cpmtp.report import plots
+from cpmtp.report import plots, theme
 
 # Machado, Oliveira and Fernandes 2009, full severity, on linear RGB.
 BLINDNESS = {
@@ -52,8 +52,8 @@ def contrast(one: str, other: str) -> float:
 
 
 PALETTES = [
-    ((*plots.COLOURS, plots.INK), "#ffffff"),
-    ((*plots.DARK_COLOURS, plots.DARK_INK), "#14171b"),
+    ((*theme.COLOURS, theme.INK), "#ffffff"),
+    ((*theme.DARK_COLOURS, theme.DARK_INK), "#14171b"),
 ]
 
 
@@ -417,8 +417,8 @@ def test_step_times_are_stacked_in_milliseconds():
 
 
 def test_a_figure_in_a_page_has_no_colour_of_its_own():
-    svg = plots.figure_svg(lambda ax: ax.plot([1, 2], color=plots.COLOURS[0]), "a $title$ <b>")
-    themed = plots.themed_svg(svg)
+    svg = plots.figure_svg(lambda ax: ax.plot([1, 2], color=theme.COLOURS[0]), "a $title$ <b>")
+    themed = theme.themed_svg(svg)
     assert "background" in svg and "background" not in themed
     assert themed.count("var(--series-0") >= 1
     assert "a $title$ &lt;b&gt;" in themed

@@ -65,14 +65,15 @@ def markdown(tmp_path_factory):
 def test_the_first_lines_answer_the_question(page):
     first_screen = page[: page.index("How to read this")]
     for said in (
-        "Fastest: horizon 3 with rank",
+        "Recommended: horizon 3 with rank",
+        "assuming a trained head reaches 80 % of its ceiling",
         "times the speed",
         "per million tokens",
         "How sure",
         "would change the answer",
     ):
         assert said in first_screen, said
-    assert "rank at least 8" in first_screen
+    assert "ceiling saturates at rank at least 8" in first_screen
     assert "95 % interval" in first_screen
 
 
@@ -163,7 +164,7 @@ def test_the_pilot_plan_says_what_to_measure_when_to_stop_and_what_cannot_change
         "Break-even",
     ):
         assert said in plan, said
-    assert "law of the output" in plan
+    assert "distribution of the output" in plan
 
 
 def test_a_measured_latency_beside_the_table_is_used(tmp_path):

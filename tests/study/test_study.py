@@ -16,10 +16,12 @@ import pytest
 import torch
 from rounding import kl_rounding, rounding
 
+from cpmtp.ranking.parts import best_fits
 from cpmtp.report.document import write_report
-from cpmtp.study.plan import StudySettings, estimate_study, plan_study
+from cpmtp.study.plan import estimate_study, plan_study
 from cpmtp.study.running import read_study, run_study
-from cpmtp.study.table import KEY_COLUMNS, TIMING_COLUMNS, table_columns
+from cpmtp.study.settings import StudySettings
+from cpmtp.study.table import KEY_COLUMNS, SCHEMA_VERSION, TIMING_COLUMNS, table_columns
 
 TINY = StudySettings(
     models=("tiny_models:bigram",),
@@ -45,6 +47,46 @@ def test_there_is_one_row_per_cell(table):
     assert not table.duplicated(list(KEY_COLUMNS)).any()
     assert list(table.columns) == table_columns(TINY)
     assert (table["status"] != "failed").all()
+
+
+def test_the_best_method_of_every_cell_is_marked(table, tmp_path):
+    cells = table.groupby(["context", "horizon", "rank"])
+    assert (cells["best"].sum() == 1).all()
+    marked = table[table["best"]].set_index(["context", "horizon", "rank"])
+    column = "tokens_per_call_block_target"
+    pd.testing.assert_series_equal(marked[column].sort_index(), cells[column].max())
+    pd.testing.assert_frame_equal(table[table["best"]], best_fits(table))
+    again = run_study(TINY, tmp_path, workers=1)  # from the stored parts as from the first run
+    pd.testing.assert_series_equal(run_study(TINY, tmp_path, workers=1)["best"], again["best"])
+
+
+def test_a_failed_fit_is_never_the_best(tmp_path, monkeypatch):
+    import cpmtp.study.rows
+
+    def fails(joint, rank, method, **_):
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(cpmtp.study.rows, "fit", fails)
+    assert not run_study(replace(TINY, contexts=1), tmp_path, workers=1)["best"].any()
+
+
+@pytest.mark.parametrize("name", ["reference", "methods"])
+def test_a_table_of_an_earlier_version_is_read_with_this_versions_columns(root, name):
+    stored, manifest = read_study(root / "data" / "studies" / name)
+    assert stored["schema_version"].unique() == [1] and manifest["schema_version"] == 1
+    assert list(stored.columns) == table_columns(replace(TINY, horizons=(2, 3)))
+    pd.testing.assert_frame_equal(stored[stored["best"]], best_fits(stored))
+    assert not stored["anchored"].any() and set(stored["joint"]) == {"dense"}
+    for column in ("tokens_per_call_block_target", "tokens_per_call_coupling_draft"):
+        upper = stored[column.replace("call_", "call_upper_")]
+        pd.testing.assert_series_equal(upper, stored[column], check_names=False)
+
+
+def test_a_table_without_the_mark_gets_it_when_it_is_read(table, tmp_path):
+    found = run_study(TINY, tmp_path, workers=1)
+    found.drop(columns="best").to_parquet(tmp_path / "table.parquet")
+    pd.testing.assert_frame_equal(read_study(tmp_path)[0], found)
+    assert found["schema_version"].unique() == [SCHEMA_VERSION]
 
 
 def test_numbers_in_the_table_keep_their_laws(table):

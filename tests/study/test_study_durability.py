@@ -20,8 +20,9 @@ import psutil
 import pytest
 
 from cpmtp.study.folder import StudyFolder
-from cpmtp.study.plan import StudySettings, plan_study
+from cpmtp.study.plan import plan_study
 from cpmtp.study.running import read_study, run_study
+from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import KEY_COLUMNS, TIMING_COLUMNS
 
 TINY = StudySettings(

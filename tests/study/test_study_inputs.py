@@ -14,9 +14,11 @@ from rounding import rounding
 from unchecked import unchecked
 
 from cpmtp.cli import main
-from cpmtp.study.plan import StudySettings, study_cells
+from cpmtp.study.plan import study_cells
 from cpmtp.study.running import read_study, run_study
+from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import column_descriptions
+from cpmtp.training.heads import HeadTrainingSettings
 
 SMALL = {
     "models": ("tiny_models:bigram",),
@@ -74,6 +76,7 @@ BAD_SETTINGS = [
     ({"anchored": ()}, "anchored is empty"),
     ({"anchored": ("yes",)}, "anchored"),
     ({"anchored": (True,), "horizons": (2,)}, "horizon of at least 3"),
+    ({"anchored": (True,), "horizons": (2, 3)}, "horizon of at least 3"),
     ({"tree_mass": 1.0}, "tree_mass 1.0"),
     ({"tree_mass": 0}, "tree_mass 0"),
     ({"tree_nodes": 0}, "tree_nodes 0"),
@@ -93,6 +96,23 @@ def test_bad_settings_are_a_value_error_of_one_line(change, said):
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("horizons", "anchored"),
+    [((3,), (True,)), ((4, 3), (True,)), ((2,), (False,)), ((2, 3), (False,))],
+)
+def test_drafts_are_told_the_first_token_unless_a_horizon_leaves_nothing_after_it(
+    horizons, anchored
+):
+    assert StudySettings(horizons=horizons).anchored == anchored
+
+
+def test_a_study_and_a_head_are_alike_by_default():
+    chosen = StudySettings()
+    assert chosen.anchored == (HeadTrainingSettings().anchored,) == (True,)
+    assert {cell.anchored for cell in study_cells(chosen)} == {True}
+    assert set(chosen.horizons) == {cell.horizon for cell in study_cells(chosen)}
+
+
 BAD_STUDIES = [
     ({"models": ("tiny_models:broken",)}, "NaN"),
     ({"models": ("tiny_models:not_a_model",)}, "expected vocab_size and next_token_log_probs"),
@@ -103,6 +123,10 @@ BAD_STUDIES = [
     ({"models": ("no/such-model",)}, "unknown model 'no/such-model'"),
     ({"models": ("tiny_models:wide",), "horizons": (4,), "methods": ("als",)}, "only em fits"),
     ({"max_bytes": 8, "methods": ("gradient",)}, "only em fits"),
+    (
+        {"models": ("tiny_models:wide",), "horizons": (3,), "ranks": (2000,), "anchored": (True,)},
+        "--anchored no",
+    ),
     ({"corpus": ("nowhere/*.txt",)}, "no such file"),
     ({"domains": {"law": "nowhere"}}, "no such file"),
     ({"corpus": (__file__,)}, "encode_document"),

@@ -1,0 +1,92 @@
+"""What a finished study says on one screen of a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+
+from cpmtp.ranking.parts import table_parts
+from cpmtp.report.answer import does_not_pay, earned
+from cpmtp.report.subject import Subject
+
+
+def console_summary(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) -> str:
+    """The recommendation of every subject, then where its ceilings saturate.
+
+    Parameters
+    ----------
+    subjects : sequence of Subject
+        Of `subjects_of`.
+    table, manifest
+        Of `read_study`.
+    """
+    lines = [line for subject in subjects for line in _lines(subject)]
+    return "\n".join([*_corpora(manifest), *_hopeless(table), *lines, *_footnotes(subjects)])
+
+
+def _corpora(manifest: dict) -> Iterator[str]:
+    for name, corpus in manifest.get("corpora", {}).items():
+        replaced = corpus["replaced_bytes"]
+        note = f", {replaced:,} bytes that were not UTF-8 replaced" if replaced else ""
+        yield f"domain {name}: {corpus['documents']:,} documents{note}"
+
+
+def _hopeless(table: pd.DataFrame) -> Iterator[str]:
+    for (model, domain), part in table_parts(table):
+        if (part["status"] == "failed").all():
+            yield f"{model} · contexts from {domain}: every fit failed"
+
+
+def _footnotes(subjects: Sequence[Subject]) -> Iterator[str]:
+    """What the recommendations rest on, each said once."""
+    yield from dict.fromkeys(f"forecast  {subject.forecast.words}" for subject in subjects)
+    yield from dict.fromkeys(f"calls     {subject.economics.source}" for subject in subjects)
+
+
+def _lines(subject: Subject) -> Iterator[str]:
+    yield f"{subject.title} ({', '.join(_facts(subject))})"
+    many = subject.recommended.contexts > 1
+    sure = f", the fastest in {subject.row.fastest_frequency:.0%} of resamples" if many else ""
+    yield f"  recommended: {subject.headline}{sure}"
+    yield f"    forecast: {earned(subject)}"
+    if does_not_pay(subject):
+        yield f"    {does_not_pay(subject)}"
+    if ":" not in str(subject.table["model"].iloc[0]):  # a factory's model has no hidden states
+        yield f"    train it: {_training_command(subject)}"
+    for sentence in subject.truncation_sentences():
+        yield f"  {sentence}"
+    for horizon in subject.saturation.rank:
+        yield f"  {subject.saturation.sentence(horizon)}"
+        cells = subject.saturation.table
+        yield f"    {'  '.join(map(_cell, _rows(cells[cells['horizon'] == horizon])))}"
+    if subject.recommended.caution:
+        yield f"  {subject.recommended.caution}"
+
+
+def _facts(subject: Subject) -> Iterator[str]:
+    yield f"{subject.recommended.contexts} contexts"
+    bits = subject.table.get("domain_bits_per_byte")
+    if bits is not None and pd.notna(bits.iloc[0]):
+        yield f"{bits.iloc[0]:.2f} bits per byte"
+    if subject.anchored is not None:
+        yield f"drafts {'' if subject.anchored else 'not '}told the first token"
+
+
+def _training_command(subject: Subject) -> str:
+    horizon, rank = subject.best
+    kind = {True: " --anchored", False: " --no-anchored", None: ""}[subject.anchored]
+    model = subject.table["model"].iloc[0]
+    return f"cpmtp train-head --model {model} --horizon {horizon} --rank {rank}{kind}"
+
+
+def _rows(cells: pd.DataFrame) -> Iterator[pd.Series]:
+    for _, row in cells.iterrows():
+        yield row
+
+
+def _cell(row: pd.Series) -> str:
+    upper = f" to {row.tokens_per_call_upper:.2f}" if row.truncated else ""
+    ends = f" [{row.tokens_per_call_low:.2f}, {row.tokens_per_call_high:.2f}]"
+    known = pd.notna(row.tokens_per_call_low)
+    return f"r={row['rank']:.0f}: {row.tokens_per_call:.2f}{upper}{ends if known else ''}"

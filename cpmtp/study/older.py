@@ -1,0 +1,45 @@
+"""Tables that an earlier version wrote, brought to the columns of this one when they are read."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from cpmtp.study.table import column_descriptions, is_best
+
+# What every study of the version that had no such column did, or did not know.
+_IMPLIED = {
+    "context_bytes": 0,
+    "context_nats": math.nan,
+    "domain_bits_per_byte": math.nan,
+    "temperature": 1.0,
+    "anchored": False,
+    "joint": "dense",
+    "kept_mass": 1.0,
+}
+_UPPER, _SURVIVAL = "tokens_per_call_upper_", "survival_block_target_"
+
+
+def completed(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with this version's columns in their order; one that has them stays as it is.
+
+    Earlier studies knew dense joints and unanchored drafts only, and did not mark the best method.
+    `schema_version` still says which version wrote the rows.
+    """
+    horizons = [int(name.removeprefix(_SURVIVAL)) for name in table if name.startswith(_SURVIVAL)]
+    columns = list(column_descriptions(max(horizons, default=1)))
+    missing = [name for name in columns if name not in table]
+    if not missing:
+        return table
+    added = {name: value for name, value in _IMPLIED.items() if name in missing}
+    for name in missing:
+        exact = name.replace(_UPPER, "tokens_per_call_", 1)
+        if name.startswith(_UPPER) and exact in table:
+            added[name] = table[exact]
+    # One frame from all columns: adding them one by one would take the table apart.
+    table = pd.concat([table, pd.DataFrame(added, index=table.index)], axis=1)
+    if "best" in missing:
+        table = table.assign(best=is_best(table))
+    others = [name for name in table if name not in columns]
+    return table[[*(name for name in columns if name in table), *others]]
