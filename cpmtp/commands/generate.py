@@ -43,6 +43,9 @@ def generate(
             help="Table with forecast_low and forecast_high: say whether decoding keeps to it."
         ),
     ] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Hold what was drawn from against full forward passes.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
 ) -> None:
@@ -76,6 +79,7 @@ def generate(
         **sampling,
         seed=seed,
         monitor=monitor,
+        audit=audit,
     )
     print(lm.decode(out.sequences[0]))
     stats = out.stats
@@ -86,5 +90,11 @@ def generate(
         f"{1e3 * stats.latency(0.95):.1f} ms p95",
         file=sys.stderr,
     )
+    if (found := stats.audit_findings) is not None:
+        print(
+            f"audit              {found.largest:.1e} largest total variation to full passes over "
+            f"{found.positions} tokens (rounding alone: {found.rounding:.1e}); {stats.way}",
+            file=sys.stderr,
+        )
     if expected:
         print(drift_report(stats, *expected), file=sys.stderr)

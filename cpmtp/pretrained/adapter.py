@@ -30,8 +30,13 @@ from cpmtp.tree_attention import lay_out_tree
 
 _LOGITS_AT_ONCE = 1 << 24  # entries of one pass's logits
 # What architectures call the number of their positions.
-_WINDOWS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-_WINDOWS += ("max_target_positions",)
+_WINDOWS = [
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_target_positions",
+]
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
