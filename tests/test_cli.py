@@ -142,7 +142,11 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(monkeypatch, capsy
     status, out, _ = run(monkeypatch, capsys, "study", *SMALL, "--dry-run", "--out", tmp_path / "s")
     assert status == 0
     assert re.search(r"cells +10", out) and "memory" in out and "time" in out
-    assert not (tmp_path / "s").exists()
+    assert not (tmp_path / "s").exists() and "truncated" not in out
+    wide = ("study", "--model", "tiny_models:wide", "--horizons", "2,3", "--dry-run")
+    out = run(monkeypatch, capsys, *wide)[1]
+    assert "truncated       tiny_models:wide, horizon 3: tokens per call will be lower" in out
+    assert "horizon 2:" not in out
 
 
 def test_the_options_defaults_are_the_settings_own(monkeypatch, capsys):

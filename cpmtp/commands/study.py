@@ -131,6 +131,8 @@ def _show_plan(settings, workers: int | None) -> None:
     estimate = estimate_study(settings, workers)
     print(f"cells           {estimate.cells:,}")
     print(f"largest joint   {estimate.joint_bytes / 1e6:,.1f} MB")
+    for what in estimate.truncated:
+        print(f"truncated       {what}: tokens per call will be lower and upper bounds")
     print(
         f"memory          about {estimate.memory_bytes / 1e9:.1f} GB with {estimate.workers} "
         "worker(s)"

@@ -196,13 +196,14 @@ def open_language_model(name: str) -> LanguageModel:
 
 @dataclass(frozen=True)
 class StudyEstimate:
-    """What a study will take: rows, bytes, seconds."""
+    """What a study will take: rows, bytes, seconds; and which models' horizons are truncated."""
 
     cells: int
     workers: int
     joint_bytes: int
     memory_bytes: int
     seconds: float
+    truncated: tuple[str, ...] = ()
 
 
 # Read off a two-core machine: bytes of an idle worker, joints a worker holds while it fits one, and
@@ -219,6 +220,7 @@ def estimate_study(settings: StudySettings, workers: int | None = None) -> Study
     per_model = settings.contexts * max(len(settings.corpora), 1) * len(settings.temperatures)
     workers = min(workers or os.cpu_count() or 1, per_model * len(settings.models))
     cells, work, largest = 0, 0, 0
+    truncated: list[str] = []
     for name in settings.models:
         vocab = open_language_model(name).vocab_size
         trees = tree_horizons(vocab, settings)
@@ -226,6 +228,7 @@ def estimate_study(settings: StudySettings, workers: int | None = None) -> Study
             n: settings.tree_nodes * _CHILDREN_KEPT if n in trees else vocab**n
             for n in settings.horizons
         }
+        truncated += [f"{name}, horizon {n}" for n in trees]
         found = study_cells(settings, trees)
         cells += len(found) * per_model
         fits = sum(sizes[c.horizon] * c.rank * (_ANCHORED_WORK if c.anchored else 1) for c in found)
@@ -238,6 +241,7 @@ def estimate_study(settings: StudySettings, workers: int | None = None) -> Study
         memory_bytes=(workers + 1) * _IDLE_BYTES
         + workers * _JOINTS_HELD * largest * settings.restarts,
         seconds=work * _SECONDS_PER_ENTRY / workers,
+        truncated=tuple(truncated),
     )
 
 
