@@ -78,7 +78,7 @@ def memory_bound_latency(plain_step: float, layers: int) -> LatencyModel:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Throughput:
     """What a horizon and rank are predicted to buy.
 
     Attributes
@@ -95,7 +95,7 @@ class Forecast:
     break_even_tokens_per_call: float
 
 
-def predicted_speedup(profile: Any, latency: LatencyModel, *, rank: int) -> Forecast:
+def predicted_speedup(profile: Any, latency: LatencyModel, *, rank: int) -> Throughput:
     """Throughput of decoding with a draft of the given rank:
     ``speedup = tokens per call * t0 / t(n, r)``.
 
@@ -127,7 +127,7 @@ def predicted_speedup(profile: Any, latency: LatencyModel, *, rank: int) -> Fore
             "or of their mean"
         )
     seconds = latency.call_seconds(len(profile.survival), rank)
-    return Forecast(
+    return Throughput(
         tokens / seconds, tokens * latency.plain_step / seconds, seconds / latency.plain_step
     )
 
@@ -151,14 +151,14 @@ def cost_per_million_tokens(tokens_per_second: float, price_per_device_hour: flo
     return price_per_device_hour / 3600 / tokens_per_second * 1e6
 
 
-def tokens_until_paid(forecast: Forecast, *, training_device_hours: float) -> float:
+def tokens_until_paid(forecast: Throughput, *, training_device_hours: float) -> float:
     """Tokens to decode until the head's training has paid for itself; infinite where it never does.
 
     Decoding and training are priced alike, by device-hour, so that the price drops out.
 
     Examples
     --------
-    >>> tokens_until_paid(Forecast(200.0, 2.0, 1.1), training_device_hours=1.0)
+    >>> tokens_until_paid(Throughput(200.0, 2.0, 1.1), training_device_hours=1.0)
     720000.0
     """
     _require_positive(training_device_hours=training_device_hours)

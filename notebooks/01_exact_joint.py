@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 import cpmtp
-from cpmtp.report.plots import COLOURS, house_style
+from cpmtp import COLOURS, house_style
 
 lm = cpmtp.load_language_model("code")
 ids = lm.encode("def add(a, b):\n    return ")

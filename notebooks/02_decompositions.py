@@ -20,9 +20,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 import cpmtp
-from cpmtp.ranking.summary import method_summary
-from cpmtp.report.plots import house_style, plot_error_against_rank, plot_lines_over_rank
-from cpmtp.study.running import read_study
+from cpmtp import (
+    house_style,
+    method_summary,
+    plot_error_against_rank,
+    plot_lines_over_rank,
+    read_study,
+)
 
 STUDIES = Path(cpmtp.__file__).parents[1] / "data" / "studies"
 

@@ -21,11 +21,17 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 import cpmtp
-from cpmtp.latency import memory_bound_latency
-from cpmtp.ranking.selection import compare_criteria, needed_ranks, paired_gains
-from cpmtp.report.learned import LearnedShare
-from cpmtp.report.plots import house_style, plot_speedup, plot_tokens_per_call
-from cpmtp.study.running import read_study
+from cpmtp import (
+    LearnedShare,
+    compare_criteria,
+    house_style,
+    memory_bound_latency,
+    needed_ranks,
+    paired_gains,
+    plot_speedup,
+    plot_tokens_per_call,
+    read_study,
+)
 
 STUDIES = Path(cpmtp.__file__).parents[1] / "data" / "studies"
 

@@ -27,9 +27,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 import cpmtp
-from cpmtp.ranking.summary import objective_gap
-from cpmtp.report.plots import house_style, plot_losses_over_rank, plot_waterfall
-from cpmtp.study.running import read_study
+from cpmtp import house_style, objective_gap, plot_losses_over_rank, plot_waterfall, read_study
 
 STUDIES = Path(cpmtp.__file__).parents[1] / "data" / "studies"
 

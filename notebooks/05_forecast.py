@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 import cpmtp
-from cpmtp.report.plots import house_style, plot_forecast
+from cpmtp import house_style, plot_forecast
 
 STUDIES = Path(cpmtp.__file__).parents[1] / "data" / "studies"
 

@@ -123,3 +123,20 @@ def test_the_documentation_builds_without_a_warning_and_no_link_in_it_is_dead(ro
             assert aim.exists(), f"{file.name}: {target}"
             if parts.fragment and aim in found:
                 assert unquote(parts.fragment) in found[aim].names, f"{file.name}: {target}"
+
+
+def test_the_interface_page_is_made_from_the_list_of_public_names(root):
+    make = runpy.run_path(str(root / "docs" / "make_api.py"))["interface_page"]
+    listed = (root / "cpmtp" / "__init__.pyi").read_text("utf-8")
+    assert (root / "docs" / "api.md").read_text("utf-8") == make(listed)
+
+
+def test_readers_are_shown_public_names_only(root):
+    shown = [root / "README.md", *(root / "docs").glob("*.md"), *(root / "notebooks").glob("*.py")]
+    inside = [
+        f"{path.name}: {line}"
+        for path in shown
+        for line in path.read_text("utf-8").splitlines()
+        if re.search(r"(from|import) cpmtp\.", line)
+    ]
+    assert not inside

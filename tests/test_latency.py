@@ -9,8 +9,8 @@ import torch
 
 from cpmtp.acceptance.implied import AcceptanceProfile
 from cpmtp.latency import (
-    Forecast,
     LatencyModel,
+    Throughput,
     cost_per_million_tokens,
     predicted_speedup,
     tokens_until_paid,
@@ -45,11 +45,11 @@ def test_twice_the_speed_halves_the_cost():
 
 
 def test_training_is_paid_when_the_time_saved_is_the_time_spent():
-    forecast = Forecast(tokens_per_second=300.0, speedup=3.0, break_even_tokens_per_call=1.0)
+    forecast = Throughput(tokens_per_second=300.0, speedup=3.0, break_even_tokens_per_call=1.0)
     tokens = tokens_until_paid(forecast, training_device_hours=2)
     plain, fast = tokens / 100.0, tokens / 300.0
     assert plain - fast == pytest.approx(2 * 3600)
-    assert tokens_until_paid(Forecast(90.0, 0.9, 1.1), training_device_hours=2) == math.inf
+    assert tokens_until_paid(Throughput(90.0, 0.9, 1.1), training_device_hours=2) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_training_is_paid_when_the_time_saved_is_the_time_spent():
         (lambda: cost_per_million_tokens(0, 1), "tokens_per_second 0"),
         (lambda: cost_per_million_tokens(1, math.inf), "price_per_device_hour inf"),
         (
-            lambda: tokens_until_paid(Forecast(1.0, 2.0, 1.0), training_device_hours=-1),
+            lambda: tokens_until_paid(Throughput(1.0, 2.0, 1.0), training_device_hours=-1),
             "training_device_hours -1",
         ),
         (

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from cpmtp.latency import Forecast, LatencyModel, cost_per_million_tokens, tokens_until_paid
+from cpmtp.latency import LatencyModel, Throughput, cost_per_million_tokens, tokens_until_paid
 from cpmtp.ranking.parts import OUTCOME
 from cpmtp.ranking.scores import context_values, tokens_in_words
 from cpmtp.report.answer import does_not_pay
@@ -127,7 +127,7 @@ def plan_pilot(
     if not variation > 0:
         raise ValueError(f"variation {variation}: expected a coefficient of variation above 0")
     seconds = latency.call_seconds(horizon, rank)
-    expected = Forecast(
+    expected = Throughput(
         tokens_per_call[0] / seconds,
         tokens_per_call[0] * latency.plain_step / seconds,
         seconds / latency.plain_step,
