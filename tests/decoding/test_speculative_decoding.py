@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_drafts import random_draft
+from reference_acceptance import survival
 from scipy.stats import kstest
 
 from cpmtp.decoding import speculative as speculative_decoding
@@ -441,3 +442,26 @@ def test_the_monitor_gets_a_line_per_cycle(tmp_path):
     assert sum(line["accepted"][0] + 1 for line in lines) >= 19
     assert set(lines[0]["seconds"]) == {"target", "draft", "verification", "rest"}
     assert out.stats.latency(0.95) >= out.stats.latency(0.5) > 0
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_a_cycle_keeps_as_many_drafted_tokens_as_the_definition_says(rule):
+    lm, draft, rows = a_chain(), a_draft(), 4000
+    released: list[list[int]] = [[] for _ in range(rows)]
+    speculative_generate(
+        lm,
+        draft,
+        [torch.tensor([1])] * rows,
+        max_new_tokens=4,
+        rule=rule,
+        seed=5,
+        callback=lambda row, block: released[row].append(len(block)),
+    )
+    # The first block is the known token, the second what one cycle makes of it.
+    kept = torch.tensor([blocks[1] - 1.0 for blocks in released], dtype=torch.float64)
+    expected = 0.0
+    for known, mass in enumerate(lm.transition[1]):
+        target = exact_joint(lm, torch.tensor([known]), 2).probs
+        drafted = draft(torch.tensor([known])).to_tensor()
+        expected += float(mass * survival(target, drafted, rule).sum())
+    assert abs(float(kept.mean()) - expected) <= 4 * float(kept.std()) / rows**0.5
