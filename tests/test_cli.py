@@ -219,7 +219,7 @@ def test_a_scheduler_without_an_address_is_refused_at_once(monkeypatch, capsys, 
         monkeypatch, capsys, "study", *SMALL[:-2], "--dask", address, "--out", tmp_path / "s"
     )
     assert (status, shown) == (2, "") and len(err.splitlines()) == 1
-    assert f"--dask {address!r}: expected a scheduler's address such as tcp://" in err
+    assert f"--dask {address!r} is no scheduler's address: expected tcp://HOST:PORT" in err
     assert time.monotonic() - begun < 5 and not (tmp_path / "s").exists()
 
 

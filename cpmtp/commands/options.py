@@ -58,7 +58,8 @@ def executor_at(address: str | None, workers: int | None):
         return
     if not _ADDRESS.fullmatch(address):
         raise ValueError(
-            f"--dask {address!r}: expected a scheduler's address such as tcp://10.0.0.5:8786"
+            f"--dask {address!r} is no scheduler's address: expected tcp://HOST:PORT, such as "
+            "tcp://10.0.0.5:8786"
         )
     if workers is not None:
         raise ValueError(
