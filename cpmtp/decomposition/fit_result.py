@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cpmtp.decomposition.mixtures import Solved
 from cpmtp.drafts.cp_distribution import CPDistribution
 
 OK = "ok"
@@ -71,3 +73,68 @@ class FitResult:
     restart_match_scores: Float[Tensor, "*batch restarts"]
     trace: tuple
     method: str
+
+    @classmethod
+    def of(
+        cls,
+        solved: Solved,
+        method: str,
+        *,
+        batch_shape: tuple[int, ...],
+        first_tokens: int | None,
+        started: float,
+    ) -> FitResult:
+        """The answer for joints of these batch axes.
+
+        Parameters
+        ----------
+        solved : Solved
+            One item per joint.
+        first_tokens : int, optional
+            Of an anchored fit: how many laws its distribution holds for each joint.
+        started : float
+            `time.perf_counter` at the beginning.
+        """
+        best, batched = solved.best, len(batch_shape) > 0
+        lead = batch_shape if first_tokens is None else (*batch_shape, first_tokens)
+        columns = [
+            factor.mT.reshape(*lead, *factor.mT.shape[1:]).contiguous()  # (*lead, vocab, rank)
+            for factor in best.mixtures.factors.unbind(1)
+        ]
+        weights = best.mixtures.weights.reshape(*lead, -1)  # (*lead, rank)
+        verdicts = [
+            _verdict(failure, converged)
+            for failure, converged in zip(best.failures, best.converged.tolist(), strict=True)
+        ]
+        status, message = zip(*verdicts, strict=True)
+
+        def shaped(values: Tensor):
+            return values.reshape(batch_shape) if batched else values.item()  # (*batch,)
+
+        return cls(
+            CPDistribution(weights, columns),
+            objective=shaped(best.objective),
+            converged=shaped(best.converged),
+            iterations=shaped(best.iterations),
+            seconds=time.perf_counter() - started,
+            status=status if batched else status[0],
+            message=message if batched else message[0],
+            raw_relative_error=shaped(best.raw[:, 0]),
+            negative_mass=shaped(best.raw[:, 1]),
+            mass_deficit=shaped(best.raw[:, 2]),
+            restart_objectives=solved.objectives.reshape(*batch_shape, -1),  # (*batch, restarts)
+            restart_match_scores=solved.matches.reshape(*batch_shape, -1),  # (*batch, restarts)
+            trace=best.traces if batched else best.traces[0],
+            method=method,
+        )
+
+
+def _verdict(failure: str, converged: bool) -> tuple[str, str]:
+    """Status and message."""
+    if failure:
+        advice = "the product of the marginals is returned: lower the rank or use em"
+        return FAILED, f"{failure}; {advice}"
+    if not converged:
+        advice = "raise max_iterations for a closer fit"
+        return NOT_CONVERGED, f"stopped at the last iteration allowed: {advice}"
+    return OK, ""

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cpmtp.decomposition.expectation import Counts, Mixtures
+from cpmtp.decomposition.mixtures import Counts, Mixtures
 from cpmtp.prefix_tree import PrefixTree
 
 # The most probable prefixes that a fit looks at one by one; the mass of the others counts for the

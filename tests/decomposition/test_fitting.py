@@ -7,7 +7,7 @@ import torch
 
 from cpmtp.acceptance.implied import implied_acceptance
 from cpmtp.decomposition.fitting import fit
-from cpmtp.decomposition.solving import METHODS
+from cpmtp.decomposition.restarts import METHODS
 from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution
 
