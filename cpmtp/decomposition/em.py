@@ -56,17 +56,22 @@ class Targets:
 
     @classmethod
     def of(cls, joint: JointDistribution, runs_per_item: int = 1) -> Targets:
-        """Targets of a joint (batch axes flattened), each repeated for `runs_per_item` consecutive
-        runs.
-        """
+        """Targets of a joint (batch axes flattened), each for `runs_per_item` consecutive runs."""
         vocab, horizon = joint.vocab_size, joint.horizon
         head = horizon // 2
         shape = (-1, vocab**head, vocab ** (horizon - head))
         matrices = joint.probs.double().reshape(shape)  # (items, rows, columns)
-        owner = torch.arange(len(matrices), device=matrices.device).repeat_interleave(runs_per_item)
+        owner = torch.arange(len(matrices), device=matrices.device)  # (items,)
         negative_entropy = -JointDistribution(matrices.flatten(1), 1).entropy()  # (items,)
-        block = min(max(_block(matrices), matrices.shape[-1]), len(owner) * matrices[0].numel())
-        return cls(matrices, negative_entropy, owner, matrices.new_empty(2, block), horizon, vocab)
+        scratch = matrices.new_empty(2, 0)
+        once = cls(matrices, negative_entropy, owner, scratch, horizon, vocab)
+        return once.for_runs(owner.repeat_interleave(runs_per_item))
+
+    def for_runs(self, owner: Int[Tensor, " runs"]) -> Targets:
+        """The same joints for other runs."""
+        block = max(_block(self.matrices), self.matrices.shape[-1])
+        block = min(block, len(owner) * self.matrices[0].numel())
+        return replace(self, owner=owner, scratch=self.matrices.new_empty(2, block))
 
     def __getitem__(self, runs) -> Targets:
         return replace(self, owner=self.owner[runs])
@@ -81,6 +86,10 @@ class CountingTargets(Protocol):
 
     def expected_counts(self, mixtures: Mixtures) -> Counts:
         """Do the expectation step for every run."""
+        ...
+
+    def for_runs(self, owner: Int[Tensor, " runs"]) -> CountingTargets:
+        """The same joints for other runs: which of them each is fitted to."""
         ...
 
     def __getitem__(self, runs) -> CountingTargets: ...
@@ -158,11 +167,9 @@ class _Point:
         return _Point(self.mixtures[runs], self.counts[runs], self.step_limit[runs], self.rounds)
 
 
-def promising(
-    targets: Targets | CountingTargets, starts: Mixtures, trials: int
-) -> tuple[Int[Tensor, " chosen"], Mixtures]:
-    """Of every `trials` consecutive runs the one with the least divergence after twelve sweeps: its
-    number, and where it is.
+def promising(targets: Targets | CountingTargets, starts: Mixtures, trials: int) -> Mixtures:
+    """Of every `trials` consecutive runs where the one with the least divergence after twelve
+    sweeps is.
 
     Divergences after a few sweeps foretell those at the end well enough: the chosen run ends about
     where the best of all would have ended.
@@ -172,13 +179,13 @@ def promising(
     biernacki2003choosing
     """
     if trials == 1:
-        return torch.arange(len(starts), device=starts.weights.device), starts
+        return starts
     tried = starts
     for _ in range(_TRIAL_SWEEPS):
         tried = m_step(expected_counts(targets, tried, with_kl=False), tried)
     groups = expected_counts(targets, tried).kl.reshape(-1, trials)  # (chosen, trials)
     chosen = groups.argmin(1) + trials * torch.arange(len(groups), device=groups.device)
-    return chosen, tried[chosen]
+    return tried[chosen]
 
 
 def expected_counts(

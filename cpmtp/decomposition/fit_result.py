@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cpmtp.decomposition.mixtures import Solved
+from cpmtp.decomposition.mixtures import Mixtures, Runs, Solved
 from cpmtp.drafts.cp_distribution import CPDistribution
 
 OK = "ok"
@@ -91,7 +92,7 @@ class FitResult:
         solved : Solved
             One item per joint.
         first_tokens : int, optional
-            Of an anchored fit: how many laws its distribution holds for each joint.
+            Of an anchored fit: how many distributions its answer holds for each joint.
         started : float
             `time.perf_counter` at the beginning.
         """
@@ -127,6 +128,50 @@ class FitResult:
             trace=best.traces if batched else best.traces[0],
             method=method,
         )
+
+
+def pooled(
+    solved: Solved,
+    first: Float[Tensor, "joints vocab"],
+    noticed: Int[Tensor, " items"],
+    others: Mixtures,
+) -> Solved:
+    """One answer per joint from those of its noticed first tokens, weighted by their mass.
+
+    Parameters
+    ----------
+    first : (joints, vocab) tensor
+        Probability of every first token.
+    noticed : (items,) long tensor
+        Numbers of those that were fitted, over all joints.
+    others : Mixtures
+        What stands for the rest: a run for every first token of every joint.
+    """
+    best = solved.best
+
+    def spread(values: Tensor, fill: float) -> Tensor:
+        full = values.new_full((first.numel(), *values.shape[1:]), fill)
+        full[noticed] = values
+        return full.reshape(*first.shape, *values.shape[1:])  # (joints, vocab, …)
+
+    def averaged(values: Tensor) -> Tensor:
+        return (share.view(*share.shape, *(1,) * (values.ndim - 1)) * spread(values, 0.0)).sum(1)
+
+    mass = first / first.sum(1, keepdim=True)  # (joints, vocab)
+    share = mass * spread(torch.ones_like(mass.flatten()[noticed]), 0.0)  # (joints, vocab)
+    failures: list[list[str]] = [[] for _ in first]
+    for item, failure in zip(noticed.tolist(), best.failures, strict=True):
+        failures[item // first.shape[1]] += [failure] if failure else []
+    summary = Runs(
+        others.replaced(noticed, best.mixtures),
+        objective=averaged(best.objective),
+        converged=spread(best.converged, True).all(1),
+        iterations=spread(best.iterations, 0).amax(1),
+        failures=tuple(reasons[0] if reasons else "" for reasons in failures),
+        traces=((),) * len(first),
+        raw=averaged(best.raw),
+    )
+    return Solved(summary, averaged(solved.objectives), averaged(solved.matches))
 
 
 def _verdict(failure: str, converged: bool) -> tuple[str, str]:

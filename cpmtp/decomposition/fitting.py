@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cpmtp.decomposition.fit_result import FitResult
+from cpmtp.decomposition.fit_result import FitResult, pooled
 from cpmtp.decomposition.gradient import Goal
 from cpmtp.decomposition.mixtures import Mixtures, Runs, Solved
-from cpmtp.decomposition.restarts import METHODS, Plan, solve, solve_counting
+from cpmtp.decomposition.restarts import (
+    KL_METHODS,
+    METHODS,
+    Items,
+    Plan,
+    not_above,
+    solve,
+    solve_from,
+    solve_rank_one,
+)
 from cpmtp.decomposition.sparse_em import (
-    Cells,
     TreeTargets,
     cell_marginals,
     first_token_cells,
@@ -75,8 +84,8 @@ def fit(
     seed : int
         Restart k begins at the same point whatever the number of restarts and the batch.
     anchored : bool
-        Fit the law of the remaining n-1 tokens for every first token of noticeable mass (the
-        product of its marginals otherwise): n of at least 3.
+        Fit the remaining n-1 tokens for every first token of noticeable mass (the product of their
+        marginals otherwise): n of at least 3.
     max_iterations : int, optional
         Most passes over the joint (TensorLy methods: outer iterations).
     tolerance : float, optional
@@ -114,7 +123,99 @@ def fit(
     _check(joint, rank, plan, anchored)
     started = time.perf_counter()
     problem = _Problem.of(joint, anchored)
-    return problem.result(problem.solve(rank, plan), plan.method, started)
+    solved = solve(problem.items, rank, problem.plan(plan))
+    return problem.result(solved, method, started)
+
+
+def fit_path(
+    joint: JointDistribution | PrefixTree,
+    ranks: Sequence[int],
+    method: str = "em",
+    *,
+    restarts: int = 1,
+    seed: int = 0,
+    anchored: bool = False,
+    max_iterations: int | None = None,
+    tolerance: float | None = None,
+    rule: str = "block",
+    first_token: str = "target",
+    starts: Sequence[FitResult] | None = None,
+) -> tuple[FitResult, ...]:
+    """One fit per rank in increasing order; the objective never rises with the rank.
+
+    ``em`` and ``gradient`` begin every rank from the random starts that `fit` begins from, and
+    ``acceptance`` from the ``em`` fit of the same rank. Where that ends above the rank below, the
+    fit of the rank below with its heaviest components split is one more start; should this end
+    above it, too, that fit is kept, some of its components counted twice.
+
+    Parameters
+    ----------
+    joint, method, restarts, seed, anchored, max_iterations, tolerance, rule, first_token
+        As for `fit`; methods ``em``, ``gradient`` and ``acceptance`` only.
+    ranks : sequence of int
+        Sorted and without repetition in the answer.
+    starts : sequence of FitResult, optional
+        ``acceptance`` only: fits of the same joint at the same ranks to begin from, in increasing
+        order (default: a path of ``em``, whose time is counted).
+
+    Raises
+    ------
+    ValueError
+        As for `fit`, or if there are no ranks, the method cannot begin from a fit, or `starts`
+        are of other ranks.
+
+    Examples
+    --------
+    >>> from cpmtp.joint_distribution import exact_joint
+    >>> from cpmtp.language_model import separated_hmm
+    >>> joint = exact_joint(separated_hmm(3, 6), torch.tensor([], dtype=torch.long), 3)
+    >>> one, two, three = fit_path(joint, [1, 2, 3])
+    >>> one.objective > two.objective > three.objective
+    True
+    """
+    if method not in KL_METHODS:
+        raise ValueError(
+            f"method {method!r}: a path needs one that can start from a fit: "
+            f"{', '.join(KL_METHODS)}"
+        )
+    if not ranks:
+        raise ValueError("no ranks: expected at least one")
+    plan = _plan(
+        joint,
+        method,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        restarts=restarts,
+        seed=seed,
+    )
+    plan = replace(plan, goal=Goal(rule, first_token))
+    ranks = sorted(set(ranks))
+    _check(joint, ranks[0], plan, anchored)
+    _check(joint, ranks[-1], plan, anchored)
+    given = starts is not None
+    if method == "acceptance" and starts is None:
+        starts = fit_path(joint, ranks, restarts=restarts, seed=seed, anchored=anchored)
+    if starts is not None and [start.distribution.rank for start in starts] != ranks:
+        found = [start.distribution.rank for start in starts]
+        raise ValueError(f"starts of ranks {found}: expected {ranks}, one each")
+
+    problem, results = _Problem.of(joint, anchored), []
+    plan = problem.plan(plan)
+    below: Runs | None = None
+    for place, rank in enumerate(ranks):
+        started = time.perf_counter()
+        if starts is not None:
+            started -= 0.0 if given else starts[place].seconds
+            solved = solve_from(problem.items, problem.mixtures(starts[place]), plan)
+        elif rank == 1:
+            solved = solve_rank_one(problem.items)
+        else:
+            solved = solve(problem.items, rank, plan)
+        if below is not None:
+            solved = not_above(problem.items, solved, below, plan)
+        below = solved.best
+        results.append(problem.result(solved, method, started))
+    return tuple(results)
 
 
 def _plan(
@@ -148,116 +249,78 @@ def _plan(
 
 @dataclass(frozen=True)
 class _Problem:
-    """What is fitted: the joints themselves or, anchored, what follows each first token of
-    noticeable mass.
+    """What is fitted of the caller's joints: they themselves or, anchored, what follows each first
+    token of noticeable mass.
 
     Attributes
     ----------
-    items : JointDistribution or tuple of Cells
-        What is fitted, one item per run: dense ones along one batch axis.
-    marginals : (all items, horizon, vocab) tensor
-        Anchored: of what follows every first token.
+    items : Items
     first : (joints, vocab) tensor, optional
         Anchored only: probability of every first token.
+    marginals : (joints * vocab, horizon, vocab) tensor, optional
+        Anchored only: of what follows every first token.
     batch_shape : tuple of int
         Of the joints.
     """
 
-    items: JointDistribution | tuple[Cells, ...]
-    marginals: Float[Tensor, "all_items horizon vocab"]
-    first: Float[Tensor, "joints vocab"] | None
-    batch_shape: tuple[int, ...]
+    items: Items
+    batch_shape: tuple[int, ...] = ()
+    first: Float[Tensor, "joints vocab"] | None = None
+    marginals: Float[Tensor, "all_items horizon vocab"] | None = None
 
     @classmethod
     def of(cls, joint: JointDistribution | PrefixTree, anchored: bool) -> _Problem:
         """What there is to fit of a joint."""
-        return (
-            cls._of_tree(joint, anchored)
-            if isinstance(joint, PrefixTree)
-            else cls._of_dense(joint, anchored)
-        )
-
-    @classmethod
-    def _of_dense(cls, joint: JointDistribution, anchored: bool) -> _Problem:
+        if isinstance(joint, PrefixTree):
+            return cls._of_tree(joint, anchored)
+        batch_shape = tuple(joint.batch_shape)
         given = joint.given_first_token() if anchored else joint
         probs = given.probs.reshape(-1, *(joint.vocab_size,) * given.horizon)  # (items, vocab, …)
-        flat, first = JointDistribution(probs, given.horizon), None
-        marginals, batch_shape = stacked_marginals(flat), tuple(joint.batch_shape)
-        if anchored:
-            first = joint.prefix_probs(1).reshape(-1, joint.vocab_size)  # (joints, vocab)
-            flat = JointDistribution(probs[_noticed(first)], given.horizon)
-        return cls(flat, marginals, first, batch_shape)
+        flat = JointDistribution(probs, given.horizon)
+        if not anchored:
+            return cls(Items(flat), batch_shape)
+        first = joint.prefix_probs(1).reshape(-1, joint.vocab_size)  # (joints, vocab)
+        some = JointDistribution(probs[_noticed(first)], given.horizon)
+        return cls(Items(some), batch_shape, first, stacked_marginals(flat))
 
     @classmethod
     def _of_tree(cls, tree: PrefixTree, anchored: bool) -> _Problem:
         cells, vocab = tree_cells(tree), tree.vocab_size
-        marginals = cell_marginals(cells, vocab)  # (horizon, vocab)
         if not anchored:
-            return cls((cells,), marginals[None], None, ())
+            return cls(Items(TreeTargets.of((cells,), vocab)))
         first = torch.zeros(vocab + 1, dtype=torch.float64)
         first = first.index_add_(0, cells.tokens[:, 0], cells.weights)[None, :-1]  # (1, vocab)
-        items = tuple(first_token_cells(cells, token) for token in _noticed(first).tolist())
-        return cls(items, marginals[1:].expand(vocab, -1, -1), first, ())
+        given = tuple(first_token_cells(cells, token) for token in _noticed(first).tolist())
+        marginals = cell_marginals(cells, vocab)[1:].expand(vocab, -1, -1)
+        return cls(Items(TreeTargets.of(given, vocab)), (), first, marginals)
 
-    def solve(self, rank: int, plan: Plan, warm: Mixtures | None = None) -> Solved:
-        """Best runs of the fitted items."""
-        if not isinstance(self.items, JointDistribution):
-            items, vocab = self.items, self.marginals.shape[-1]
-            marginals = torch.stack([cell_marginals(item, vocab) for item in items])
-            return solve_counting(
-                lambda runs: TreeTargets.of(items, vocab, runs), marginals, rank, plan
-            )
-        if self.first is not None:
-            # What follows a known first token is all the draft's: its tokens per call are those of
-            # a drafted first token.
-            plan = replace(plan, goal=replace(plan.goal, first_token="draft"))
-        return solve(self.items, rank, plan, warm)
+    def plan(self, plan: Plan) -> Plan:
+        """For the items what `plan` is for the joints."""
+        if self.first is None:
+            return plan
+        # What follows a known first token is all the draft's: its tokens per call are those of a
+        # drafted first token.
+        return replace(plan, goal=replace(plan.goal, first_token="draft"))
+
+    def mixtures(self, found: FitResult) -> Mixtures:
+        """A fit's answers to the items."""
+        mixtures = Mixtures.of(found.distribution)
+        return mixtures if self.first is None else mixtures[_noticed(self.first)]
 
     def result(self, solved: Solved, method: str, started: float) -> FitResult:
         """The answer to the caller, one per joint."""
-        if self.first is None:
-            return FitResult.of(
-                solved, method, batch_shape=self.batch_shape, first_tokens=None, started=started
-            )
+        first_tokens = None
+        if self.first is not None and self.marginals is not None:
+            others = repeated_marginals(self.marginals, solved.best.mixtures.rank)
+            solved = pooled(solved, self.first, _noticed(self.first), others)
+            first_tokens = self.first.shape[1]
         return FitResult.of(
-            self._pooled(solved, self.first),
+            solved,
             method,
             batch_shape=self.batch_shape,
-            first_tokens=self.first.shape[1],
+            first_tokens=first_tokens,
             started=started,
         )
-
-    def _pooled(self, solved: Solved, first: Float[Tensor, "joints vocab"]) -> Solved:
-        """One answer per joint from those of its noticed first tokens, weighted by their mass."""
-        best, noticed = solved.best, _noticed(first)
-        rank = best.mixtures.rank
-
-        def spread(values: Tensor, fill: float) -> Tensor:
-            full = values.new_full((first.numel(), *values.shape[1:]), fill)
-            full[noticed] = values
-            return full.reshape(*first.shape, *values.shape[1:])  # (joints, vocab, …)
-
-        def averaged(values: Tensor) -> Tensor:
-            return (share.view(*share.shape, *(1,) * (values.ndim - 1)) * spread(values, 0.0)).sum(
-                1
-            )
-
-        mass = first / first.sum(1, keepdim=True)  # (joints, vocab)
-        share = mass * (first > NOTICEABLE_MASS)  # (joints, vocab)
-        others = repeated_marginals(self.marginals, rank)
-        failures: list[list[str]] = [[] for _ in first]
-        for item, failure in zip(noticed.tolist(), best.failures, strict=True):
-            failures[item // first.shape[1]] += [failure] if failure else []
-        summary = Runs(
-            others.replaced(noticed, best.mixtures),
-            objective=averaged(best.objective),
-            converged=spread(best.converged, True).all(1),
-            iterations=spread(best.iterations, 0).amax(1),
-            failures=tuple(reasons[0] if reasons else "" for reasons in failures),
-            traces=((),) * len(first),
-            raw=averaged(best.raw),
-        )
-        return Solved(summary, averaged(solved.objectives), averaged(solved.matches))
 
 
 def _noticed(first: Float[Tensor, "joints vocab"]) -> Int[Tensor, " items"]:

@@ -171,15 +171,12 @@ def descend(
         tracks = [traces[run] for run in alive.tolist()]
         for track, value, passes in zip(tracks, point.values.tolist(), spent, strict=True):
             track.extend([value] * passes)
-        gained_enough = [not _stopped(track, tolerance) for track in tracks]
-        converged[alive] = ~torch.tensor(gained_enough, device=alive.device)
-        going = torch.tensor(
-            [
-                more and len(track) <= max_passes
-                for more, track in zip(gained_enough, tracks, strict=True)
-            ],
-            device=alive.device,
-        )  # (alive,)
+        stopped = [_has_stopped(track, tolerance) for track in tracks]
+        converged[alive] = torch.tensor(stopped, device=alive.device)
+        over = [
+            stop or len(track) > max_passes for stop, track in zip(stopped, tracks, strict=True)
+        ]
+        going = ~torch.tensor(over, device=alive.device)  # (alive,)
 
         if not bool(going.all()):
             ends.append(point[~going])
@@ -192,7 +189,7 @@ def descend(
     return Descent(tuple(ends), order, converged, traces)
 
 
-def _stopped(trace: list[float], tolerance: float) -> bool:
+def _has_stopped(trace: list[float], tolerance: float) -> bool:
     """Whether the last ten passes gained too little."""
     if len(trace) <= _WINDOW:
         return False
@@ -252,6 +249,21 @@ class Runs:
             tuple(self.failures[run] for run in chosen),
             tuple(self.traces[run] for run in chosen),
             self.raw[index],
+        )
+
+    def replaced(self, index: Tensor, other: Runs) -> Runs:
+        """A copy with the runs at `index` (long) taken from `other`."""
+        failures, traces = list(self.failures), list(self.traces)
+        for place, failure, trace in zip(index.tolist(), other.failures, other.traces, strict=True):
+            failures[place], traces[place] = failure, trace
+        return Runs(
+            self.mixtures.replaced(index, other.mixtures),
+            self.objective.index_put((index,), other.objective),  # (runs,)
+            self.converged.index_put((index,), other.converged),  # (runs,)
+            self.iterations.index_put((index.cpu(),), other.iterations),  # (runs,)
+            tuple(failures),
+            tuple(traces),
+            self.raw.index_put((index.cpu(),), other.raw),  # (runs, 3)
         )
 
 

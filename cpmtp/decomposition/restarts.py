@@ -4,21 +4,31 @@ which tokens a large joint is begun.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.decomposition.als import Solver, squared_error_runs
-from cpmtp.decomposition.em import CountingTargets, Targets, em_runs, promising
+from cpmtp.decomposition.em import (
+    CountingTargets,
+    Targets,
+    em_runs,
+    expected_counts,
+    promising,
+)
 from cpmtp.decomposition.gradient import Goal, acceptance_runs, gradient_runs
 from cpmtp.decomposition.mixtures import Mixtures, Runs, Solved
+from cpmtp.decomposition.sparse_em import TreeTargets
 from cpmtp.decomposition.starts import (
     disturbed_marginals,
+    doubled,
     fibre_starts,
+    grown,
     random_starts,
+    repeated_marginals,
     stacked_marginals,
 )
 from cpmtp.joint_distribution import JointDistribution
@@ -67,121 +77,158 @@ class Plan:
     goal: Goal = field(default_factory=Goal)
 
 
-def solve(joint: JointDistribution, rank: int, plan: Plan, warm: Mixtures | None = None) -> Solved:
-    """Fit every entry of a joint with one batch axis, from random starts and, if given, from one
-    more start each.
+@dataclass(frozen=True)
+class Items:
+    """What is fitted, made ready once for all ranks and restarts.
+
+    Attributes
+    ----------
+    joints : JointDistribution or TreeTargets
+        Dense ones along one batch axis.
+    on_cores : bool
+        Whether large dense ones are begun on their cores.
     """
+
+    joints: JointDistribution | TreeTargets
+    on_cores: bool = True
+
+    def __len__(self) -> int:
+        return len(self.joints.items if isinstance(self.joints, TreeTargets) else self.joints.probs)
+
+    def owners(self, runs: int) -> Int[Tensor, " runs"]:
+        """The item of each of so many runs, those of one item consecutive."""
+        numbers = torch.arange(len(self), device=self.marginals.device)  # (items,)
+        return numbers.repeat_interleave(runs // len(self))  # (runs,)
+
+    @property
+    def dense(self) -> JointDistribution:
+        """The joints, which must be dense."""
+        assert isinstance(self.joints, JointDistribution)
+        return self.joints
+
+    @cached_property
+    def targets(self) -> Targets | CountingTargets:
+        """One run per item."""
+        joints = self.joints
+        return joints if isinstance(joints, TreeTargets) else Targets.of(joints)
+
+    @cached_property
+    def marginals(self) -> Float[Tensor, "items horizon vocab"]:
+        """The distribution of each position."""
+        joints = self.joints
+        return joints.marginals if isinstance(joints, TreeTargets) else stacked_marginals(joints)
+
+    @cached_property
+    def cores(self) -> tuple[Core, ...]:
+        """Of large dense items, one each; of others none."""
+        joints = self.joints
+        if isinstance(joints, TreeTargets) or not self.on_cores:
+            return ()
+        if joints.vocab_size**joints.horizon < _CORE_FROM:
+            return ()
+        return tuple(Core.of(JointDistribution(probs)) for probs in joints.probs)
+
+    def starts(self, rank: int, restarts: int, seed: int) -> tuple[Mixtures, int]:
+        """Random starts, those of one restart of one item consecutive, and how many these are."""
+        # With one component every start leads to the product of the marginals.
+        trials = _TRIALS if rank > 1 else 1
+        if trials == 1 or isinstance(self.joints, TreeTargets):
+            return disturbed_marginals(self.marginals, rank, restarts * trials, seed), trials
+
+        half = trials // 2
+        broad = random_starts(self.joints, rank, restarts * half, seed)
+        peaked = fibre_starts(self.joints, rank, restarts * half, seed)
+
+        def woven(first: Tensor, second: Tensor) -> Tensor:
+            groups = [part.unflatten(0, (-1, half)) for part in (first, second)]  # (…, half, …)
+            return torch.cat(groups, 1).flatten(0, 1)  # (items * restarts * trials, …)
+
+        factors = woven(broad.factors, peaked.factors)
+        return Mixtures(woven(broad.weights, peaked.weights), factors), trials
+
+
+def solve(items: Items, rank: int, plan: Plan) -> Solved:
+    """Fit every item from random starts."""
     if plan.method in SQUARED_ERROR_METHODS:
         solver = Solver(plan.method, plan.max_iterations, plan.tolerance)
-        runs = squared_error_runs(joint, rank, solver, restarts=plan.restarts, seed=plan.seed)
+        runs = squared_error_runs(items.dense, rank, solver, restarts=plan.restarts, seed=plan.seed)
         return Solved.of(runs, plan.restarts)
-    targets, start, runs_per_item = _started(joint, rank, plan, warm)
-    return Solved.of(_kl_runs(joint, targets, start, plan), runs_per_item)
+
+    if items.cores:
+        parts = [
+            core.lifted(_run(core.items, _promising(core.items, rank, plan), _near(plan)).mixtures)
+            for core in items.cores
+        ]
+        start = Mixtures.joined(parts)
+    else:
+        start = _promising(items, rank, plan)
+    if plan.method == "acceptance":
+        start = _run(items, start, _near(plan, passes=2)).mixtures
+    return Solved.of(_run(items, start, plan), plan.restarts)
 
 
-def solve_counting(
-    make_targets: Callable[[int], CountingTargets],
-    marginals: Float[Tensor, "items horizon vocab"],
-    rank: int,
-    plan: Plan,
-) -> Solved:
-    """The same by ``em`` for targets that count for themselves: `make_targets` gives them for a
-    number of runs per item.
+def solve_rank_one(items: Items) -> Solved:
+    """The least divergence of one component: the product of the marginals, without a search."""
+    product = repeated_marginals(items.marginals, 1)
+    kl = expected_counts(items.targets, product).kl  # (items,)
+    found = torch.ones_like(kl, dtype=torch.bool)
+    return Solved.of(Runs.of(product, kl, found, [[value] for value in kl.tolist()]), 1)
+
+
+def solve_from(items: Items, start: Mixtures, plan: Plan) -> Solved:
+    """Fit every item from one given start each."""
+    return Solved.of(_run(items, start, plan), 1)
+
+
+def not_above(items: Items, solved: Solved, below: Runs, plan: Plan) -> Solved:
+    """Fits of one rank, none of them worse than those of a lower rank.
+
+    Where random starts end above the lower rank, its fit with the heaviest components split is one
+    more start. Should it end above it, too, the lower rank's fit is kept, some components counted
+    twice.
     """
-    trials = _trials(rank)
-    targets = make_targets(plan.restarts * trials)
-    starts = disturbed_marginals(marginals, rank, plan.restarts * trials, plan.seed)
-    chosen, start = promising(targets, starts, trials)
-    return Solved.of(_em(targets[chosen], start, plan), plan.restarts)
+    best, rank = solved.best, solved.best.mixtures.rank
+    worse = (best.objective > below.objective).nonzero().squeeze(1)  # (worse,)
+    if not len(worse):
+        return solved
+    kept = replace(below, mixtures=doubled(below.mixtures, rank))[worse]
+    warm = _run(items, grown(below.mixtures[worse], rank, plan.seed), plan, worse)
+    gained = (warm.objective < kept.objective).nonzero().squeeze(1)
+    return replace(solved, best=best.replaced(worse, kept.replaced(gained, warm[gained])))
 
 
-def _kl_runs(joint: JointDistribution, targets: Targets, start: Mixtures, plan: Plan) -> Runs:
-    if plan.method == "gradient":
-        return _gradient(targets, start, plan)
+def _promising(items: Items, rank: int, plan: Plan) -> Mixtures:
+    """The best of some random starts for each restart, a few sweeps on."""
+    starts, trials = items.starts(rank, plan.restarts, plan.seed)
+    return promising(items.targets.for_runs(items.owners(len(starts))), starts, trials)
+
+
+def _near(plan: Plan, passes: int = 1) -> Plan:
+    """How a fit by tokens per call is prepared: by `em`; other methods by themselves."""
+    if plan.method != "acceptance":
+        return plan
+    return replace(plan, method="em", max_iterations=passes * plan.max_iterations)
+
+
+def _run(items: Items, start: Mixtures, plan: Plan, owner: Tensor | None = None) -> Runs:
+    """The method's runs from `start`: as many for each item in turn, or one for each in `owner`."""
+    owner = items.owners(len(start)) if owner is None else owner
+    passes, tolerance = plan.max_iterations, plan.tolerance
+    if plan.method == "acceptance":
+        return acceptance_runs(
+            items.dense, owner, start, plan.goal, max_iterations=passes, tolerance=tolerance
+        )
+    targets = items.targets.for_runs(owner)
     if plan.method == "em":
-        return _em(targets, start, plan)
-    near = em_runs(
-        targets, start, max_iterations=2 * plan.max_iterations, tolerance=plan.tolerance
-    ).mixtures
-    return acceptance_runs(
-        joint,
-        targets.owner,
-        near,
-        plan.goal,
-        max_iterations=plan.max_iterations,
-        tolerance=plan.tolerance,
-    )
-
-
-def _em(targets: Targets | CountingTargets, start: Mixtures, plan: Plan) -> Runs:
-    return em_runs(targets, start, max_iterations=plan.max_iterations, tolerance=plan.tolerance)
-
-
-def _gradient(targets: Targets, start: Mixtures, plan: Plan) -> Runs:
+        return em_runs(targets, start, max_iterations=passes, tolerance=tolerance)
+    assert isinstance(targets, Targets)
     return gradient_runs(
         targets,
         start,
-        max_iterations=plan.max_iterations,
-        tolerance=plan.tolerance,
+        max_iterations=passes,
+        tolerance=tolerance,
         load_balancing=plan.load_balancing,
     )
-
-
-def _started(
-    joint: JointDistribution, rank: int, plan: Plan, warm: Mixtures | None
-) -> tuple[Targets, Mixtures, int]:
-    """Targets and a start for every run, and the number of runs per entry."""
-    if joint.vocab_size**joint.horizon >= _CORE_FROM:
-        parts = [
-            _core_starts(Core.of(JointDistribution(probs)), rank, plan) for probs in joint.probs
-        ]
-        targets, start = Targets.of(joint, plan.restarts), Mixtures.joined(parts)
-    else:
-        targets, start = _selected(joint, rank, plan)
-    if warm is None:
-        return targets, start, plan.restarts
-    runs = torch.arange(len(start), device=start.weights.device).reshape(-1, plan.restarts)
-    runs = torch.cat([runs, runs[:, :1]], 1).flatten()  # (items * (restarts + 1),)
-    both = _interleaved([start, warm], [plan.restarts, 1])
-    return targets[runs], both, plan.restarts + 1
-
-
-def _selected(joint: JointDistribution, rank: int, plan: Plan) -> tuple[Targets, Mixtures]:
-    """The best of some random starts for each restart."""
-    trials = _trials(rank)
-    targets = Targets.of(joint, plan.restarts * trials)
-    chosen, start = promising(targets, _tried(joint, rank, plan), trials)
-    return targets[chosen], start
-
-
-def _tried(joint: JointDistribution, rank: int, plan: Plan) -> Mixtures:
-    """All starts, those of one restart of one entry consecutive."""
-    if rank == 1:
-        return random_starts(joint, rank, plan.restarts, plan.seed)
-    half = _TRIALS // 2
-    kinds = [
-        make(joint, rank, plan.restarts * half, plan.seed) for make in (random_starts, fibre_starts)
-    ]
-    return _interleaved(kinds, [half, half])
-
-
-def _interleaved(kinds: list[Mixtures], counts: list[int]) -> Mixtures:
-    """So many consecutive runs of each kind in turn."""
-
-    def woven(values: list[Tensor]) -> Tensor:
-        groups = [
-            part.unflatten(0, (-1, count)) for part, count in zip(values, counts, strict=True)
-        ]  # (groups, count, …) each
-        return torch.cat(groups, 1).flatten(0, 1)  # (runs of all kinds, …)
-
-    return Mixtures(
-        woven([kind.weights for kind in kinds]), woven([kind.factors for kind in kinds])
-    )
-
-
-def _trials(rank: int) -> int:
-    # With one component every start leads to the product of the marginals.
-    return _TRIALS if rank > 1 else 1
 
 
 @dataclass(frozen=True)
@@ -213,6 +260,11 @@ class Core:
             kept = kept.index_select(axis, tokens)  # (kept, …, kept, vocab, …)
         return cls(JointDistribution((kept / kept.sum())[None], joint.horizon), tokens, marginals)
 
+    @cached_property
+    def items(self) -> Items:
+        """The core by itself."""
+        return Items(self.joint, on_cores=False)
+
     def lifted(self, mixtures: Mixtures) -> Mixtures:
         """Mixtures over all tokens: each left-out token gets its marginal probability in every
         component.
@@ -222,12 +274,3 @@ class Core:
         mass = self.marginals[..., self.tokens].sum(-1)  # (1, horizon)
         factors[..., self.tokens] = mixtures.factors * mass[:, :, None, None]  # (…, rank, kept)
         return Mixtures(mixtures.weights, factors / factors.sum(-1, keepdim=True))
-
-
-def _core_starts(core: Core, rank: int, plan: Plan) -> Mixtures:
-    """The best starts on a joint's core, and on to convergence there: by gradients for `gradient`,
-    otherwise by `em`.
-    """
-    targets, start = _selected(core.joint, rank, plan)
-    run = _gradient if plan.method == "gradient" else _em
-    return core.lifted(run(targets, start, plan).mixtures)

@@ -57,9 +57,10 @@ def fibre_starts(joint: JointDistribution, rank: int, restarts: int, seed: int) 
     """Components around sequences of the joint's own; (items * restarts) runs.
 
     `rank` sequences are drawn without replacement, with probabilities in proportion to the square
-    roots of theirs. Factor i of a component is the law of x_i where all other tokens are as in its
-    sequence (the joint's fibre through it), with a little of the marginal. A peaked joint has most
-    of its mass in few sequences, and starts from marginals give them to all components alike.
+    roots of theirs. Factor i of a component is the distribution of x_i where all other tokens are
+    as in its sequence (the joint's fibre through it), with a little of the marginal. A peaked joint
+    has most of its mass in few sequences, and starts from marginals give them to all components
+    alike.
     """
     marginals = stacked_marginals(joint)
     flat = joint.probs.double().reshape(len(marginals), -1)  # (items, sequences)
@@ -159,7 +160,7 @@ def _split(mixtures: Mixtures, count: int, change: Tensor) -> Mixtures:
 
 
 def stacked_marginals(joint: JointDistribution) -> Float[Tensor, "items horizon vocab"]:
-    """The law of each position, float64, summing to one exactly."""
+    """The distribution of each position, float64, summing to one exactly."""
     stacked = torch.stack(joint.marginals(), -2).double()  # (*batch, horizon, vocab)
     stacked = stacked.reshape(-1, joint.horizon, joint.vocab_size)  # (items, horizon, vocab)
     return stacked / stacked.sum(-1, keepdim=True)
