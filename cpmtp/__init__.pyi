@@ -28,8 +28,8 @@ from cpmtp.decomposition.fit_result import FitResult as FitResult
 from cpmtp.decomposition.fitting import fit as fit
 from cpmtp.decomposition.floors import RankFloors as RankFloors
 from cpmtp.decomposition.floors import rank_floors as rank_floors
-from cpmtp.decomposition.matching import factor_match_score as factor_match_score
-from cpmtp.decomposition.path import fit_path as fit_path
+from cpmtp.decomposition.mixtures import factor_match_score as factor_match_score
+from cpmtp.decomposition.fitting import fit_path as fit_path
 
 # Acceptance
 from cpmtp.acceptance.implied import AcceptanceProfile as AcceptanceProfile

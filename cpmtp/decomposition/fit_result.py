@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cpmtp.decomposition.mixtures import Mixtures, Runs, Solved
 from cpmtp.drafts.cp_distribution import CPDistribution
 
 OK = "ok"
@@ -71,3 +74,112 @@ class FitResult:
     restart_match_scores: Float[Tensor, "*batch restarts"]
     trace: tuple
     method: str
+
+    @classmethod
+    def of(
+        cls,
+        solved: Solved,
+        method: str,
+        *,
+        batch_shape: tuple[int, ...],
+        first_tokens: int | None,
+        started: float,
+    ) -> FitResult:
+        """The answer for joints of these batch axes.
+
+        Parameters
+        ----------
+        solved : Solved
+            One item per joint.
+        first_tokens : int, optional
+            Of an anchored fit: how many distributions its answer holds for each joint.
+        started : float
+            `time.perf_counter` at the beginning.
+        """
+        best, batched = solved.best, len(batch_shape) > 0
+        lead = batch_shape if first_tokens is None else (*batch_shape, first_tokens)
+        columns = [
+            factor.mT.reshape(*lead, *factor.mT.shape[1:]).contiguous()  # (*lead, vocab, rank)
+            for factor in best.mixtures.factors.unbind(1)
+        ]
+        weights = best.mixtures.weights.reshape(*lead, -1)  # (*lead, rank)
+        verdicts = [
+            _verdict(failure, converged)
+            for failure, converged in zip(best.failures, best.converged.tolist(), strict=True)
+        ]
+        status, message = zip(*verdicts, strict=True)
+
+        def shaped(values: Tensor):
+            return values.reshape(batch_shape) if batched else values.item()  # (*batch,)
+
+        return cls(
+            CPDistribution(weights, columns),
+            objective=shaped(best.objective),
+            converged=shaped(best.converged),
+            iterations=shaped(best.iterations),
+            seconds=time.perf_counter() - started,
+            status=status if batched else status[0],
+            message=message if batched else message[0],
+            raw_relative_error=shaped(best.raw[:, 0]),
+            negative_mass=shaped(best.raw[:, 1]),
+            mass_deficit=shaped(best.raw[:, 2]),
+            restart_objectives=solved.objectives.reshape(*batch_shape, -1),  # (*batch, restarts)
+            restart_match_scores=solved.matches.reshape(*batch_shape, -1),  # (*batch, restarts)
+            trace=best.traces if batched else best.traces[0],
+            method=method,
+        )
+
+
+def pooled(
+    solved: Solved,
+    first: Float[Tensor, "joints vocab"],
+    noticed: Int[Tensor, " items"],
+    others: Mixtures,
+) -> Solved:
+    """One answer per joint from those of its noticed first tokens, weighted by their mass.
+
+    Parameters
+    ----------
+    first : (joints, vocab) tensor
+        Probability of every first token.
+    noticed : (items,) long tensor
+        Numbers of those that were fitted, over all joints.
+    others : Mixtures
+        What stands for the rest: a run for every first token of every joint.
+    """
+    best = solved.best
+
+    def spread(values: Tensor, fill: float) -> Tensor:
+        full = values.new_full((first.numel(), *values.shape[1:]), fill)
+        full[noticed] = values
+        return full.reshape(*first.shape, *values.shape[1:])  # (joints, vocab, …)
+
+    def averaged(values: Tensor) -> Tensor:
+        return (share.view(*share.shape, *(1,) * (values.ndim - 1)) * spread(values, 0.0)).sum(1)
+
+    mass = first / first.sum(1, keepdim=True)  # (joints, vocab)
+    share = mass * spread(torch.ones_like(mass.flatten()[noticed]), 0.0)  # (joints, vocab)
+    failures: list[list[str]] = [[] for _ in first]
+    for item, failure in zip(noticed.tolist(), best.failures, strict=True):
+        failures[item // first.shape[1]] += [failure] if failure else []
+    summary = Runs(
+        others.replaced(noticed, best.mixtures),
+        objective=averaged(best.objective),
+        converged=spread(best.converged, True).all(1),
+        iterations=spread(best.iterations, 0).amax(1),
+        failures=tuple(reasons[0] if reasons else "" for reasons in failures),
+        traces=((),) * len(first),
+        raw=averaged(best.raw),
+    )
+    return Solved(summary, averaged(solved.objectives), averaged(solved.matches))
+
+
+def _verdict(failure: str, converged: bool) -> tuple[str, str]:
+    """Status and message."""
+    if failure:
+        advice = "the product of the marginals is returned: lower the rank or use em"
+        return FAILED, f"{failure}; {advice}"
+    if not converged:
+        advice = "raise max_iterations for a closer fit"
+        return NOT_CONVERGED, f"stopped at the last iteration allowed: {advice}"
+    return OK, ""

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from cpmtp.decomposition.expectation import Mixtures
-from cpmtp.decomposition.fit_result import FAILED, NOT_CONVERGED, OK, FitResult
-from cpmtp.decomposition.solution import Runs
-from cpmtp.decomposition.solving import METHODS, Plan, Solved, solve, solve_counting
-from cpmtp.decomposition.sparse_em import TreeTargets, cell_marginals, first_token_cells, tree_cells
-from cpmtp.decomposition.starts import marginal_products, repeated_marginals
-from cpmtp.drafts.cp_distribution import CPDistribution
+from cpmtp.decomposition.fit_result import FitResult, pooled
+from cpmtp.decomposition.gradient import Goal
+from cpmtp.decomposition.mixtures import Mixtures, Runs, Solved
+from cpmtp.decomposition.restarts import (
+    KL_METHODS,
+    METHODS,
+    Items,
+    Plan,
+    not_above,
+    solve,
+    solve_from,
+    solve_rank_one,
+)
+from cpmtp.decomposition.sparse_em import (
+    TreeTargets,
+    cell_marginals,
+    first_token_cells,
+    tree_cells,
+)
+from cpmtp.decomposition.starts import repeated_marginals, stacked_marginals
 from cpmtp.joint_distribution import DEFAULT_MAX_BYTES, JointDistribution
 from cpmtp.prefix_tree import PrefixTree
 
@@ -69,8 +84,8 @@ def fit(
     seed : int
         Restart k begins at the same point whatever the number of restarts and the batch.
     anchored : bool
-        Fit the law of the remaining n-1 tokens for every first token of noticeable mass (the
-        product of its marginals otherwise): n of at least 3.
+        Fit the remaining n-1 tokens for every first token of noticeable mass (the product of their
+        marginals otherwise): n of at least 3.
     max_iterations : int, optional
         Most passes over the joint (TensorLy methods: outer iterations).
     tolerance : float, optional
@@ -96,7 +111,7 @@ def fit(
     >>> result.status, result.objective < 1e-6
     ('ok', True)
     """
-    plan = plan_of(
+    plan = _plan(
         joint,
         method,
         max_iterations=max_iterations,
@@ -104,17 +119,106 @@ def fit(
         restarts=restarts,
         seed=seed,
     )
-    plan = replace(plan, load_balancing=load_balancing, rule=rule, first_token=first_token)
-    check(joint, rank, plan, anchored)
+    plan = replace(plan, load_balancing=load_balancing, goal=Goal(rule, first_token))
+    _check(joint, rank, plan, anchored)
     started = time.perf_counter()
-    if isinstance(joint, PrefixTree):
-        solved = _fit_tree(joint, rank, anchored, plan)
-        return _result((), (joint.vocab_size,) if anchored else (), plan.method, solved, started)
-    problem = Problem.of(joint, anchored)
-    return problem.result(problem.solve(rank, plan), plan.method, started)
+    problem = _Problem.of(joint, anchored)
+    solved = solve(problem.items, rank, problem.plan(plan))
+    return problem.result(solved, method, started)
 
 
-def plan_of(
+def fit_path(
+    joint: JointDistribution | PrefixTree,
+    ranks: Sequence[int],
+    method: str = "em",
+    *,
+    restarts: int = 1,
+    seed: int = 0,
+    anchored: bool = False,
+    max_iterations: int | None = None,
+    tolerance: float | None = None,
+    rule: str = "block",
+    first_token: str = "target",
+    starts: Sequence[FitResult] | None = None,
+) -> tuple[FitResult, ...]:
+    """One fit per rank in increasing order; the objective never rises with the rank.
+
+    ``em`` and ``gradient`` begin every rank from the random starts that `fit` begins from, and
+    ``acceptance`` from the ``em`` fit of the same rank. Where that ends above the rank below, the
+    fit of the rank below with its heaviest components split is one more start; should this end
+    above it, too, that fit is kept, some of its components counted twice.
+
+    Parameters
+    ----------
+    joint, method, restarts, seed, anchored, max_iterations, tolerance, rule, first_token
+        As for `fit`; methods ``em``, ``gradient`` and ``acceptance`` only.
+    ranks : sequence of int
+        Sorted and without repetition in the answer.
+    starts : sequence of FitResult, optional
+        ``acceptance`` only: fits of the same joint at the same ranks to begin from, in increasing
+        order (default: a path of ``em``, whose time is counted).
+
+    Raises
+    ------
+    ValueError
+        As for `fit`, or if there are no ranks, the method cannot begin from a fit, or `starts`
+        are of other ranks.
+
+    Examples
+    --------
+    >>> from cpmtp.joint_distribution import exact_joint
+    >>> from cpmtp.language_model import separated_hmm
+    >>> joint = exact_joint(separated_hmm(3, 6), torch.tensor([], dtype=torch.long), 3)
+    >>> one, two, three = fit_path(joint, [1, 2, 3])
+    >>> one.objective > two.objective > three.objective
+    True
+    """
+    if method not in KL_METHODS:
+        raise ValueError(
+            f"method {method!r}: a path needs one that can start from a fit: "
+            f"{', '.join(KL_METHODS)}"
+        )
+    if not ranks:
+        raise ValueError("no ranks: expected at least one")
+    plan = _plan(
+        joint,
+        method,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        restarts=restarts,
+        seed=seed,
+    )
+    plan = replace(plan, goal=Goal(rule, first_token))
+    ranks = sorted(set(ranks))
+    _check(joint, ranks[0], plan, anchored)
+    _check(joint, ranks[-1], plan, anchored)
+    given = starts is not None
+    if method == "acceptance" and starts is None:
+        starts = fit_path(joint, ranks, restarts=restarts, seed=seed, anchored=anchored)
+    if starts is not None and [start.distribution.rank for start in starts] != ranks:
+        found = [start.distribution.rank for start in starts]
+        raise ValueError(f"starts of ranks {found}: expected {ranks}, one each")
+
+    problem, results = _Problem.of(joint, anchored), []
+    plan = problem.plan(plan)
+    below: Runs | None = None
+    for place, rank in enumerate(ranks):
+        started = time.perf_counter()
+        if starts is not None:
+            started -= 0.0 if given else starts[place].seconds
+            solved = solve_from(problem.items, problem.mixtures(starts[place]), plan)
+        elif rank == 1:
+            solved = solve_rank_one(problem.items)
+        else:
+            solved = solve(problem.items, rank, plan)
+        if below is not None:
+            solved = not_above(problem.items, solved, below, plan)
+        below = solved.best
+        results.append(problem.result(solved, method, started))
+    return tuple(results)
+
+
+def _plan(
     joint: JointDistribution | PrefixTree,
     method: str,
     *,
@@ -144,171 +248,88 @@ def plan_of(
 
 
 @dataclass(frozen=True)
-class Problem:
-    """What is fitted: the joint's entries, or, anchored, the laws after each first token of
-    noticeable mass.
+class _Problem:
+    """What is fitted of the caller's joints: they themselves or, anchored, what follows each first
+    token of noticeable mass.
 
     Attributes
     ----------
-    joint : JointDistribution
-        As the caller gave it.
-    flat : JointDistribution
-        One batch axis: the entries, or the laws after every first token.
-    noticed : (items,) long tensor, optional
-        Anchored only: which of `flat` are fitted.
+    items : Items
+    first : (joints, vocab) tensor, optional
+        Anchored only: probability of every first token.
+    marginals : (joints * vocab, horizon, vocab) tensor, optional
+        Anchored only: of what follows every first token.
+    batch_shape : tuple of int
+        Of the joints.
     """
 
-    joint: JointDistribution
-    flat: JointDistribution
-    noticed: Tensor | None
+    items: Items
+    batch_shape: tuple[int, ...] = ()
+    first: Float[Tensor, "joints vocab"] | None = None
+    marginals: Float[Tensor, "all_items horizon vocab"] | None = None
 
     @classmethod
-    def of(cls, joint: JointDistribution, anchored: bool) -> Problem:
+    def of(cls, joint: JointDistribution | PrefixTree, anchored: bool) -> _Problem:
         """What there is to fit of a joint."""
+        if isinstance(joint, PrefixTree):
+            return cls._of_tree(joint, anchored)
+        batch_shape = tuple(joint.batch_shape)
         given = joint.given_first_token() if anchored else joint
-        shape = (-1, *(joint.vocab_size,) * given.horizon)
-        flat = JointDistribution(given.probs.reshape(shape), given.horizon)
-        noticed = (
-            (joint.prefix_probs(1).reshape(-1) > NOTICEABLE_MASS).nonzero().squeeze(1)
-            if anchored
-            else None
-        )
-        return cls(joint, flat, noticed)
+        probs = given.probs.reshape(-1, *(joint.vocab_size,) * given.horizon)  # (items, vocab, …)
+        flat = JointDistribution(probs, given.horizon)
+        if not anchored:
+            return cls(Items(flat), batch_shape)
+        first = joint.prefix_probs(1).reshape(-1, joint.vocab_size)  # (joints, vocab)
+        some = JointDistribution(probs[_noticed(first)], given.horizon)
+        return cls(Items(some), batch_shape, first, stacked_marginals(flat))
 
-    def solve(self, rank: int, plan: Plan, warm: Mixtures | None = None) -> Solved:
-        """Best runs of the fitted entries."""
-        if self.noticed is None:
-            return solve(self.flat, rank, plan, warm)
+    @classmethod
+    def _of_tree(cls, tree: PrefixTree, anchored: bool) -> _Problem:
+        cells, vocab = tree_cells(tree), tree.vocab_size
+        if not anchored:
+            return cls(Items(TreeTargets.of((cells,), vocab)))
+        first = torch.zeros(vocab + 1, dtype=torch.float64)
+        first = first.index_add_(0, cells.tokens[:, 0], cells.weights)[None, :-1]  # (1, vocab)
+        given = tuple(first_token_cells(cells, token) for token in _noticed(first).tolist())
+        marginals = cell_marginals(cells, vocab)[1:].expand(vocab, -1, -1)
+        return cls(Items(TreeTargets.of(given, vocab)), (), first, marginals)
+
+    def plan(self, plan: Plan) -> Plan:
+        """For the items what `plan` is for the joints."""
+        if self.first is None:
+            return plan
         # What follows a known first token is all the draft's: its tokens per call are those of a
         # drafted first token.
-        given = JointDistribution(self.flat.probs[self.noticed], self.flat.horizon)
-        return solve(given, rank, replace(plan, first_token="draft"), warm)
+        return replace(plan, goal=replace(plan.goal, first_token="draft"))
+
+    def mixtures(self, found: FitResult) -> Mixtures:
+        """A fit's answers to the items."""
+        mixtures = Mixtures.of(found.distribution)
+        return mixtures if self.first is None else mixtures[_noticed(self.first)]
 
     def result(self, solved: Solved, method: str, started: float) -> FitResult:
         """The answer to the caller, one per joint."""
-        if self.noticed is not None:
-            first = self.joint.prefix_probs(1).reshape(-1)
-            others = marginal_products(self.flat, solved.best.mixtures.weights.shape[1])
-            solved = _pooled(
-                first, self.noticed, solved, others.replaced(self.noticed, solved.best.mixtures)
-            )
-        batch_shape = tuple(self.joint.batch_shape)
-        lead = batch_shape if self.noticed is None else (*batch_shape, self.joint.vocab_size)
-        return _result(batch_shape, lead, method, solved, started)
-
-
-def _pooled(first: Tensor, noticed: Tensor, solved: Solved, mixtures: Mixtures) -> Solved:
-    """One answer per joint from those of its noticed first tokens, weighted by their mass."""
-    best = solved.best
-    vocab = mixtures.factors.shape[-1]
-    shape = (len(first) // vocab, vocab)
-
-    def spread(values: Tensor, fill: float) -> Tensor:
-        full = values.new_full((len(first), *values.shape[1:]), fill)
-        full[noticed] = values
-        return full.reshape(*shape, *values.shape[1:])
-
-    mass = first.reshape(shape) / first.reshape(shape).sum(1, keepdim=True)
-    share = mass * spread(torch.ones_like(mass.flatten()[noticed]), 0.0)
-    failures = [""] * len(first)
-    for index, failure in zip(noticed.tolist(), best.failures, strict=True):
-        failures[index] = failure
-    summary = Runs(
-        mixtures,
-        objective=(share * spread(best.objective, 0.0)).sum(1),
-        converged=spread(best.converged, True).all(1),
-        iterations=spread(best.iterations, 0).amax(1),
-        failures=tuple(
-            next(filter(None, failures[i * shape[1] : (i + 1) * shape[1]]), "")
-            for i in range(shape[0])
-        ),
-        traces=((),) * shape[0],
-        raw=(share[..., None] * spread(best.raw, 0.0)).sum(1),
-    )
-    weighted = (
-        (share[..., None] * spread(table, 0.0)).sum(1)
-        for table in (solved.objectives, solved.matches)
-    )
-    return Solved(summary, *weighted)
-
-
-def _fit_tree(tree: PrefixTree, rank: int, anchored: bool, plan: Plan) -> Solved:
-    """Sparse expectation-maximisation over the kept prefixes."""
-    cells, vocab = tree_cells(tree), tree.vocab_size
-    first = torch.zeros(vocab + 1, dtype=torch.float64).index_add_(
-        0, cells.tokens[:, 0], cells.weights
-    )[:-1]
-    noticed = (first > NOTICEABLE_MASS).nonzero().squeeze(1)
-    items = (
-        tuple(first_token_cells(cells, token) for token in noticed.tolist())
-        if anchored
-        else (cells,)
-    )
-    marginals = torch.stack([cell_marginals(item, vocab) for item in items])
-    solved = solve_counting(lambda runs: TreeTargets.of(items, vocab, runs), marginals, rank, plan)
-    if not anchored:
-        return solved
-    others = repeated_marginals(cell_marginals(cells, vocab)[1:].expand(vocab, -1, -1), rank)
-    return _pooled(first, noticed, solved, others.replaced(noticed, solved.best.mixtures))
-
-
-def _result(
-    batch_shape: tuple[int, ...], lead: tuple[int, ...], method: str, solved: Solved, started: float
-) -> FitResult:
-    """The answer for joints of these batch axes, with a distribution of the leading axes `lead`."""
-    best = solved.best
-    weights, factors = best.mixtures.weights, best.mixtures.factors
-    columns = tuple(f.mT.reshape(*lead, *f.mT.shape[1:]).contiguous() for f in factors.unbind(1))
-    distribution = CPDistribution(weights.reshape(*lead, -1), columns)
-    status, message = zip(
-        *(_status(f, c) for f, c in zip(best.failures, best.converged.tolist(), strict=True)),
-        strict=True,
-    )
-    batched = len(batch_shape) > 0
-
-    def shaped(values: Tensor):
-        return values.reshape(batch_shape) if batched else values.item()
-
-    return FitResult(
-        distribution,
-        objective=shaped(best.objective),
-        converged=shaped(best.converged),
-        iterations=shaped(best.iterations),
-        seconds=time.perf_counter() - started,
-        status=status if batched else status[0],
-        message=message if batched else message[0],
-        raw_relative_error=shaped(best.raw[:, 0]),
-        negative_mass=shaped(best.raw[:, 1]),
-        mass_deficit=shaped(best.raw[:, 2]),
-        restart_objectives=solved.objectives.reshape(*batch_shape, -1),
-        restart_match_scores=solved.matches.reshape(*batch_shape, -1),
-        trace=best.traces if batched else best.traces[0],
-        method=method,
-    )
-
-
-def _status(failure: str, converged: bool) -> tuple[str, str]:
-    if failure:
-        return (
-            FAILED,
-            f"{failure}; the product of the marginals is returned: lower the rank or use em",
+        first_tokens = None
+        if self.first is not None and self.marginals is not None:
+            others = repeated_marginals(self.marginals, solved.best.mixtures.rank)
+            solved = pooled(solved, self.first, _noticed(self.first), others)
+            first_tokens = self.first.shape[1]
+        return FitResult.of(
+            solved,
+            method,
+            batch_shape=self.batch_shape,
+            first_tokens=first_tokens,
+            started=started,
         )
-    if not converged:
-        return (
-            NOT_CONVERGED,
-            "stopped at the last iteration allowed: raise max_iterations for a closer fit",
-        )
-    return OK, ""
 
 
-def check(joint: JointDistribution | PrefixTree, rank: int, plan: Plan, anchored: bool) -> None:
-    """Refuse what cannot be fitted.
+def _noticed(first: Float[Tensor, "joints vocab"]) -> Int[Tensor, " items"]:
+    """Numbers of the first tokens that are fitted, over all joints."""
+    return (first.reshape(-1) > NOTICEABLE_MASS).nonzero().squeeze(1)  # (items,)
 
-    Raises
-    ------
-    ValueError
-        Saying what was got, what was expected and what to do.
-    """
+
+def _check(joint: JointDistribution | PrefixTree, rank: int, plan: Plan, anchored: bool) -> None:
+    """Refuse what cannot be fitted, with what was got, what was expected and what to do."""
     if isinstance(joint, PrefixTree):
         _check_tree(joint, rank, plan.method, anchored)
     if rank < 1:
@@ -321,17 +342,17 @@ def check(joint: JointDistribution | PrefixTree, rank: int, plan: Plan, anchored
             "raise the horizon"
         )
     if plan.method == "acceptance":
-        _check_goal(plan, anchored)
+        _check_goal(plan.goal, anchored)
 
 
-def _check_goal(plan: Plan, anchored: bool) -> None:
-    if plan.rule not in ("token", "block", "coupling"):
+def _check_goal(goal: Goal, anchored: bool) -> None:
+    if goal.rule not in ("token", "block", "coupling"):
         raise ValueError(
-            f"rule {plan.rule!r}: tokens per call can be maximised under token, block or coupling"
+            f"rule {goal.rule!r}: tokens per call can be maximised under token, block or coupling"
         )
-    if plan.first_token not in ("target", "draft"):
-        raise ValueError(f"first_token {plan.first_token!r}: expected 'target' or 'draft'")
-    if anchored and plan.first_token == "draft":
+    if goal.first_token not in ("target", "draft"):
+        raise ValueError(f"first_token {goal.first_token!r}: expected 'target' or 'draft'")
+    if anchored and goal.first_token == "draft":
         raise ValueError(
             "an anchored draft is told the first token and cannot give it: use first_token='target'"
         )

@@ -4,8 +4,7 @@ gain.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -76,54 +75,52 @@ def rank_floors(joint: JointDistribution, ranks: Sequence[int]) -> RankFloors:
     """
     if not ranks or min(ranks) < 1:
         raise ValueError(f"ranks {list(ranks)}: expected at least one, none below 1")
+    probs = joint.probs.double().reshape(-1, *(joint.vocab_size,) * joint.horizon)  # (items, …)
+    flat = JointDistribution(probs, joint.horizon)
+    logs = torch.tensor(list(ranks), dtype=torch.float64).log()  # (ranks,)
+    entropy = flat.entropy()[:, None]  # (items, 1)
+    singles = sum(_entropies(marginal) for marginal in flat.marginals())  # (items, 1)
+
+    information = torch.zeros_like(entropy)  # (items, 1)
+    tail = entropy.new_zeros(len(probs), len(ranks))  # (items, ranks)
+    for unfolding in _unfoldings(flat):
+        blocks = _entropies(unfolding.sum(2)) + _entropies(unfolding.sum(1))  # (items, 1)
+        information = torch.maximum(information, blocks - entropy)
+        if unfolding.shape[1] <= _LONGEST_SIDE:
+            tail = torch.maximum(tail, _tails(unfolding, ranks))
+
+    norm = probs.square().flatten(1).sum(1, keepdim=True)  # (items, 1)
+    floors = (
+        singles - entropy - (joint.horizon - 1) * logs,  # (items, ranks)
+        information - logs,  # (items, ranks)
+        0.5 * tail,  # (items, ranks)
+    )
+    largest = torch.stack(floors).amax(0).clamp_min(0.0)  # (items, ranks)
     shape = (*joint.batch_shape, len(ranks))
-    flat = joint.probs.reshape(-1, *(joint.vocab_size,) * joint.horizon).double()
-    rows = [_entry_floors(probs, ranks) for probs in flat]
-    error, correlation, information, unfolding = (
-        torch.stack(column).reshape(shape) for column in zip(*rows, strict=True)
-    )
-    largest = torch.maximum(torch.maximum(correlation, information), unfolding).clamp_min(0.0)
-    return RankFloors(tuple(ranks), error, largest, correlation, information, unfolding)
+    tables = ((tail / norm).sqrt(), largest, *floors)
+    return RankFloors(tuple(ranks), *(table.reshape(shape) for table in tables))  # (*batch, ranks)
 
 
-def _entry_floors(probs: Tensor, ranks: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    horizon, entropy = probs.ndim, _entropy(probs)
-    logs = torch.tensor([math.log(rank) for rank in ranks], dtype=torch.float64)
-    singles = [_entropy(_marginal(probs, (i,))) for i in range(horizon)]
-    information, tails = (
-        [torch.zeros((), dtype=torch.float64)],
-        [torch.zeros(len(ranks), dtype=torch.float64)],
-    )
-    for block in _splits(horizon):
-        rest = tuple(i for i in range(horizon) if i not in block)
-        information.append(
-            _entropy(_marginal(probs, block)) + _entropy(_marginal(probs, rest)) - entropy
-        )
-        rows = probs.shape[0] ** len(block)
-        if rows <= _LONGEST_SIDE:
-            energy = torch.linalg.svdvals(probs.permute(*block, *rest).reshape(rows, -1)).square()
-            tails.append(torch.stack([energy[rank:].sum() for rank in ranks]))
-    tail = torch.stack(tails).amax(0)
-    return (
-        (tail / probs.square().sum()).sqrt(),
-        torch.stack(singles).sum() - entropy - (horizon - 1) * logs,
-        torch.stack(information).amax() - logs,
-        0.5 * tail,
-    )
+def _unfoldings(flat: JointDistribution) -> Iterator[Float[Tensor, "items rows columns"]]:
+    """The joint as matrices, (items, shorter block, rest), one for every split of the positions."""
+    positions, items = range(flat.horizon), len(flat.probs)
+    for size in range(1, flat.horizon // 2 + 1):
+        for block in combinations(positions, size):
+            # Of two blocks of one length, the one with the first position stands for both.
+            if 2 * size < flat.horizon or 0 in block:
+                rest = [i for i in positions if i not in block]
+                axes = (0, *(1 + i for i in (*block, *rest)))
+                turned = flat.probs.permute(axes)  # (items, *block, *rest)
+                yield turned.reshape(items, flat.vocab_size**size, -1)  # (items, rows, columns)
 
 
-def _splits(horizon: int) -> list[tuple[int, ...]]:
-    """One block, the shorter, of every split of the positions into two."""
-    blocks = [
-        block for size in range(1, horizon // 2 + 1) for block in combinations(range(horizon), size)
-    ]
-    return [block for block in blocks if 2 * len(block) < horizon or 0 in block]
+def _entropies(probs: Float[Tensor, "items sequences"]) -> Float[Tensor, "items 1"]:
+    return JointDistribution(probs, 1).entropy()[:, None]
 
 
-def _marginal(probs: Tensor, block: tuple[int, ...]) -> Tensor:
-    others = [i for i in range(probs.ndim) if i not in block]
-    return probs.sum(dim=others) if others else probs
-
-
-def _entropy(probs: Tensor) -> Tensor:
-    return -torch.special.xlogy(probs, probs).sum()
+def _tails(
+    unfolding: Float[Tensor, "items rows columns"], ranks: Sequence[int]
+) -> Float[Tensor, "items ranks"]:
+    """``sum_{i>r} s_i^2`` at each rank."""
+    energy = torch.linalg.svdvals(unfolding).square()  # (items, min(rows, columns))
+    return torch.stack([energy[:, rank:].sum(1) for rank in ranks], 1)  # (items, ranks)

@@ -1,16 +1,21 @@
-"""The mixture-of-experts fit: softmax weights and softmax experts, L-BFGS on the KL divergence."""
+"""L-BFGS in the logits of a mixture of experts: on the KL divergence, or on tokens per call."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from cpmtp.decomposition.expectation import Mixtures, Targets, expected_counts
-from cpmtp.decomposition.quasi_newton import minimise
-from cpmtp.decomposition.solution import Runs
+from cpmtp.acceptance.implied import acceptance_profiles
+from cpmtp.decomposition.em import Targets, expected_counts
+from cpmtp.decomposition.mixtures import Mixtures, Runs
+from cpmtp.decomposition.quasi_newton import Minima, minimise
+from cpmtp.drafts.cp_distribution import CPDistribution
+from cpmtp.joint_distribution import JointDistribution
 
 # Logits of a start's zeros: probability e^-40, from where a gradient can still bring an expert
 # back.
@@ -18,6 +23,22 @@ _LOWEST_LOGIT = -40.0
 # Logits of rarer tokens are treated like those of this probability: their curvature says nothing
 # about a whole step.
 _LEAST_CURVATURE = 1e-8
+# Entries of the joints differentiated at once: the tape holds some twenty tensors of this size.
+_AT_ONCE = 1 << 21
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Which tokens per call are maximised.
+
+    Attributes
+    ----------
+    rule, first_token : str
+        As for `cpmtp.implied_acceptance`.
+    """
+
+    rule: str = "block"
+    first_token: str = "target"
 
 
 def gradient_runs(
@@ -28,7 +49,7 @@ def gradient_runs(
     tolerance: float,
     load_balancing: float = 0.0,
 ) -> Runs:
-    """Fit every run from `start` by L-BFGS; each run on its own.
+    """Fit every run from `start` by L-BFGS on the KL divergence; each run on its own.
 
     The gradient of the KL divergence in the logits is model minus expected counts, ``w_a - n_a``
     and ``n_a A_i - N_i``, so one pass of the expectation step gives both value and gradient and no
@@ -52,67 +73,122 @@ def gradient_runs(
     """
 
     def evaluate(runs: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        mixtures = from_logits(logits, start)
+        mixtures = _from_logits(logits, start)
         counts = expected_counts(targets[runs], mixtures)
-        weight_gradient = mixtures.weights - counts.weights
-        factor_gradient = mixtures.factors * counts.weights[:, None, :, None] - counts.factors
         value, value_gradient = _imbalance(mixtures.weights)
-        gradient = torch.cat(
-            [weight_gradient + load_balancing * value_gradient, factor_gradient.flatten(1)], 1
-        )
+
+        expected = (
+            mixtures.factors * counts.weights[:, None, :, None]
+        )  # (runs, horizon, rank, vocab)
+        by_weight = mixtures.weights - counts.weights + load_balancing * value_gradient
+        by_factor = (expected - counts.factors).flatten(1)  # (runs, horizon * rank * vocab)
+        gradient = torch.cat([by_weight, by_factor], 1)  # (runs, size)
         return counts.kl + load_balancing * value, gradient
 
-    def curvature(logits: Tensor) -> Tensor:
-        return logit_curvature(logits, start)
+    minima, mixtures = _climbed(evaluate, start, max_iterations, tolerance)
+    values = minima.values - load_balancing * _imbalance(mixtures.weights)[0]
+    converged = torch.tensor(minima.converged, device=values.device)
+    return Runs.of(mixtures, values, converged, minima.traces)
 
+
+def acceptance_runs(
+    joint: JointDistribution,
+    owner: Int[Tensor, " runs"],
+    start: Mixtures,
+    goal: Goal,
+    *,
+    max_iterations: int,
+    tolerance: float,
+) -> Runs:
+    """L-BFGS on minus the tokens per call; no run ends below its start.
+
+    The objective is a sum of minima, smooth almost everywhere: a step is taken only where it gains.
+
+    Parameters
+    ----------
+    joint : JointDistribution
+        With one batch axis.
+    owner : (runs,) long tensor
+        Which of the joints each run is fitted to.
+    goal : Goal
+    max_iterations : int
+        Most evaluations of tokens per call.
+    tolerance : float
+        A run stops when ten of them have gained less than this (tokens per call).
+    """
+    step = max(_AT_ONCE // joint.probs[0].numel(), 1)
+
+    def some(runs: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits.detach().requires_grad_()
+        mixtures = _from_logits(logits, start)
+        draft = CPDistribution(mixtures.weights, mixtures.factors.mT.unbind(1))
+        targets = JointDistribution(joint.probs[owner[runs]], joint.horizon)
+        profiles = acceptance_profiles(targets, draft, (goal.rule,), first_token=goal.first_token)
+        lost = -profiles[goal.rule].survival.sum(-1)  # (runs,)
+        (gradient,) = torch.autograd.grad(lost.sum(), logits)
+        return lost.detach(), gradient
+
+    def evaluate(runs: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [some(r, x) for r, x in zip(runs.split(step), logits.split(step), strict=True)]
+        values, gradients = zip(*parts, strict=True)
+        return torch.cat(values), torch.cat(gradients)  # (runs,), (runs, size)
+
+    minima, mixtures = _climbed(evaluate, start, max_iterations, tolerance)
+    # A draft that gives the first token earns the target's own token after the block as well.
+    bonus = float(goal.first_token == "draft")
+    traces = [[value - bonus for value in trace] for trace in minima.traces]
+    converged = torch.tensor(minima.converged, device=owner.device)
+    return Runs.of(mixtures, minima.values - bonus, converged, traces)
+
+
+def _climbed(
+    evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    start: Mixtures,
+    max_passes: int,
+    tolerance: float,
+) -> tuple[Minima, Mixtures]:
+    """Where L-BFGS in the logits of weights and factors ends."""
     minima = minimise(
         evaluate,
-        to_logits(start),
-        curvature=curvature,
-        max_passes=max_iterations,
+        _to_logits(start),
+        curvature=lambda logits: _logit_curvature(logits, start),
+        max_passes=max_passes,
         tolerance=tolerance,
     )
-    best = from_logits(minima.points, start)
-    converged = torch.tensor(minima.converged, device=best.weights.device)
-    iterations = torch.tensor([len(trace) - 1 for trace in minima.traces])
-    values = minima.values - load_balancing * _imbalance(best.weights)[0]
-    return Runs.of(best, values, converged, iterations, minima.traces)
+    return minima, _from_logits(minima.points, start)
 
 
-def to_logits(mixtures: Mixtures) -> Float[Tensor, "runs size"]:
+def _to_logits(mixtures: Mixtures) -> Float[Tensor, "runs size"]:
     """Weights' logits, then all factors' logits."""
     lowest = math.exp(_LOWEST_LOGIT)
-    return torch.cat(
-        [
-            mixtures.weights.clamp_min(lowest).log(),
-            mixtures.factors.clamp_min(lowest).log().flatten(1),
-        ],
-        1,
-    )
+    weights = mixtures.weights.clamp_min(lowest).log()  # (runs, rank)
+    factors = mixtures.factors.clamp_min(lowest).log()  # (runs, horizon, rank, vocab)
+    return torch.cat([weights, factors.flatten(1)], 1)  # (runs, size)
 
 
-def from_logits(logits: Float[Tensor, "runs size"], like: Mixtures) -> Mixtures:
+def _from_logits(logits: Float[Tensor, "runs size"], like: Mixtures) -> Mixtures:
     """The mixtures of given logits, shaped like those of `like`."""
-    rank = like.weights.shape[1]
-    factors = logits[:, rank:].reshape(len(logits), *like.factors.shape[1:])
-    return Mixtures(logits[:, :rank].softmax(-1), factors.softmax(-1))
+    shape = (len(logits), *like.factors.shape[1:])
+    factors = logits[:, like.rank :].reshape(shape)  # (runs, horizon, rank, vocab)
+    return Mixtures(logits[:, : like.rank].softmax(-1), factors.softmax(-1))
 
 
-def logit_curvature(
+def _logit_curvature(
     logits: Float[Tensor, "runs size"], like: Mixtures
 ) -> Float[Tensor, "runs size"]:
     """Diagonal of the complete data's Fisher information: the probabilities of components, and of
     tokens with components.
     """
-    mixtures = from_logits(logits, like)
-    tokens = mixtures.weights[:, None, :, None] * mixtures.factors
-    return torch.cat([mixtures.weights, tokens.flatten(1)], 1).clamp_min(_LEAST_CURVATURE)
+    mixtures = _from_logits(logits, like)
+    tokens = mixtures.weights[:, None, :, None] * mixtures.factors  # (runs, horizon, rank, vocab)
+    probs = torch.cat([mixtures.weights, tokens.flatten(1)], 1)  # (runs, size)
+    return probs.clamp_min(_LEAST_CURVATURE)
 
 
 def _imbalance(
     weights: Float[Tensor, "runs rank"],
 ) -> tuple[Float[Tensor, " runs"], Float[Tensor, "runs rank"]]:
     """``KL(w || uniform)`` and its gradient in the logits of w."""
-    scores = torch.log(weights.clamp_min(1e-300) * weights.shape[1])
-    value = (weights * scores).sum(1)
+    scores = torch.log(weights.clamp_min(1e-300) * weights.shape[1])  # (runs, rank)
+    value = (weights * scores).sum(1)  # (runs,)
     return value, weights * (scores - value[:, None])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cpmtp.decomposition.solution import record_passes
+from cpmtp.decomposition.mixtures import descend
 
 _MEMORY = 10
 _ARMIJO = 1e-4
@@ -57,33 +57,18 @@ def minimise(
     ----------
     nocedal2006numerical
     """
-    alive = torch.arange(len(start), device=start.device)
-    points, values, converged = (
-        start.clone(),
-        start.new_full((len(start),), torch.inf),
-        [False] * len(start),
-    )
-    traces: tuple[list[float], ...] = tuple([] for _ in range(len(start)))
-    x = start
-    f, g = evaluate(alive, x)
-    history, spent = _History([], [], []), [1] * len(start)
-    while True:
-        points[alive], values[alive] = x, f
-        ended = record_passes([traces[run] for run in alive.tolist()], f.tolist(), spent, tolerance)
-        for run, end in zip(alive.tolist(), ended, strict=True):
-            converged[run] = end
-        going = [
-            not end and len(traces[run]) <= max_passes
-            for end, run in zip(ended, alive.tolist(), strict=True)
-        ]
-        if not any(going):
-            return Minima(points, values, tuple(converged), traces)
-        keep = torch.tensor(going, device=start.device)
-        alive, x, f, g, history = alive[keep], x[keep], f[keep], g[keep], history.kept(keep)
-        direction = history.direction(g, curvature(x))
-        new_x, new_f, new_g, spent = _backtrack(evaluate, alive, (x, f, g), direction)
-        history = history.extended(new_x - x, new_g - g)
-        x, f, g = new_x, new_f, new_g
+
+    def advance(alive: Tensor, point: _Point) -> tuple[_Point, list[int]]:
+        direction = point.history.direction(point.gradient, curvature(point.x))
+        new, spent = _backtracked(evaluate, alive, point, direction)
+        history = point.history.extended(new.x - point.x, new.gradient - point.gradient)
+        return replace(new, history=history), spent
+
+    begin = _Point(start, *evaluate(torch.arange(len(start), device=start.device), start))
+    found = descend(begin, advance, max_passes=max_passes, tolerance=tolerance)
+    points = torch.cat([end.x for end in found.ends])[found.order]  # (runs, size)
+    values = torch.cat([end.values for end in found.ends])[found.order]  # (runs,)
+    return Minima(points, values, tuple(found.converged.tolist()), found.traces)
 
 
 @dataclass(frozen=True)
@@ -92,65 +77,83 @@ class _History:
     use).
     """
 
-    steps: list[Tensor]
-    changes: list[Tensor]
-    reciprocals: list[Tensor]
+    steps: tuple[Float[Tensor, "runs size"], ...] = ()
+    changes: tuple[Float[Tensor, "runs size"], ...] = ()
+    reciprocals: tuple[Float[Tensor, " runs"], ...] = ()
 
-    def kept(self, keep: Tensor) -> _History:
-        if bool(keep.all()):
-            return self
-        return _History(
-            *(
-                [values[keep] for values in field]
-                for field in (self.steps, self.changes, self.reciprocals)
-            )
-        )
+    def __getitem__(self, runs: Tensor) -> _History:
+        fields = (self.steps, self.changes, self.reciprocals)
+        return _History(*(tuple(values[runs] for values in field) for field in fields))
 
     def extended(self, step: Tensor, change: Tensor) -> _History:
-        product = (step * change).sum(1)
-        useful = product > 1e-10 * step.norm(dim=1) * change.norm(dim=1)
+        """One pair more, and without the oldest where there are too many."""
+        product = (step * change).sum(1)  # (runs,)
+        useful = product > 1e-10 * step.norm(dim=1) * change.norm(dim=1)  # (runs,)
         reciprocal = torch.where(useful, 1 / torch.where(useful, product, 1.0), 0.0)
-        pairs = ([*self.steps, step], [*self.changes, change], [*self.reciprocals, reciprocal])
+        pairs = ((*self.steps, step), (*self.changes, change), (*self.reciprocals, reciprocal))
         return _History(*(field[-_MEMORY:] for field in pairs))
 
-    def direction(self, gradient: Tensor, curvature: Tensor) -> Tensor:
+    def direction(self, gradient: Tensor, curvature: Tensor) -> Float[Tensor, "runs size"]:
         """The two-loop recursion; downhill for every run, never longer than the longest step."""
-        q, scale = gradient, gradient.new_ones(len(gradient), 1)
-        factors = []
-        for step, change, reciprocal in zip(
-            *map(reversed, (self.steps, self.changes, self.reciprocals)), strict=True
-        ):
-            factors.append((reciprocal * (step * q).sum(1))[:, None])
-            q = q - factors[-1] * change
-        for change, reciprocal in zip(self.changes, self.reciprocals, strict=True):
-            newest = (reciprocal > 0)[:, None]
-            length = (change.square() / curvature).sum(1)
-            scale = torch.where(newest, 1 / (reciprocal * length).clamp_min(1e-300)[:, None], scale)
-        q = scale * q / curvature
-        for step, change, reciprocal, factor in zip(
-            self.steps, self.changes, self.reciprocals, reversed(factors), strict=True
-        ):
-            q = q + step * (factor - (reciprocal * (change * q).sum(1))[:, None])
-        uphill = (q * gradient).sum(1, keepdim=True) <= 0
+        pairs = list(zip(self.steps, self.changes, self.reciprocals, strict=True))
+        q, factors = gradient, []
+        for step, change, reciprocal in reversed(pairs):
+            factors.append((reciprocal * (step * q).sum(1))[:, None])  # (runs, 1)
+            q = q - factors[-1] * change  # (runs, size)
+
+        scale = gradient.new_ones(len(gradient), 1)
+        for _, change, reciprocal in pairs:
+            newest = (reciprocal > 0)[:, None]  # (runs, 1)
+            length = (change.square() / curvature).sum(1)  # (runs,)
+            fitting = 1 / (reciprocal * length).clamp_min(1e-300)[:, None]  # (runs, 1)
+            scale = torch.where(newest, fitting, scale)
+        q = scale * q / curvature  # (runs, size)
+
+        for (step, change, reciprocal), factor in zip(pairs, reversed(factors), strict=True):
+            against = (reciprocal * (change * q).sum(1))[:, None]  # (runs, 1)
+            q = q + step * (factor - against)  # (runs, size)
+
+        uphill = (q * gradient).sum(1, keepdim=True) <= 0  # (runs, 1)
         q = torch.where(uphill, gradient / curvature, q)
         return -q * (_LONGEST_STEP / q.abs().amax(1, keepdim=True).clamp_min(_LONGEST_STEP))
 
 
-def _backtrack(evaluate, alive: Tensor, point: tuple[Tensor, Tensor, Tensor], direction: Tensor):
-    """Shrink each run's step until its value falls enough; a run that finds none stays put."""
-    x, f, g = (values.clone() for values in point)
-    slope = (direction * g).sum(1)
-    searching, size, spent = torch.arange(len(x), device=x.device), torch.ones_like(f), [0] * len(x)
+@dataclass(frozen=True)
+class _Point:
+    """Where some runs are, and how they came there."""
+
+    x: Float[Tensor, "runs size"]
+    values: Float[Tensor, " runs"]
+    gradient: Float[Tensor, "runs size"]
+    history: _History = _History()
+
+    def __getitem__(self, runs: Tensor) -> _Point:
+        return _Point(self.x[runs], self.values[runs], self.gradient[runs], self.history[runs])
+
+
+def _backtracked(
+    evaluate, alive: Tensor, point: _Point, direction: Float[Tensor, "runs size"]
+) -> tuple[_Point, list[int]]:
+    """Each run's step shrunk until its value falls enough, and the evaluations this took; a run
+    that finds none stays put.
+    """
+    x, values, gradient = point.x.clone(), point.values.clone(), point.gradient.clone()
+    slope = (direction * gradient).sum(1)  # (runs,)
+    searching = torch.arange(len(x), device=x.device)  # (searching,)
+    size, spent = torch.ones_like(values), [0] * len(x)
     for _ in range(_MOST_TRIALS):
-        trial = point[0][searching] + size[searching, None] * direction[searching]
-        value, gradient = evaluate(alive[searching], trial)
+        trial = point.x[searching] + size[searching, None] * direction[searching]
+        value, slopes = evaluate(alive[searching], trial)  # (searching,), (searching, size)
         for run in searching.tolist():
             spent[run] += 1
-        good = value <= point[1][searching] + _ARMIJO * size[searching] * slope[searching]
+
+        enough = point.values[searching] + _ARMIJO * size[searching] * slope[searching]
+        good = value <= enough  # (searching,)
         found = searching[good]
-        x[found], f[found], g[found] = trial[good], value[good], gradient[good]
+        x[found], values[found], gradient[found] = trial[good], value[good], slopes[good]
+
         searching = searching[~good]
         if not len(searching):
             break
         size[searching] *= 0.4
-    return x, f, g, spent
+    return replace(point, x=x, values=values, gradient=gradient), spent

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cpmtp.decomposition.expectation import Counts, Mixtures
+from cpmtp.decomposition.mixtures import Counts, Mixtures
 from cpmtp.prefix_tree import PrefixTree
 
 # The most probable prefixes that a fit looks at one by one; the mass of the others counts for the
@@ -24,8 +24,8 @@ _ROUNDING = 1e-14
 
 @dataclass(frozen=True)
 class Cells:
-    """A law over prefixes of mixed lengths: each stands for all its continuations that are not
-    listed themselves.
+    """A distribution over prefixes of mixed lengths: each stands for all its continuations that are
+    not listed themselves.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class TreeTargets:
     """Truncated joints as targets of a fit.
 
     The objective is ``sum_cells w log(w / Q(prefix))``: never above ``KL(P || Q)``, because a
-    coarser view of two laws brings them nearer, and equal to it for a tree of everything.
+    coarser view of two distributions brings them nearer, and equal to it for a tree of everything.
 
     Attributes
     ----------
@@ -60,9 +60,13 @@ class TreeTargets:
     vocab: int
 
     @classmethod
-    def of(cls, items: tuple[Cells, ...], vocab: int, runs_per_item: int) -> TreeTargets:
-        """Every item repeated for `runs_per_item` consecutive runs."""
-        return cls(items, torch.arange(len(items)).repeat_interleave(runs_per_item), vocab)
+    def of(cls, items: tuple[Cells, ...], vocab: int) -> TreeTargets:
+        """One run per item."""
+        return cls(items, torch.arange(len(items)), vocab)
+
+    def for_runs(self, owner: Int[Tensor, " runs"]) -> TreeTargets:
+        """The same truncated joints for other runs."""
+        return replace(self, owner=owner)
 
     def __getitem__(self, runs) -> TreeTargets:
         return replace(self, owner=self.owner[runs])
@@ -70,12 +74,21 @@ class TreeTargets:
     def __len__(self) -> int:
         return len(self.owner)
 
+    @property
+    def marginals(self) -> Float[Tensor, "items horizon vocab"]:
+        """The distribution of each position."""
+        return torch.stack([cell_marginals(item, self.vocab) for item in self.items])
+
     def expected_counts(self, mixtures: Mixtures) -> Counts:
         """The expectation step for every run, and the objective it started from."""
         runs = zip(self.owner.tolist(), mixtures.weights, mixtures.factors, strict=True)
         counted = [_cell_counts(self.items[item], *mixture) for item, *mixture in runs]
-        weights, factors, kl = (torch.stack(fields) for fields in zip(*counted, strict=True))
-        return Counts(weights, factors, kl)
+        weights, factors, kl = zip(*counted, strict=True)
+        return Counts(
+            torch.stack(weights),  # (runs, rank)
+            torch.stack(factors),  # (runs, horizon, rank, vocab)
+            torch.stack(kl),  # (runs,)
+        )
 
 
 def _cell_counts(
@@ -96,18 +109,18 @@ def _cell_counts(
     for tokens, mass in parts:
         share = weights.expand(len(tokens), -1).clone()  # (cells, rank)
         for column, token in zip(columns, tokens.T, strict=True):
-            share *= column.index_select(0, token)
+            share *= column.index_select(0, token)  # (cells, rank)
         model = share.sum(1).clamp_min_(_TINY)  # (cells,)
         log_likelihood += float(mass @ model.log())
 
-        share *= (mass / model)[:, None]
-        totals += share.sum(0)
+        share *= (mass / model)[:, None]  # (cells, rank)
+        totals += share.sum(0)  # (rank,)
         for pull, token in zip(pulls, tokens.T, strict=True):
-            pull.index_add_(0, token, share)
+            pull.index_add_(0, token, share)  # (vocab + 1, rank)
 
     negative_entropy = float(torch.special.xlogy(cells.weights, cells.weights).sum())
     kl = torch.tensor(negative_entropy - log_likelihood, dtype=weights.dtype)
-    return totals, pulls[:, :-1].mT, kl
+    return totals, pulls[:, :-1].mT, kl  # (rank,), (horizon, rank, vocab), ()
 
 
 def tree_cells(tree: PrefixTree, most: int = _MOST_CELLS) -> Cells:
@@ -122,7 +135,7 @@ def tree_cells(tree: PrefixTree, most: int = _MOST_CELLS) -> Cells:
     >>> cells.tokens.shape, round(cells.weights.sum().item(), 9)
     (torch.Size([16, 2]), 1.0)
     """
-    probs = torch.cat([level.probs for level in tree.levels])
+    probs = torch.cat([level.probs for level in tree.levels])  # (all prefixes,)
     # Prefixes are at least as probable as what extends them, so a threshold keeps whole paths.
     least = probs.topk(most).values[-1] if len(probs) > most else 0.0
     lengths = range(1, tree.horizon + 1)
@@ -131,25 +144,27 @@ def tree_cells(tree: PrefixTree, most: int = _MOST_CELLS) -> Cells:
     listed = [torch.ones(1, dtype=torch.bool), *(level.probs >= least for level in tree.levels)]
     for length, level in zip(lengths, tree.levels, strict=True):
         some = listed[length]
-        left[length - 1].index_add_(0, level.parents[some], -level.probs[some])
+        left[length - 1].index_add_(0, level.parents[some], -level.probs[some])  # (parents,)
+
+    # (listed prefixes,) and (listed prefixes, horizon)
     weight = torch.cat([values[some] for values, some in zip(left, listed, strict=True)])
     cells = torch.cat([values[some] for values, some in zip(tokens, listed, strict=True)])
     return Cells(cells[weight > _ROUNDING], weight[weight > _ROUNDING])
 
 
 def first_token_cells(cells: Cells, first: int) -> Cells:
-    """The law of what follows one first token."""
+    """The distribution of what follows one first token."""
     some = cells.tokens[:, 0] == first
     weights = cells.weights[some]
     return Cells(cells.tokens[some, 1:], weights / weights.sum())
 
 
 def cell_marginals(cells: Cells, vocab: int) -> Float[Tensor, "horizon vocab"]:
-    """The law of each position among the cells that reach it; uniform where none does."""
+    """The distribution of each position among the cells that reach it; uniform where none does."""
     sums = cells.weights.new_zeros(cells.tokens.shape[1], vocab + 1)
     for row, token in zip(sums, cells.tokens.T, strict=True):
-        row.index_add_(0, token, cells.weights)
-    total = sums[:, :-1].sum(1, keepdim=True)
+        row.index_add_(0, token, cells.weights)  # (vocab + 1,)
+    total = sums[:, :-1].sum(1, keepdim=True)  # (horizon, 1)
     return torch.where(total > 0, sums[:, :-1] / torch.where(total > 0, total, 1.0), 1 / vocab)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rounding import rounding
 
 from cpmtp.decomposition.fitting import fit
-from cpmtp.decomposition.solving import KL_METHODS, METHODS
+from cpmtp.decomposition.restarts import KL_METHODS, METHODS
 from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import separated_hmm

@@ -9,9 +9,9 @@ import pytest
 import torch
 from rounding import kl_rounding, rounding
 
-from cpmtp.decomposition.em import em_runs
-from cpmtp.decomposition.expectation import Mixtures, Targets
+from cpmtp.decomposition.em import Targets, em_runs
 from cpmtp.decomposition.fitting import fit
+from cpmtp.decomposition.mixtures import Mixtures
 from cpmtp.decomposition.starts import random_starts
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.drafts.divergence import divergences

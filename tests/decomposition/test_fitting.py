@@ -8,7 +8,7 @@ from rounding import FITTED, kl_rounding, rounding
 
 from cpmtp.acceptance.implied import implied_acceptance
 from cpmtp.decomposition.fitting import fit
-from cpmtp.decomposition.solving import METHODS
+from cpmtp.decomposition.restarts import METHODS
 from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution
 

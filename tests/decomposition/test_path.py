@@ -6,9 +6,8 @@ import pytest
 import torch
 from rounding import kl_rounding
 
-from cpmtp.decomposition.fitting import fit
-from cpmtp.decomposition.matching import factor_match_score
-from cpmtp.decomposition.path import fit_path
+from cpmtp.decomposition.fitting import fit, fit_path
+from cpmtp.decomposition.mixtures import factor_match_score
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution, exact_joint

@@ -4,10 +4,9 @@ import pytest
 import torch
 from rounding import FITTED, kl_rounding
 
-from cpmtp.decomposition import core
-from cpmtp.decomposition.core import Core
+from cpmtp.decomposition import restarts
 from cpmtp.decomposition.fitting import fit
-from cpmtp.decomposition.solving import KL_METHODS
+from cpmtp.decomposition.restarts import KL_METHODS, Core
 from cpmtp.decomposition.starts import random_starts
 from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution, exact_joint
@@ -18,7 +17,7 @@ EMPTY = torch.empty(0, dtype=torch.long)
 
 @pytest.fixture
 def every_joint_has_a_core(monkeypatch):
-    monkeypatch.setattr(core, "_CORE_FROM", 1)
+    monkeypatch.setattr(restarts, "_CORE_FROM", 1)
 
 
 def with_rare_tokens(seed: int = 0) -> JointDistribution:
