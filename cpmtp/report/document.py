@@ -26,6 +26,7 @@ from cpmtp.report.sections import (
     learned_sections,
     pilot,
 )
+from cpmtp.whole_files import write_text
 
 PRICE = 2.5
 _ASSUMED_STEP, _ASSUMED_LAYERS = 0.02, 32
@@ -148,7 +149,7 @@ class Report:
                 anchor=_slug,
             )
         )
-        return _written(Path(path), page)
+        return write_text(Path(path), page)
 
     def write_markdown(self, path: str | Path) -> Path:
         """The same text, and the figures as files in a folder beside it."""
@@ -156,7 +157,7 @@ class Report:
         folder = path.with_name(f"{path.stem}_figures")
 
         def stored(figure: Figure) -> str:
-            file = _written(folder / f"{_slug(figure.name)}.svg", self.drawings[figure.name])
+            file = write_text(folder / f"{_slug(figure.name)}.svg", self.drawings[figure.name])
             return f"{folder.name}/{file.name}"
 
         environment = _environment(autoescape=False)
@@ -165,7 +166,7 @@ class Report:
         text = template.render(
             answers=self.answers, sections=self.sections, kind=_kind, stored=stored
         )
-        return _written(path, re.sub(r"\n{3,}", "\n\n", text))
+        return write_text(path, re.sub(r"\n{3,}", "\n\n", text))
 
 
 def write_report(
@@ -341,9 +342,3 @@ def _plain_markdown(text: str) -> str:
         .replace(">", "&gt;")
     )
     return " ".join(escaped.split())
-
-
-def _written(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path

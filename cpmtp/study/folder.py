@@ -15,7 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from cpmtp.study.plan import StudySettings, StudyUnit, study_cells
-from cpmtp.study.table import SCHEMA_VERSION, read_part, write_atomically, write_part, write_table
+from cpmtp.study.table import SCHEMA_VERSION, read_part, write_part
+from cpmtp.whole_files import remove_partials, write_parquet, write_text
 
 _PACKAGES = ("cpmtp", "torch", "transformers", "tensorly", "numpy", "scipy", "pandas", "pyarrow")
 
@@ -50,10 +51,9 @@ class StudyFolder:
             if file.exists():
                 _refuse_other_study(_read_manifest(file), manifest, path)
             else:
-                text = json.dumps(manifest, indent=2) + "\n"
-                write_atomically(file, lambda partial: partial.write_text(text, encoding="utf-8"))
-            for left in (*path.glob(".*.partial"), *(path / "parts").glob(".*.partial")):
-                left.unlink(missing_ok=True)
+                write_text(file, json.dumps(manifest, indent=2) + "\n")
+            remove_partials(path)
+            remove_partials(path / "parts")
             yield cls(path, settings)
 
     def read(self, unit: StudyUnit) -> pa.Table | None:
@@ -84,7 +84,7 @@ class StudyFolder:
 
     def write_table(self, table: pa.Table) -> None:
         """The whole study's."""
-        write_table(self.path / "table.parquet", table)
+        write_parquet(self.path / "table.parquet", table)
 
     def _part(self, unit: StudyUnit) -> Path:
         return self.path / "parts" / f"{unit.key}.parquet"

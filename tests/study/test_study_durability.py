@@ -121,11 +121,12 @@ def test_a_part_that_cannot_be_written_is_in_the_table_all_the_same(table, tmp_p
 def test_a_full_disk_is_one_line_and_status_one(monkeypatch, capsys, tmp_path):
     from cpmtp.cli import main
 
-    def full(path, write, **_):
+    def full(path, table, **_):
         with open("/dev/full", "w") as file:
             file.write("x" * 100_000)
 
-    monkeypatch.setattr("cpmtp.study.table.write_atomically", full)
+    monkeypatch.setattr("cpmtp.study.table.write_parquet", full)
+    monkeypatch.setattr("cpmtp.study.folder.write_parquet", full)
     arguments = [
         "cpmtp",
         "study",
