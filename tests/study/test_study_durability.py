@@ -203,6 +203,30 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     assert len(run_study(TINY, tmp_path, workers=1)) == 8
 
 
+HOLDER = """
+import sys, time
+from pathlib import Path
+from test_study_durability import TINY, StudyFolder, plan_study
+with StudyFolder.opened(Path(sys.argv[1]), TINY, plan_study(TINY)[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_is_free_again_when_the_process_that_used_it_is_killed(tmp_path, root):
+    places = [str(root), str(root / "tests"), str(root / "tests" / "study")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    command = [sys.executable, "-c", HOLDER, tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(ValueError, match=f"in use by process {holder.pid} on"):
+                run_study(TINY, tmp_path, workers=1)
+        finally:
+            holder.kill()
+    assert len(run_study(TINY, tmp_path, workers=1)) == 8
+
+
 def test_another_text_under_the_same_name_is_another_study(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abcdef" * 20)
