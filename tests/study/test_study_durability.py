@@ -379,7 +379,7 @@ def test_workers_killed_at_twenty_random_moments_cost_nothing(tmp_path, monkeypa
 def children_of(pid: int) -> list[psutil.Process]:
     try:
         children = psutil.Process(pid).children()
-        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        return [child for child in children if "popen_loky" in " ".join(child.cmdline())]
     except psutil.Error:
         return []
 
