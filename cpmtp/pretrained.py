@@ -1,6 +1,4 @@
-"""Hugging Face causal language models and the embedded ones; the only user of transformers' model
-classes.
-"""
+"""Hugging Face causal language models and the embedded ones."""
 
 from __future__ import annotations
 
@@ -15,7 +13,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from jaxtyping import Float, Int
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -23,23 +20,18 @@ from transformers import (
     AutoTokenizer,
     Cache,
     DynamicCache,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as hf_logging
 
 from cpmtp.language_model import draw_tokens
 from cpmtp.tree_attention import attend_in_tree, lay_out_tree
 
-END_OF_TEXT = "<|endoftext|>"
-REPLACEMENT = "\ufffd"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LOGITS_AT_ONCE = 1 << 24  # entries of one pass's logits
 _TREE_ATTENTION = "cpmtp_tree"
 # What some architectures ask of their attention beyond softmax over all they see.
 _ATTENTION_VARIANTS = ("softcap", "s_aux", "sliding_window", "position_bias", "alibi")
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-_ALPHABET = "\t\n" + "".join(chr(c) for c in range(32, 127))
 
 
 class HuggingFaceLanguageModel:
@@ -465,75 +457,3 @@ def _tree_attention_forward(module, query, key, value, attention_mask, scaling=N
 
 
 AttentionInterface.register(_TREE_ATTENTION, _tree_attention_forward)
-
-
-def train_character_tokenizer(texts: list[str], merges: int = 5) -> PreTrainedTokenizerFast:
-    """Printable ASCII, newline and tab, plus the most frequent `merges` byte-pair merges within a
-    line.
-
-    Every other character becomes one replacement token (U+FFFD), so that text length is kept and
-    the loss counted.
-    """
-    tokenizer = Tokenizer(models.BPE(unk_token=REPLACEMENT))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("\n"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2 + len(_ALPHABET) + merges,
-        special_tokens=[END_OF_TEXT, REPLACEMENT],
-        initial_alphabet=list(_ALPHABET),
-        limit_alphabet=len(_ALPHABET),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(
-        ("".join(c if c in _ALPHABET else " " for c in t) for t in texts), trainer
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END_OF_TEXT,
-        unk_token=REPLACEMENT,
-        split_special_tokens=True,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def train_byte_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level byte-pair encoding; 257 tokens are the bytes and the end of a text, without a
-    merge.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END_OF_TEXT,
-        split_special_tokens=True,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def new_llama(vocab_size: int, *, width: int, layers: int, window: int, seed: int):
-    """A randomly initialised Llama with grouped-query attention (heads of 32, three queries per
-    key).
-    """
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=8 * width // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        num_key_value_heads=max(width // 96, 1),
-        max_position_embeddings=window,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
-    return AutoModelForCausalLM.from_config(config)

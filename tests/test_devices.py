@@ -14,9 +14,10 @@ from cpmtp.forecasting.cycles import forecast_cycles
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.heads.losses import OBJECTIVES, head_loss
 from cpmtp.joint_distribution import JointDistribution, exact_joint
-from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
+from cpmtp.pretrained import HuggingFaceLanguageModel
 from cpmtp.training.base_models import BaseTrainingSettings, _optimisers, _Run, _step
 from cpmtp.training.heads import HeadTrainingSettings, train_head
+from cpmtp.training.new_models import new_llama
 from cpmtp.validation.checks import law_p_value
 
 VOCAB = 9

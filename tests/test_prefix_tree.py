@@ -11,7 +11,8 @@ from tiny_models import BigramTable, BrokenModel, RecurrentModel
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.language_model import MarkovLanguageModel
 from cpmtp.prefix_tree import PrefixTree, truncated_joint
-from cpmtp.pretrained import HuggingFaceLanguageModel, load_language_model, new_llama
+from cpmtp.pretrained import HuggingFaceLanguageModel, load_language_model
+from cpmtp.training.new_models import new_llama
 
 CONTEXT = torch.tensor([1, 0, 2])
 

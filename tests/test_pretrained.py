@@ -19,12 +19,8 @@ from transformers import (
 )
 
 from cpmtp.joint_distribution import exact_joint
-from cpmtp.pretrained import (
-    HuggingFaceLanguageModel,
-    embedded_models,
-    load_language_model,
-    new_llama,
-)
+from cpmtp.pretrained import HuggingFaceLanguageModel, embedded_models, load_language_model
+from cpmtp.training.new_models import new_llama
 
 CONTEXT = torch.tensor([3, 1, 4, 1, 5])
 SMALL = {"vocab_size": 11, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

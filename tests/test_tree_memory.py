@@ -14,7 +14,8 @@ GROW = r"""
 import re, sys
 import torch
 from cpmtp.prefix_tree import truncated_joint
-from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
+from cpmtp.pretrained import HuggingFaceLanguageModel
+from cpmtp.training.new_models import new_llama
 
 torch.set_num_threads(1)
 model = new_llama(32_000, width=96, layers=2, window=64, seed=0)

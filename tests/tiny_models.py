@@ -89,7 +89,7 @@ def not_a_model() -> int:
 
 def random_llama_folder(folder: Path, *, vocab_merges: int = 0, window: int = 64) -> Path:
     """A random character Llama in Hugging Face format."""
-    from cpmtp.pretrained import new_llama, train_character_tokenizer
+    from cpmtp.training.new_models import new_llama, train_character_tokenizer
 
     tokenizer = train_character_tokenizer(["def add(a, b):\n    return a + b\n" * 20], vocab_merges)
     new_llama(len(tokenizer), width=96, layers=1, window=window, seed=0).save_pretrained(folder)

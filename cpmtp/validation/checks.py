@@ -16,7 +16,8 @@ from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.heads.evaluation import head_draft
 from cpmtp.joint_distribution import exact_joint
-from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
+from cpmtp.pretrained import HuggingFaceLanguageModel
+from cpmtp.training.new_models import new_llama
 from cpmtp.validation.presets import BasePlan
 from cpmtp.validation.stages import Workplace
 

@@ -28,9 +28,10 @@ from cpmtp.forecasting.cycles import forecast_cycles
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.heads.losses import head_loss
 from cpmtp.latency import LatencyModel
-from cpmtp.pretrained import HuggingFaceLanguageModel, load_language_model, train_byte_tokenizer
+from cpmtp.pretrained import HuggingFaceLanguageModel, load_language_model
 from cpmtp.training.base_models import train_base_on
 from cpmtp.training.heads import HeadTrainingSettings, train_heads
+from cpmtp.training.new_models import train_byte_tokenizer
 from cpmtp.validation.presets import BasePlan, Preset
 from cpmtp.whole_files import write_tensors
 

@@ -25,7 +25,8 @@ from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import sample_sequences, separated_hmm
 from cpmtp.prefix_tree import truncated_joint
-from cpmtp.pretrained import HuggingFaceLanguageModel, load_language_model, new_llama
+from cpmtp.pretrained import HuggingFaceLanguageModel, load_language_model
+from cpmtp.training.new_models import new_llama
 
 CONTEXTS_PER_MODEL = 8
 RANKS = (2, 4, 8, 16, 32)

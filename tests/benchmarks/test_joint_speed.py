@@ -17,12 +17,8 @@ import torch
 from transformers import DynamicCache
 
 from cpmtp.joint_distribution import exact_joint, grid_rows
-from cpmtp.pretrained import (
-    HuggingFaceLanguageModel,
-    embedded_models,
-    load_language_model,
-    new_llama,
-)
+from cpmtp.pretrained import HuggingFaceLanguageModel, embedded_models, load_language_model
+from cpmtp.training.new_models import new_llama
 
 CONTEXT_TOKENS = 64
 # Rows and tokens per row of the floor's plain batches.

@@ -18,12 +18,8 @@ from cpmtp.decoding.speculative import custom_generate, speculative_generate
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.language_model import MarkovLanguageModel, sample_sequences, separated_hmm
-from cpmtp.pretrained import (
-    HuggingFaceLanguageModel,
-    embedded_heads,
-    load_language_model,
-    new_llama,
-)
+from cpmtp.pretrained import HuggingFaceLanguageModel, embedded_heads, load_language_model
+from cpmtp.training.new_models import new_llama
 from cpmtp.validation.checks import law_p_value
 
 VOCAB = 5

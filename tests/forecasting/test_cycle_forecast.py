@@ -22,7 +22,8 @@ from cpmtp.forecasting.cycles import (
 )
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.language_model import MarkovLanguageModel, sample_sequences
-from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
+from cpmtp.pretrained import HuggingFaceLanguageModel
+from cpmtp.training.new_models import new_llama
 
 VOCAB, DRAFTED = 3, 2
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cpmtp.heads.cp_head import CPHead
-from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
+from cpmtp.pretrained import HuggingFaceLanguageModel
+from cpmtp.training.new_models import new_llama
 
 SHAPES = [
     {},

@@ -13,7 +13,8 @@ from cpmtp.heads.cp_head import CPHead
 from cpmtp.heads.evaluation import head_draft
 from cpmtp.heads.losses import head_loss
 from cpmtp.joint_distribution import exact_joint
-from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
+from cpmtp.pretrained import HuggingFaceLanguageModel
+from cpmtp.training.new_models import new_llama
 
 SHAPES = [{}, {"anchored": True, "blocks": 1}, {"anchored": True}]
 

@@ -18,9 +18,10 @@ from cpmtp.heads.cp_head import CPHead
 from cpmtp.heads.evaluation import head_draft, held_out_survival, waterfall
 from cpmtp.heads.losses import HeadLoss
 from cpmtp.joint_distribution import exact_joint
-from cpmtp.pretrained import HuggingFaceLanguageModel, new_llama
+from cpmtp.pretrained import HuggingFaceLanguageModel
 from cpmtp.training import heads as head_training
 from cpmtp.training.heads import HeadTrainingSettings, train_head, train_heads, windows_of_text
+from cpmtp.training.new_models import new_llama
 
 TINY = HeadTrainingSettings(horizon=3, rank=2, steps=6, rows=2, length=16, sequences=8)
 VOCAB = 6
