@@ -22,6 +22,7 @@ from cpmtp.report.plots import figure_svg
 from cpmtp.report.sections import findings
 from cpmtp.report.subject import PRICE, ReportExtras, Subject, subjects_of
 from cpmtp.report.theme import theme_css, themed_svg
+from cpmtp.whole_files import write_text
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]|$~])")
 
@@ -125,7 +126,7 @@ class Report:
                 anchor=_slug,
             )
         )
-        return _written(Path(path), page)
+        return write_text(Path(path), page)
 
     def write_markdown(self, path: str | Path) -> Path:
         """The same text, and the figures as files in a folder beside it."""
@@ -133,7 +134,7 @@ class Report:
         folder = path.with_name(f"{path.stem}_figures")
 
         def stored(figure: Figure) -> str:
-            file = _written(folder / f"{_slug(figure.name)}.svg", self.drawings[figure.name])
+            file = write_text(folder / f"{_slug(figure.name)}.svg", self.drawings[figure.name])
             return f"{folder.name}/{file.name}"
 
         environment = _environment(autoescape=False)
@@ -142,7 +143,7 @@ class Report:
         text = template.render(
             answers=self.answers, sections=self.sections, kind=_kind, stored=stored
         )
-        return _written(path, re.sub(r"\n{3,}", "\n\n", text))
+        return write_text(path, re.sub(r"\n{3,}", "\n\n", text))
 
 
 def write_report(
@@ -297,9 +298,3 @@ def _plain_markdown(text: str) -> str:
         .replace(">", "&gt;")
     )
     return " ".join(escaped.split())
-
-
-def _written(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path

@@ -13,10 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pyarrow as pa
+from filelock import FileLock, Timeout
 
 from cpmtp.study.plan import StudyUnit, study_cells
 from cpmtp.study.settings import StudySettings
-from cpmtp.study.table import SCHEMA_VERSION, read_part, write_atomically, write_part, write_table
+from cpmtp.study.table import SCHEMA_VERSION, read_part, write_part
+from cpmtp.whole_files import remove_partials, write_parquet, write_text
 
 _PACKAGES = ("cpmtp", "torch", "transformers", "tensorly", "numpy", "scipy", "pandas", "pyarrow")
 
@@ -46,15 +48,14 @@ class StudyFolder:
         if file.exists():
             _refuse_other_study(_read_manifest(file), manifest, path)
         path.mkdir(parents=True, exist_ok=True)
-        with _locked(path / ".lock", path):
+        with _locked(path):
             # Somebody may have begun another study here since.
             if file.exists():
                 _refuse_other_study(_read_manifest(file), manifest, path)
             else:
-                text = json.dumps(manifest, indent=2) + "\n"
-                write_atomically(file, lambda partial: partial.write_text(text, encoding="utf-8"))
-            for left in (*path.glob(".*.partial"), *(path / "parts").glob(".*.partial")):
-                left.unlink(missing_ok=True)
+                write_text(file, json.dumps(manifest, indent=2) + "\n")
+            remove_partials(path)
+            remove_partials(path / "parts")
             yield cls(path, settings)
 
     def read(self, unit: StudyUnit) -> pa.Table | None:
@@ -85,39 +86,28 @@ class StudyFolder:
 
     def write_table(self, table: pa.Table) -> None:
         """The whole study's."""
-        write_table(self.path / "table.parquet", table)
+        write_parquet(self.path / "table.parquet", table)
 
     def _part(self, unit: StudyUnit) -> Path:
         return self.path / "parts" / f"{unit.key}.parquet"
 
 
 @contextmanager
-def _locked(path: Path, folder: Path) -> Iterator[None]:
-    """An advisory lock of the operating system's: it ends with the process, however that ends."""
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            _lock(file.fileno())
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ValueError(
-                f"{str(folder)!r} is in use by {holder}: wait for it, or choose another --out"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-def _lock(descriptor: int) -> None:
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder for this process alone: a lock of the operating system's, which ends with the
+    process, however that ends.
+    """
+    holder = folder / ".holder"
     try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        return
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text("utf-8") if holder.exists() else "another process"
+        raise ValueError(
+            f"{str(folder)!r} is in use by {who}: wait for it, or choose another --out"
+        ) from None
+    with held:
+        write_text(holder, f"process {os.getpid()} on {socket.gethostname()}")
+        yield
 
 
 def _manifest(settings: StudySettings, identity: dict) -> dict:

@@ -1,13 +1,11 @@
-"""The columns of a study's table, and Parquet files of it that are whole or not there at all."""
+"""The columns of a study's table, and Parquet files of one context's rows."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import os
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cpmtp.study.settings import StudySettings
+from cpmtp.whole_files import write_parquet
 
 SCHEMA_VERSION = 3
 RULES = ("token", "block", "coupling")
@@ -225,7 +224,7 @@ def write_part(path: Path, table: pa.Table) -> None:
     """
     signed = table.replace_schema_metadata({_DIGEST: _digest(table)})
     options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-    write_atomically(path, lambda partial: pq.write_table(signed, partial, **options), forced=False)
+    write_parquet(path, signed, forced=False, **options)
 
 
 def read_part(path: Path, settings: StudySettings, rows: int) -> pa.Table:
@@ -268,11 +267,6 @@ def joined(parts: list[bytes], settings: StudySettings) -> pa.Table:
     return pa.Table.from_arrays(table.columns, schema=table_schema(settings))
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    """Write a whole study's table."""
-    write_atomically(path, lambda partial: pq.write_table(table, partial))
-
-
 _DIGEST = b"cpmtp_content_sha256"
 
 
@@ -285,17 +279,3 @@ def _digest(table: pa.Table) -> bytes:
             json.dumps(values.tolist()).encode() if values.dtype == object else values.tobytes()
         )
     return digest.hexdigest().encode()
-
-
-def write_atomically(path: Path, write: Callable[[Path], object], *, forced: bool = True) -> None:
-    """What `write` puts into a temporary file appears under `path` when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
-    try:
-        write(partial)
-        if forced:
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from cpmtp.corpora import Document, corpus_hash, split_held_out, standard_library_documents
 from cpmtp.pretrained import HuggingFaceLanguageModel
 from cpmtp.training.base_evaluation import accepted_line_share, bits_per_byte, xz_bits_per_byte
-from cpmtp.training.checkpoints import load_checkpoint, save_checkpoint, write_text
+from cpmtp.training.checkpoints import load_checkpoint, save_checkpoint
 from cpmtp.training.muon import Muon
 from cpmtp.training.new_models import new_llama, train_character_tokenizer
+from cpmtp.whole_files import write_text
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from cpmtp.whole_files import write_tensors
 
 
 def save_checkpoint(
@@ -28,9 +28,7 @@ def save_checkpoint(
                 f"optimiser.{o}.{index}.{name}": torch.as_tensor(value)
                 for name, value in state.items()
             }
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, dict(metadata))
-    os.replace(partial, path)
+    write_tensors(path, tensors, dict(metadata))
 
 
 def load_checkpoint(
@@ -67,10 +65,3 @@ def load_checkpoint(
     return {
         k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")
     }, metadata
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, written whole or not at all."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from jaxtyping import Int
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.heads.losses import OBJECTIVES, HeadLoss, head_loss
 from cpmtp.language_model import sample_sequences
-from cpmtp.training.checkpoints import load_checkpoint, save_checkpoint, write_text
+from cpmtp.training.checkpoints import load_checkpoint, save_checkpoint
 from cpmtp.training.muon import Muon
+from cpmtp.whole_files import write_tensors, write_text
 
 _SAMPLED_AT_ONCE = 128
 
@@ -386,7 +387,7 @@ def _own_samples(lm, plan: HeadTrainingSettings, folder: Path | None) -> Tensor:
     bar.close()
     tokens = torch.cat(parts)
     if file:
-        save_file({key: tokens.to(torch.int32)}, file)
+        write_tensors(file, {key: tokens.to(torch.int32)})
     return tokens
 
 

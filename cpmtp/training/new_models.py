@@ -1,6 +1,9 @@
-"""Untrained models and the tokenizers they are trained with."""
+"""New models: tokenizers trained on texts, and weights drawn at random."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -9,6 +12,24 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 END_OF_TEXT = "<|endoftext|>"
 REPLACEMENT = "\ufffd"
 _ALPHABET = "\t\n" + "".join(chr(c) for c in range(32, 127))
+
+
+@contextlib.contextmanager
+def locally_seeded(seed: int) -> Iterator[None]:
+    """What is drawn on the CPU within depends on `seed` alone; the caller's generators go on as if
+    nothing had been drawn.
+
+    Examples
+    --------
+    >>> with locally_seeded(0):
+    ...     first = torch.rand(1)
+    >>> with locally_seeded(0):
+    ...     bool(first == torch.rand(1))
+    True
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def train_character_tokenizer(texts: list[str], merges: int = 5) -> PreTrainedTokenizerFast:
@@ -79,7 +100,5 @@ def new_llama(vocab_size: int, *, width: int, layers: int, window: int, seed: in
         eos_token_id=0,
         pad_token_id=None,
     )
-    # The caller's own random numbers are left alone.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with locally_seeded(seed):
         return AutoModelForCausalLM.from_config(config)

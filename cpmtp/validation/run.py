@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from cpmtp.training.checkpoints import write_text
 from cpmtp.validation import checks, stages
 from cpmtp.validation.presets import Preset
 from cpmtp.validation.stages import Workplace
+from cpmtp.whole_files import write_parquet, write_text
 
 STAGES = ("base", "heads", "forecast", "decode", "report")
 
@@ -155,10 +155,7 @@ def _run(place: Workplace, task: _Task) -> None:
     begun, path = time.perf_counter(), _part(place, task)
     table = pd.DataFrame(task.rows())
     table["part_seconds"] = time.perf_counter() - begun
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_suffix(".partial")
-    table.to_parquet(partial_path)
-    partial_path.replace(path)
+    write_parquet(path, table)
 
 
 def _claim(place: Workplace) -> None:
@@ -169,7 +166,6 @@ def _claim(place: Workplace) -> None:
             f"{str(place.folder)!r} holds a validation of other settings: choose another folder "
             "or delete it"
         )
-    place.folder.mkdir(parents=True, exist_ok=True)
     write_text(path, settings)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from scipy.optimize import nnls
 from torch import Tensor
 
@@ -33,6 +33,7 @@ from cpmtp.training.base_models import train_base_on
 from cpmtp.training.heads import HeadTrainingSettings, train_heads
 from cpmtp.training.new_models import train_byte_tokenizer
 from cpmtp.validation.presets import BasePlan, Preset
+from cpmtp.whole_files import write_tensors
 
 _TOKENIZER_BYTES = 20_000_000
 _TIMED_TOKENS = 64
@@ -116,9 +117,8 @@ def train_base_model(place: Workplace, plan: BasePlan) -> list[dict]:
         "training": (training, preset.windows, preset.window),
         "held_out": (held_out, 2 * preset.prompts, preset.prompt),
     }
-    save_file(
-        {side: _windows(lm, *cut) for side, cut in wanted.items()}, folder / "text.safetensors"
-    )
+    windows = {side: _windows(lm, *cut) for side, cut in wanted.items()}
+    write_tensors(folder / "text.safetensors", windows)
     parameters = sum(weight.numel() for weight in lm.model.parameters())
     return [
         row
@@ -348,7 +348,7 @@ def _own_samples(place: Workplace, plan: BasePlan, lm: HuggingFaceLanguageModel)
         parts = [
             lm.sample_tokens(min(512, count - i), length, seed=i) for i in range(0, count, 512)
         ]
-        save_file({"tokens": torch.cat(parts)}, file)
+        write_tensors(file, {"tokens": torch.cat(parts)})
     return load_file(file)["tokens"]
 
 

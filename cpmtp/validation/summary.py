@@ -18,8 +18,8 @@ from cpmtp.latency import LatencyModel
 from cpmtp.report.blocks import Figure, Section, Table, Text
 from cpmtp.report.document import Report
 from cpmtp.report.plots import plot_forecast, plot_step_times
-from cpmtp.training.checkpoints import write_text
 from cpmtp.validation.stages import Workplace, fit_latency
+from cpmtp.whole_files import write_parquet, write_text
 
 _STAGES = ("target", "draft", "verification", "rest")
 
@@ -29,15 +29,14 @@ def write_results(tables: dict[str, pd.DataFrame], place: Workplace) -> None:
     ``results`` folder.
     """
     folder = place.folder / "results"
-    folder.mkdir(exist_ok=True)
     latency = fit_latency(tables["calls"])
     cells = decoded_cells(tables, latency)
     # Eight files at most: the small tables share one.
-    cells.to_parquet(folder / "decoding.parquet")
+    write_parquet(folder / "decoding.parquet", cells)
     for name in ("heads", "overhead"):
-        tables[name].to_parquet(folder / f"{name}.parquet")
+        write_parquet(folder / f"{name}.parquet", tables[name])
     others = [tables[name].assign(table=name) for name in ("bases", "calls", "estimates", "law")]
-    pd.concat(others, ignore_index=True).to_parquet(folder / "checks.parquet")
+    write_parquet(folder / "checks.parquet", pd.concat(others, ignore_index=True))
     found = summary(tables, cells, latency, place)
     write_text(folder / "summary.json", json.dumps(found, indent=2) + "\n")
     Report.of_sections(sections(tables, cells, found)).write_html(folder / "report.html")

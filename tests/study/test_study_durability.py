@@ -122,11 +122,12 @@ def test_a_part_that_cannot_be_written_is_in_the_table_all_the_same(table, tmp_p
 def test_a_full_disk_is_one_line_and_status_one(monkeypatch, capsys, tmp_path):
     from cpmtp.cli import main
 
-    def full(path, write, **_):
+    def full(path, table, **_):
         with open("/dev/full", "w") as file:
             file.write("x" * 100_000)
 
-    monkeypatch.setattr("cpmtp.study.table.write_atomically", full)
+    monkeypatch.setattr("cpmtp.study.table.write_parquet", full)
+    monkeypatch.setattr("cpmtp.study.folder.write_parquet", full)
     arguments = [
         "cpmtp",
         "study",
@@ -200,6 +201,30 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
         pytest.raises(ValueError, match=f"in use by process {os.getpid()} on"),
     ):
         run_study(TINY, tmp_path, workers=1)
+    assert len(run_study(TINY, tmp_path, workers=1)) == 8
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from test_study_durability import TINY, StudyFolder, plan_study
+with StudyFolder.opened(Path(sys.argv[1]), TINY, plan_study(TINY)[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_is_free_again_when_the_process_that_used_it_is_killed(tmp_path, root):
+    places = [str(root), str(root / "tests"), str(root / "tests" / "study")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
+    command = [sys.executable, "-c", HOLDER, tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(ValueError, match=f"in use by process {holder.pid} on"):
+                run_study(TINY, tmp_path, workers=1)
+        finally:
+            holder.kill()
     assert len(run_study(TINY, tmp_path, workers=1)) == 8
 
 
@@ -355,7 +380,7 @@ def test_workers_killed_at_twenty_random_moments_cost_nothing(tmp_path, monkeypa
 def children_of(pid: int) -> list[psutil.Process]:
     try:
         children = psutil.Process(pid).children()
-        return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        return [child for child in children if "popen_loky" in " ".join(child.cmdline())]
     except psutil.Error:
         return []
 
