@@ -77,7 +77,7 @@ def write_tensors(
     return write_whole(path, lambda partial: save_file(dict(tensors), partial, metadata))
 
 
-def remove_partials(folder: Path) -> None:
-    """What killed writers left behind; to be called where nobody is writing."""
-    for left in folder.glob(".*.partial"):
+def remove_partials(folder: Path, name: str = "*") -> None:
+    """What killed writers of files of this name left behind; for whoever alone writes them."""
+    for left in folder.glob(f".{name}.*.partial"):
         left.unlink(missing_ok=True)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import count
+from functools import partial
 from pathlib import Path
 
 import torch
+from jaxtyping import Int
+from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from cpmtp.corpora import Document, corpus_hash, split_held_out, standard_library_documents
 from cpmtp.pretrained import HuggingFaceLanguageModel
 from cpmtp.training.base_evaluation import accepted_line_share, bits_per_byte, xz_bits_per_byte
-from cpmtp.training.checkpoints import load_checkpoint, save_checkpoint
+from cpmtp.training.loop import Batch, Run, Schedule, drawn_windows, train
 from cpmtp.training.muon import Muon
 from cpmtp.training.new_models import new_llama, train_character_tokenizer
 from cpmtp.whole_files import write_text
@@ -154,8 +153,22 @@ def train_base_on(
     )
     model = model.to(device)
     key = _resume_key(name, settings, training)
-    run = _Run(model, _optimisers(model, settings), folder / "checkpoint.safetensors", key)
-    _train(run, ids, settings, checkpoint_seconds, callback)
+    checkpoint = folder / "checkpoint.safetensors"
+    objective, optimisers = _NextTokens(model, settings), _optimisers(model, settings)
+    run = Run(model.train(), objective, optimisers, checkpoint=checkpoint, key=key)
+
+    def recorded(_: int, run: Run, out: _Loss) -> dict[str, str]:
+        if callback:
+            callback(run.step, out.loss.item())
+        return {"nats_per_token": f"{out.loss.item():.3f}"}
+
+    train(
+        [run],
+        partial(_batch, ids, settings),
+        _schedule(settings),
+        record=recorded,
+        checkpoint_seconds=checkpoint_seconds,
+    )
     _save(model, tokenizer, folder)
     # Half precision is what is shipped, so that is what is measured.
     model = model.float()
@@ -170,11 +183,11 @@ def train_base_on(
     }
     recipe |= _sampled(model, tokenizer, held_out, settings) if name == "code" else {}
     write_text(folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
-    run.checkpoint.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     return BaseTrainingResult(folder, bits, seen)
 
 
-def encode_documents(tokenizer, documents: list[Document]) -> torch.Tensor:
+def encode_documents(tokenizer, documents: list[Document]) -> Tensor:
     """All documents as one sequence of ids, each followed by the end-of-text token."""
     pieces = tokenizer([d.text for d in documents], add_special_tokens=False).input_ids
     return torch.tensor(
@@ -182,26 +195,28 @@ def encode_documents(tokenizer, documents: list[Document]) -> torch.Tensor:
     )
 
 
-class _Run:
-    """Model, optimisers and where they are; knows how to put that on disk and take it back."""
+@dataclass(frozen=True)
+class _Loss:
+    """Mean cross-entropy of the next tokens, nats."""
 
-    def __init__(self, model, optimisers: list[torch.optim.Optimizer], checkpoint: Path, key: str):
-        self.model, self.optimisers, self.checkpoint, self.key = model, optimisers, checkpoint, key
-        self.step, self.seconds = 0, 0.0
-        if checkpoint.exists():
-            self._load()
+    loss: Tensor
 
-    def save(self) -> None:
-        weights = {k: v for k, v in self.model.state_dict().items() if k != "lm_head.weight"}
-        metadata = {"step": str(self.step), "seconds": str(self.seconds), "key": self.key}
-        save_checkpoint(self.checkpoint, weights, self.optimisers, metadata)
 
-    def _load(self) -> None:
-        weights, metadata = load_checkpoint(self.checkpoint, self.key, self.optimisers)
-        self.model.load_state_dict(
-            weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
-        )
-        self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
+class _NextTokens(nn.Module):
+    """The loss as a module's forward pass."""
+
+    def __init__(self, model, settings: BaseTrainingSettings):
+        super().__init__()
+        self._forward = torch.compile(model) if settings.compiled else model
+        self._device, self._bfloat16 = model.device, settings.bfloat16
+
+    def forward(self, tokens: Int[Tensor, "rows time"]) -> _Loss:
+        tokens = tokens.to(self._device)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16):
+            logits = self._forward(input_ids=tokens, use_cache=False).logits
+            # (rows, time - 1, vocab) and (rows, time - 1), as one row each
+            predicted, following = logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+            return _Loss(functional.cross_entropy(predicted.float(), following))
 
 
 def _optimisers(model, settings: BaseTrainingSettings) -> list[torch.optim.Optimizer]:
@@ -218,88 +233,17 @@ def _optimisers(model, settings: BaseTrainingSettings) -> list[torch.optim.Optim
     ]
 
 
-def _train(
-    run: _Run, ids: torch.Tensor, settings: BaseTrainingSettings, checkpoint_seconds, callback
-) -> None:
-    run.model.train()
-    begun, saved, before = time.monotonic(), time.monotonic(), run.seconds
-    total = settings.steps if settings.seconds is None else None
-    bar = tqdm(total=total, initial=run.step, unit="step", disable=not sys.stderr.isatty())
-    forward = torch.compile(run.model) if settings.compiled else run.model
-    for batch in _batches(ids, settings, run.step):
-        progress = (
-            run.step / settings.steps
-            if settings.seconds is None
-            else run.seconds / settings.seconds
-        )
-        if progress >= 1:
-            break
-        for optimiser in run.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = settings.learning_rate * learning_rate_factor(
-                    run.step, settings, progress
-                )
-        loss = _step(run, forward, batch, settings)
-        run.step += 1
-        run.seconds = before + time.monotonic() - begun
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"loss {loss} at step {run.step}: lower the learning rate; the last checkpoint is "
-                "kept"
-            )
-        if callback:
-            callback(run.step, loss)
-        bar.set_postfix(nats_per_token=f"{loss:.3f}")
-        bar.update()
-        if time.monotonic() - saved > checkpoint_seconds:
-            run.save()
-            saved = time.monotonic()
-    bar.close()
-    run.save()
+def _batch(ids: Tensor, settings: BaseTrainingSettings, step: int) -> Batch:
+    """Windows at random offsets."""
+    starts = drawn_windows(
+        len(ids) - settings.window, settings.windows_per_step, seed=settings.seed, step=step
+    )
+    tokens = ids[starts[:, None] + torch.arange(settings.window)].long()  # (rows, window)
+    return Batch(starts.tolist(), (tokens,))
 
 
-def _step(run: _Run, forward, batch: torch.Tensor, settings: BaseTrainingSettings) -> float:
-    device = run.model.device
-    batch = batch.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
-        logits = forward(input_ids=batch, use_cache=False).logits
-        loss = functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten()
-        )
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    for optimiser in run.optimisers:
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-    return loss.item()
-
-
-def _batches(
-    ids: torch.Tensor, settings: BaseTrainingSettings, first: int
-) -> Iterator[torch.Tensor]:
-    """Windows at random offsets; batch k depends on the seed and on k alone, so that a resumed run
-    sees the same.
-    """
-    offsets = torch.arange(settings.window)
-    for step in count(first):
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-        starts = torch.randint(
-            len(ids) - settings.window, (settings.windows_per_step, 1), generator=generator
-        )
-        yield ids[starts + offsets].long()
-
-
-def learning_rate_factor(
-    step: int, settings: BaseTrainingSettings, progress: float | None = None
-) -> float:
-    """Share of the peak learning rate: warm-up over steps, plateau, linear decay over the last
-    share of the training.
-
-    `progress` is the share that is done; default: of the steps.
-    """
-    progress = step / settings.steps if progress is None else progress
-    warm = (step + 1) / settings.warmup
-    return max(min(1.0, warm, (1 - progress) / max(settings.decay, 1 / settings.steps)), 0.0)
+def _schedule(settings: BaseTrainingSettings) -> Schedule:
+    return Schedule(settings.steps, settings.warmup, settings.decay, settings.seconds)
 
 
 def _save(model, tokenizer, folder: Path) -> None:

@@ -5,11 +5,10 @@ comparison.
 from __future__ import annotations
 
 import json
-import math
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,13 @@ from tqdm.auto import tqdm
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.heads.losses import OBJECTIVES, HeadLoss, head_loss
 from cpmtp.language_model import sample_sequences
-from cpmtp.training.checkpoints import load_checkpoint, save_checkpoint
+from cpmtp.training.loop import Batch, Run, Schedule, drawn_windows, train
 from cpmtp.training.muon import Muon
+from cpmtp.training.new_models import locally_seeded
 from cpmtp.whole_files import write_tensors, write_text
 
 _SAMPLED_AT_ONCE = 128
+_METRICS = "step,seconds,loss,tokens_per_call"
 
 
 @dataclass(frozen=True)
@@ -172,19 +173,30 @@ def train_heads(
         folder.mkdir(parents=True, exist_ok=True)
     if tokens is None:
         tokens = _own_samples(lm, plan, folders[0] if folders else None)
+    nothing = [None] * len(settings)
     runs = [
-        _HeadRun(
-            lm,
-            s,
-            folders[i] if folders else None,
-            accelerator,
-            start=starts[i] if starts else None,
-            data=tokens,
+        _run_of(lm, setting, folder, start=start, data=tokens, accelerator=accelerator)
+        for setting, folder, start in zip(
+            settings, folders or nothing, starts or nothing, strict=True
         )
-        for i, s in enumerate(settings)
     ]
-    _train(lm, runs, tokens, plan, accelerator, callback, checkpoint_seconds)
-    return [run.finish() for run in runs]
+
+    def recorded(index: int, run: Run, out: HeadLoss) -> dict[str, str]:
+        loss, tokens_per_call = out.loss.item(), out.tokens_per_call
+        run.metrics.append(f"{run.step},{run.seconds:.2f},{loss:.6f},{tokens_per_call:.5f}")
+        if callback:
+            callback(index, run.step, out)
+        return {"loss": f"{loss:.3f}", "tokens_per_call": f"{tokens_per_call:.3f}"}
+
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    train(
+        runs,
+        partial(_batch, lm, tokens, plan, mine),
+        Schedule(plan.steps, warmup=30, decay=0.5, seconds=plan.seconds),
+        record=recorded,
+        checkpoint_seconds=checkpoint_seconds,
+    )
+    return [_finished(run, setting) for run, setting in zip(runs, settings, strict=True)]
 
 
 def windows_of_text(lm: Any, texts: Sequence[str], length: int) -> Int[Tensor, "count length"]:
@@ -215,157 +227,54 @@ class _Objective(nn.Module):
         )
 
 
-class _HeadRun:
-    """One head under training, and where it is on disk."""
-
-    def __init__(
-        self,
-        lm,
-        settings: HeadTrainingSettings,
-        folder: Path | None,
-        accelerator,
-        *,
-        start,
-        data: Tensor,
-    ):
-        self.head = _new_head(lm, settings)
-        if start is not None:
-            self.head.load_state_dict(start.state_dict())
-        self.settings, self.folder, self.accelerator = settings, folder, accelerator
-        self.optimisers = _optimisers(self.head, settings.learning_rate)
-        self.step, self.seconds, self.metrics = 0, 0.0, ["step,seconds,loss,tokens_per_call"]
-        self._key = _resume_key(lm, settings, data)
-        if self._checkpoint and self._checkpoint.exists():
-            self._load(self._checkpoint)
-        self.objective, *self.optimisers = accelerator.prepare(
-            _Objective(self.head, settings), *self.optimisers
-        )
-
-    @property
-    def _checkpoint(self) -> Path | None:
-        return self.folder and self.folder / "checkpoint.safetensors"
-
-    def save(self) -> None:
-        if self._checkpoint and self.accelerator.is_main_process:
-            metadata = {"step": str(self.step), "seconds": str(self.seconds), "key": self._key}
-            metadata["metrics"] = "\n".join(self.metrics)
-            save_checkpoint(self._checkpoint, self.head.state_dict(), self.optimisers, metadata)
-
-    def _load(self, checkpoint: Path) -> None:
-        weights, metadata = load_checkpoint(checkpoint, self._key, self.optimisers)
-        self.head.load_state_dict(weights)
-        self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
-        self.metrics = metadata["metrics"].split("\n")
-
-    def advance(self, batch: _Batch, progress: float) -> HeadLoss:
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                group["lr"] = group["peak"] * _rate_factor(self.step, progress)
-        out = self.objective(batch.hidden, batch.tokens, batch.unembed)
-        if not math.isfinite(out.loss.item()):
-            raise ValueError(
-                f"the loss is {out.loss.item()} at step {self.step}, windows {batch.windows}: "
-                "look at their text, or lower the "
-                "learning rate; the last checkpoint is kept"
-            )
-        self.accelerator.backward(out.loss)
-        self.accelerator.clip_grad_norm_(self.objective.parameters(), 1.0)
-        for optimiser in self.optimisers:
-            optimiser.step()
-            optimiser.zero_grad()
-        self.step += 1
-        self.metrics.append(
-            f"{self.step},{self.seconds:.2f},{out.loss.item():.6f},{out.tokens_per_call:.5f}"
-        )
-        return out
-
-    def finish(self) -> CPHead:
-        self.save()
-        self.head.eval().requires_grad_(False)
-        if self.folder and self._checkpoint and self.accelerator.is_main_process:
-            write_text(self.folder / "metrics.csv", "\n".join(self.metrics) + "\n")
-            recipe = {
-                "settings": asdict(self.settings),
-                "steps": self.step,
-                "seconds": round(self.seconds, 1),
-            }
-            write_text(
-                self.folder / "recipe.json",
-                json.dumps(recipe | {"torch": torch.__version__}, indent=2) + "\n",
-            )
-            self.head.save_pretrained(self.folder)
-            self._checkpoint.unlink(missing_ok=True)
-        return self.head
-
-
-@dataclass(frozen=True)
-class _Batch:
-    windows: list[int]
-    tokens: Tensor
-    hidden: Tensor
-    unembed: Callable[[Tensor], Tensor]
-
-
-def _train(
+def _run_of(
     lm,
-    runs: list[_HeadRun],
-    tokens: Tensor,
-    plan: HeadTrainingSettings,
-    accelerator,
-    callback,
-    checkpoint_seconds,
-):
-    before, begun = runs[0].seconds, time.monotonic()
-    saved = begun
-    bar = _bar(plan, runs[0], accelerator)
-    for batch in _batches(lm, tokens, plan, min(run.step for run in runs), accelerator):
-        elapsed = before + time.monotonic() - begun
-        step = min(run.step for run in runs)
-        progress = step / plan.steps if plan.seconds is None else elapsed / plan.seconds
-        if progress >= 1:
-            break
-        for index, run in enumerate(runs):
-            if run.step > step:  # stopped after this one had been saved
-                continue
-            out = run.advance(batch, progress)
-            run.seconds = before + time.monotonic() - begun
-            if callback:
-                callback(index, run.step, out)
-        bar.set_postfix(loss=f"{out.loss.item():.3f}", tokens_per_call=f"{out.tokens_per_call:.3f}")
-        bar.update(
-            1 if plan.seconds is None else max(min(runs[0].seconds, plan.seconds) - bar.n, 0)
-        )
-        if time.monotonic() - saved > checkpoint_seconds:
-            for run in runs:
-                run.save()
-            saved = time.monotonic()
-    bar.close()
-
-
-def _bar(plan: HeadTrainingSettings, run: _HeadRun, accelerator):
-    timed = plan.seconds is not None
-    return tqdm(
-        total=plan.seconds if timed else plan.steps,
-        initial=run.seconds if timed else run.step,
-        unit="s" if timed else "step",
-        disable=not (sys.stderr.isatty() and accelerator.is_main_process),
+    settings: HeadTrainingSettings,
+    folder: Path | None,
+    *,
+    start: CPHead | None,
+    data: Tensor,
+    accelerator: Accelerator,
+) -> Run[CPHead]:
+    """A new head under training, or one that goes on from the folder's checkpoint."""
+    head = _new_head(lm, settings)
+    if start is not None:
+        head.load_state_dict(start.state_dict())
+    return Run(
+        head,
+        _Objective(head, settings),
+        _optimisers(head, settings.learning_rate),
+        checkpoint=folder and folder / "checkpoint.safetensors",
+        key=_resume_key(lm, settings, data),
+        accelerator=accelerator,
     )
 
 
-def _batches(
-    lm, tokens: Tensor, plan: HeadTrainingSettings, first: int, accelerator
-) -> Iterator[_Batch]:
-    """Batch k depends on the seed and on k alone, so that every rank and a resumed run see the
-    same.
-    """
-    step = first
-    mine = slice(accelerator.process_index, None, accelerator.num_processes)
-    while True:
-        generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
-        windows = torch.randint(len(tokens), (plan.rows,), generator=generator)[mine]
-        batch = tokens[windows].long().to(lm.device)
-        yield _Batch(windows.tolist(), batch, lm.hidden_states(batch).float(), lm.unembed)
-        step += 1
+def _batch(lm, tokens: Tensor, plan: HeadTrainingSettings, mine: slice, step: int) -> Batch:
+    """One process's share of a step's windows, and the base model's states for all heads."""
+    windows = drawn_windows(len(tokens), plan.rows, seed=plan.seed, step=step)[mine]
+    batch = tokens[windows].long().to(lm.device)  # (rows, length)
+    hidden = lm.hidden_states(batch).float()  # (rows, length, d)
+    return Batch(windows.tolist(), (hidden, batch, lm.unembed))
+
+
+def _finished(run: Run[CPHead], settings: HeadTrainingSettings) -> CPHead:
+    """The trained head, written with what is known of its training where there is a folder."""
+    head = run.model
+    head.eval().requires_grad_(False)
+    if run.checkpoint and run.writes:
+        folder = run.checkpoint.parent
+        write_text(folder / "metrics.csv", "\n".join([_METRICS, *run.metrics]) + "\n")
+        recipe = {
+            "settings": asdict(settings),
+            "steps": run.step,
+            "seconds": round(run.seconds, 1),
+            "torch": torch.__version__,
+        }
+        write_text(folder / "recipe.json", json.dumps(recipe, indent=2) + "\n")
+        head.save_pretrained(folder)
+        run.checkpoint.unlink(missing_ok=True)
+    return head
 
 
 def _own_samples(lm, plan: HeadTrainingSettings, folder: Path | None) -> Tensor:
@@ -397,8 +306,7 @@ def _samples_key(lm, plan: HeadTrainingSettings) -> str:
 
 def _new_head(lm, settings: HeadTrainingSettings) -> CPHead:
     shape = {n: getattr(settings, n) for n in ("horizon", "rank", "anchored", "width", "blocks")}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+    with locally_seeded(settings.seed):
         head = CPHead(
             hidden_size=lm.unembedding.shape[1],
             vocab_size=lm.vocab_size,
@@ -412,9 +320,7 @@ def _new_head(lm, settings: HeadTrainingSettings) -> CPHead:
 
 def _optimisers(head: CPHead, rate: float) -> list[torch.optim.Optimizer]:
     trunk = [
-        p
-        for name, p in head.named_parameters()
-        if p.ndim == 2 and not name.startswith("mixture") and "distance" not in name
+        p for name, p in head.named_parameters() if p.ndim == 2 and not name.startswith("mixture")
     ]
     others = [p for p in head.parameters() if not any(p is t for t in trunk)]
     optimisers: list[torch.optim.Optimizer] = [
@@ -422,14 +328,7 @@ def _optimisers(head: CPHead, rate: float) -> list[torch.optim.Optimizer]:
     ]
     if trunk:
         optimisers.append(Muon(trunk, 2 * rate))
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
-            group["peak"] = group["lr"]
     return optimisers
-
-
-def _rate_factor(step: int, progress: float) -> float:
-    return min(1.0, (step + 1) / 30, 2 * max(1 - progress, 0.0))
 
 
 def _resume_key(lm, settings: HeadTrainingSettings, data: Tensor) -> str:

@@ -105,6 +105,39 @@ def test_a_training_that_was_killed_goes_on_to_the_same_weights(root, tmp_path):
     assert weights(tmp_path / "whole") == weights(tmp_path / "killed")
 
 
+SHARED = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+from accelerate import PartialState
+from test_head_training import TINY, a_model
+from cpmtp.training.heads import train_head
+torch.set_num_threads(1)
+head = train_head(a_model(), TINY, **{budget})
+torch.save(head.state_dict(), sys.argv[1] + str(PartialState().process_index))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [{"steps": 6}, {"seconds": 1.0}])
+def test_processes_that_share_the_windows_end_at_the_same_step_with_the_same_weights(
+    lm, root, tmp_path, budget
+):
+    script = tmp_path / "script.py"
+    script.write_text(SHARED.format(tests=str(root / "tests" / "training"), budget=budget))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    subprocess.run(
+        [*command, "--nproc_per_node", "2", script, tmp_path / "weights"],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
+    found = [torch.load(tmp_path / f"weights{rank}", weights_only=True) for rank in (0, 1)]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    if "steps" in budget:  # the mean over both shares is the mean over all windows
+        alone = train_head(lm, TINY, **budget).state_dict()
+        assert all(torch.allclose(found[0][name], alone[name], atol=1e-4) for name in alone)
+
+
 def test_heads_trained_side_by_side_are_those_trained_alone(lm):
     settings = [TINY, HeadTrainingSettings(**(vars(TINY) | {"rank": 1, "anchored": True}))]
     together = train_heads(lm, settings)

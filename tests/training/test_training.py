@@ -10,7 +10,7 @@ from rounding import rounding
 
 from cpmtp.corpora import Document
 from cpmtp.pretrained import load_language_model
-from cpmtp.training.base_models import BaseTrainingSettings, learning_rate_factor, train_base
+from cpmtp.training.base_models import BaseTrainingSettings, train_base
 from cpmtp.training.muon import orthogonalise
 
 TINY = BaseTrainingSettings(
@@ -71,14 +71,6 @@ def test_training_lowers_the_loss_and_writes_its_recipe(library, tmp_path):
     lm = load_language_model(tmp_path)
     text = "def f(x):\n\treturn x + 1\n"
     assert lm.decode(lm.encode(text)) == text
-
-
-def test_the_learning_rate_warms_up_and_decays_to_nothing():
-    settings = BaseTrainingSettings(steps=1000, warmup=10, decay=0.4)
-    assert learning_rate_factor(0, settings) == pytest.approx(0.1)
-    assert learning_rate_factor(300, settings) == 1
-    assert learning_rate_factor(800, settings) == pytest.approx(0.5)
-    assert learning_rate_factor(999, settings) < 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
