@@ -54,7 +54,7 @@ from cpmtp.training.heads import train_head as train_head
 # Decoding and its forecast
 from cpmtp.decoding.audit import AuditFindings as AuditFindings
 from cpmtp.decoding.speculative import Generation as Generation
-from cpmtp.decoding.speculative import custom_generate as custom_generate
+from cpmtp.decoding.generation_hook import custom_generate as custom_generate
 from cpmtp.decoding.speculative import speculative_generate as speculative_generate
 from cpmtp.decoding.stats import GenerationStats as GenerationStats
 from cpmtp.forecasting.cycles import CycleForecast as CycleForecast

@@ -35,11 +35,11 @@ def study(
     horizons: Annotated[
         str, typer.Option(help="Numbers of future tokens, separated by commas.")
     ] = "3",
-    ranks: Annotated[str, typer.Option(help="Ranks, separated by commas.")] = "1,2,4,8,16",
+    ranks: Annotated[str, typer.Option(help="Ranks, separated by commas.")] = "1,2,4,8",
     methods: Annotated[
         str,
         typer.Option(help="als, hals, mu, em, gradient, acceptance, separated by commas."),
-    ] = "em,acceptance",
+    ] = "als,em,gradient,acceptance",
     contexts: Annotated[int, typer.Option(help="Contexts per model.")] = 8,
     context_length: Annotated[int, typer.Option(help="Tokens in a context.")] = 64,
     domain: Annotated[

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import threading
 from functools import cached_property
 from typing import Any
@@ -15,6 +13,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from cpmtp.language_model import draw_tokens
+from cpmtp.pretrained.identity import (
+    positions_of,
+    vocabulary_fingerprint,
+    weights_fingerprint,
+)
 from cpmtp.pretrained.parts import head_only, in_float32, trunk_name, with_tree_attention
 from cpmtp.pretrained.trials import (
     FAILURES,
@@ -29,14 +32,6 @@ from cpmtp.pretrained.trials import (
 from cpmtp.tree_attention import lay_out_tree
 
 _LOGITS_AT_ONCE = 1 << 24  # entries of one pass's logits
-# What architectures call the number of their positions.
-_WINDOWS = [
-    "max_position_embeddings",
-    "n_positions",
-    "n_ctx",
-    "max_seq_len",
-    "max_target_positions",
-]
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
@@ -79,7 +74,7 @@ class HuggingFaceLanguageModel:
         self.name = name
         self.batch_tokens = batch_tokens
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
-        self.max_context: int | None = _window(model)
+        self.max_context: int | None = positions_of(model)
         arguments = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in arguments
         # What the key/value cache is called changed from one release of transformers to the next.
@@ -310,36 +305,18 @@ class HuggingFaceLanguageModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the weights' names and their values rounded to bfloat16 (hexadecimal).
-
-        The same for one checkpoint loaded in single precision or in bfloat16.
-        """
-        digest = hashlib.sha256()
-        for name, weight in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(weight.shape)}".encode())
-            weight = weight.detach().cpu()
-            rounded = weight.to(torch.bfloat16) if weight.is_floating_point() else weight
-            # bytes (size,)
-            digest.update(rounded.contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        """SHA-256 over weights rounded to bfloat16: one for all precisions they are loaded in."""
+        return weights_fingerprint(self.model, rounded=True)
 
     @cached_property
     def exact_fingerprint(self) -> str:
-        """SHA-256 over names, types and bytes as they were loaded: what older heads carry."""
-        digest = hashlib.sha256()
-        for name, weight in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            raw = weight.detach().cpu().contiguous().flatten().view(torch.uint8)  # bytes (size,)
-            digest.update(raw.numpy().data)
-        return digest.hexdigest()
+        """SHA-256 over the weights as they were loaded: what heads of earlier versions carry."""
+        return weights_fingerprint(self.model, rounded=False)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
-        """SHA-256 over the tokenizer's vocabulary (hexadecimal); empty without a tokenizer."""
-        if self.tokenizer is None:
-            return ""
-        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        return hashlib.sha256(vocabulary.encode()).hexdigest()
+        """SHA-256 over the tokenizer's vocabulary; empty without a tokenizer."""
+        return "" if self.tokenizer is None else vocabulary_fingerprint(self.tokenizer)
 
     def _shared_prefix_log_probs(self, context: Tensor, continuations: Tensor) -> Tensor:
         cache, log_probs = self._context(context)
@@ -413,16 +390,3 @@ class HuggingFaceLanguageModel:
                 f"{self.name} came without a tokenizer: give token ids instead of text"
             )
         return self.tokenizer
-
-
-def _window(model: Any) -> int | None:
-    """Tokens the model has positions for; None where nothing limits them."""
-    config = model.config.get_text_config()
-    named = (getattr(config, name, None) for name in _WINDOWS)
-    window = next((n for n in named if isinstance(n, int) and n > 0), None)
-    for name, module in model.named_modules():
-        # Some tables of positions begin after the padding token's.
-        padding = getattr(module, "padding_idx", None)
-        if "position_embeddings" in name and padding is not None and window is not None:
-            window = min(window, module.num_embeddings - padding - 1)
-    return window

@@ -65,8 +65,8 @@ class StudySettings:
     corpus: tuple[str, ...] = ()
     domains: tuple[tuple[str, str], ...] = ()
     horizons: tuple[int, ...] = (3,)
-    ranks: tuple[int, ...] = (1, 2, 4, 8, 16)
-    methods: tuple[str, ...] = ("em", "acceptance")
+    ranks: tuple[int, ...] = (1, 2, 4, 8)
+    methods: tuple[str, ...] = ("als", "em", "gradient", "acceptance")
     anchored: tuple[bool, ...] = None  # type: ignore[assignment]  # chosen below
     temperatures: tuple[float, ...] = (1.0,)
     contexts: int = 8

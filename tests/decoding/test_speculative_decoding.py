@@ -15,7 +15,8 @@ from reference_acceptance import survival
 from scipy.stats import kstest
 
 from cpmtp.decoding import speculative as speculative_decoding
-from cpmtp.decoding.speculative import custom_generate, speculative_generate
+from cpmtp.decoding.generation_hook import custom_generate
+from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.language_model import MarkovLanguageModel, sample_sequences, separated_hmm
