@@ -36,8 +36,7 @@ from cpmtp.language_model import LanguageModel
 class Target(Protocol):
     """A model that follows some texts.
 
-    Scores are log-probabilities but for a constant; hidden states are what scores are made of,
-    None where the model has none that would do.
+    Scores are log-probabilities but for a constant; hidden states, what they are made of, or None.
     """
 
     device: torch.device
@@ -151,8 +150,7 @@ class RowsTarget(_Reader):
     Parameters
     ----------
     recording : bool
-        Whether caches are the configuration's own kind and remember what cropping must restore, as
-        windows and recurrent states need; else they keep every token.
+        Caches of the configuration's own kind that remember what cropping must restore.
     """
 
     def __init__(self, lm: Any, hidden: bool, *, recording: bool):
