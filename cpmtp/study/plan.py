@@ -104,13 +104,15 @@ def tree_horizons(vocab_size: int, settings: StudySettings) -> tuple[int, ...]:
         n for n in settings.horizons if 8 * vocab_size**n * _JOINTS_HELD > settings.max_bytes
     )
     # An anchored fit to a tree has factors for every first token.
-    needed = max((8 * max(settings.ranks) * vocab_size**2 * (n - 1) for n in found), default=0)
+    each = max((8 * vocab_size**2 * (n - 1) for n in found), default=0)
+    needed, highest = each * max(settings.ranks), DEFAULT_MAX_BYTES // max(each, 1)
     if True in settings.anchored and needed > DEFAULT_MAX_BYTES:
+        lower = f" or ranks up to {highest}" if highest else ""
         raise ValueError(
             f"anchored fits of rank {max(settings.ranks)} to truncated joints over {vocab_size} "
             f"tokens need {needed / 1e9:.3g} GB, and {DEFAULT_MAX_BYTES / 1e9:.3g} GB is the "
-            "limit: study drafts that are not told the first token (anchored=False, --anchored no) "
-            "or lower the ranks"
+            "limit: study drafts that are not told the first token (anchored=False, --anchored no)"
+            f"{lower}"
         )
     if found and "em" not in settings.methods:
         raise ValueError(
@@ -211,8 +213,9 @@ class StudyEstimate:
 _IDLE_BYTES, _JOINTS_HELD, _SECONDS_PER_ENTRY = 600_000_000, 8, 1.25e-7
 # Entries a tree stands for in the estimate: its expanded prefixes' kept children.
 _CHILDREN_KEPT = 100
-# An anchored fit takes about twice as long: a mixture for every first token.
-_ANCHORED_WORK = 2
+# An anchored fit takes about twice as long, a mixture for every first token; an entry of a tree
+# four times as long as one of a dense joint.
+_ANCHORED_WORK, _TREE_WORK = 2, 4
 
 
 def estimate_study(settings: StudySettings, workers: int | None = None) -> StudyEstimate:
@@ -231,8 +234,7 @@ def estimate_study(settings: StudySettings, workers: int | None = None) -> Study
         truncated += [f"{name}, horizon {n}" for n in trees]
         found = study_cells(settings, trees)
         cells += len(found) * per_model
-        fits = sum(sizes[c.horizon] * c.rank * (_ANCHORED_WORK if c.anchored else 1) for c in found)
-        work += fits * per_model * settings.restarts
+        work += sum(_work(c, sizes, trees) for c in found) * per_model * settings.restarts
         largest = max(largest, 8 * max(sizes.values()))
     return StudyEstimate(
         cells=cells,
@@ -243,6 +245,12 @@ def estimate_study(settings: StudySettings, workers: int | None = None) -> Study
         seconds=work * _SECONDS_PER_ENTRY / workers,
         truncated=tuple(truncated),
     )
+
+
+def _work(cell: StudyCell, sizes: dict[int, int], trees: tuple[int, ...]) -> int:
+    """Entries of the joint times components that a fit goes through, in those of a dense joint."""
+    slower = (_ANCHORED_WORK if cell.anchored else 1) * (_TREE_WORK if cell.horizon in trees else 1)
+    return sizes[cell.horizon] * cell.rank * slower
 
 
 def _sampled_contexts(lm: LanguageModel, name: str, settings: StudySettings) -> Iterator[StudyUnit]:

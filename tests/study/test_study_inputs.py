@@ -125,7 +125,7 @@ BAD_STUDIES = [
     ({"max_bytes": 8, "methods": ("gradient",)}, "only em fits"),
     (
         {"models": ("tiny_models:wide",), "horizons": (3,), "ranks": (2000,), "anchored": (True,)},
-        "--anchored no",
+        "--anchored no) or ranks up to 1000",
     ),
     ({"corpus": ("nowhere/*.txt",)}, "no such file"),
     ({"domains": {"law": "nowhere"}}, "no such file"),
