@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from rounding import FITTED, FORWARD, rounding
@@ -16,8 +14,9 @@ from cpmtp.heads.cp_head import CPHead
 from cpmtp.heads.losses import OBJECTIVES, head_loss
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.pretrained import HuggingFaceLanguageModel
-from cpmtp.training.base_models import BaseTrainingSettings, _optimisers, _Run, _step
+from cpmtp.training.base_models import BaseTrainingSettings, _NextTokens, _optimisers
 from cpmtp.training.heads import HeadTrainingSettings, train_head
+from cpmtp.training.loop import Batch, Run
 from cpmtp.training.new_models import new_llama
 from cpmtp.validation.checks import law_p_value
 
@@ -122,7 +121,8 @@ def test_what_is_decoded_follows_the_exact_joint(device):
 def test_a_step_of_base_training_in_mixed_precision_lowers_the_loss(device):
     model = new_llama(VOCAB, width=96, layers=1, window=32, seed=0).to(device)
     settings = BaseTrainingSettings(bfloat16=True)
-    run = _Run(model, _optimisers(model, settings), Path("no checkpoint"), "")
-    batch = torch.arange(32).remainder(3).expand(4, -1)
-    losses = [_step(run, run.model, batch, settings) for _ in range(20)]
+    objective = _NextTokens(model, settings)
+    run = Run(model, objective, _optimisers(model, settings), checkpoint=None, key="")
+    batch = Batch((torch.arange(32).remainder(3).expand(4, -1),))
+    losses = [run.advance(batch, 1.0).loss.item() for _ in range(20)]
     assert losses[-1] < 0.5 * losses[0]

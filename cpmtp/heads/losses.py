@@ -218,7 +218,7 @@ class _Chunked(torch.autograd.Function):
         ctx, drawn: _Chunk, size: int, seen: Tensor, paths: Tensor, trunk: Tensor, *weights: Tensor
     ) -> Tensor:
         total, to_trunk = (
-            torch.zeros(drawn.head.horizon, device=trunk.device),
+            torch.zeros(drawn.head.horizon, device=trunk.device, dtype=trunk.dtype),
             torch.zeros_like(trunk),
         )
         to_weights = [torch.zeros_like(w) for w in weights]
