@@ -123,6 +123,6 @@ def test_a_step_of_base_training_in_mixed_precision_lowers_the_loss(device):
     settings = BaseTrainingSettings(bfloat16=True)
     objective = _NextTokens(model, settings)
     run = Run(model, objective, _optimisers(model, settings), checkpoint=None, key="")
-    batch = Batch((torch.arange(32).remainder(3).expand(4, -1),))
+    batch = Batch([0], (torch.arange(32).remainder(3).expand(4, -1),))
     losses = [run.advance(batch, 1.0).loss.item() for _ in range(20)]
     assert losses[-1] < 0.5 * losses[0]
