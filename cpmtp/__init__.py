@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from cpmtp.acceptance.sampled import AcceptanceEstimate, estimate_acceptance
     from cpmtp.acceptance.truncated import AcceptanceInterval
     from cpmtp.decoding.speculative import speculative_generate
-    from cpmtp.decomposition.fitting import FitResult, fit
+    from cpmtp.decomposition.fit_result import FitResult
+    from cpmtp.decomposition.fitting import fit, fit_path
+    from cpmtp.decomposition.floors import RankFloors, rank_floors
+    from cpmtp.decomposition.mixtures import factor_match_score
     from cpmtp.drafts.cp_distribution import CPDistribution
     from cpmtp.drafts.divergence import Divergences, divergences
     from cpmtp.heads.cp_head import CPHead
@@ -46,8 +49,12 @@ _HOME = {
     "CPHead": "heads.cp_head",
     "CycleForecast": "forecasting.cycles",
     "forecast_cycles": "forecasting.cycles",
-    "FitResult": "decomposition.fitting",
+    "FitResult": "decomposition.fit_result",
     "fit": "decomposition.fitting",
+    "fit_path": "decomposition.fitting",
+    "RankFloors": "decomposition.floors",
+    "rank_floors": "decomposition.floors",
+    "factor_match_score": "decomposition.mixtures",
     "Divergences": "drafts.divergence",
     "divergences": "drafts.divergence",
     "JointDistribution": "joint_distribution",
