@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from cpmtp.drafts.cp_distribution import CPDistribution, normalised_cp
+from cpmtp.joint_distribution import JointDistribution
 
 RANKS = (1, 2, 4, 8)
 MANIFEST = {
@@ -24,6 +25,18 @@ MANIFEST = {
     "versions": {"cpmtp": "0"},
     "models": {"m": {"vocab_size": 6, "sha256": None}},
 }
+
+
+def peaked_joint(
+    vocab: int, horizon: int, seed: int = 0, batch: tuple[int, ...] = (), *, power: int = 8
+) -> JointDistribution:
+    """Joints of independent random entries; the higher the power, the fewer hold most mass."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (*batch, *(vocab,) * horizon)
+    values = torch.rand(shape, generator=generator, dtype=torch.float64) ** power
+    return JointDistribution(
+        values / values.sum(dim=tuple(range(-horizon, 0)), keepdim=True), horizon
+    )
 
 
 def random_cp(batch, vocab, horizon, rank, seed=0, dtype=torch.float64) -> CPDistribution:

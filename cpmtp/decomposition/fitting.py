@@ -18,9 +18,9 @@ from cpmtp.decomposition.restarts import (
     METHODS,
     Items,
     Plan,
+    climb,
     not_above,
     solve,
-    solve_from,
     solve_rank_one,
 )
 from cpmtp.decomposition.sparse_em import (
@@ -192,6 +192,8 @@ def fit_path(
     ranks = sorted(set(ranks))
     _check(joint, ranks[0], plan, anchored)
     _check(joint, ranks[-1], plan, anchored)
+    if starts is not None and method != "acceptance":
+        raise ValueError(f"starts for {method!r}: only 'acceptance' begins from given fits")
     given = starts is not None
     if method == "acceptance" and starts is None:
         starts = fit_path(joint, ranks, restarts=restarts, seed=seed, anchored=anchored)
@@ -206,7 +208,7 @@ def fit_path(
         started = time.perf_counter()
         if starts is not None:
             started -= 0.0 if given else starts[place].seconds
-            solved = solve_from(problem.items, problem.mixtures(starts[place]), plan)
+            solved = climb(problem.items, problem.mixtures(starts[place]), plan)
         elif rank == 1:
             solved = solve_rank_one(problem.items)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
@@ -118,13 +119,19 @@ def acceptance_runs(
     """
     step = max(_AT_ONCE // joint.probs[0].numel(), 1)
 
+    @lru_cache(maxsize=1)
+    def targets(items: tuple[int, ...]) -> JointDistribution:
+        return JointDistribution(joint.probs[list(items)], joint.horizon)
+
     def some(runs: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits.detach().requires_grad_()
         mixtures = _from_logits(logits, start)
         draft = CPDistribution(mixtures.weights, mixtures.factors.mT.unbind(1))
-        targets = JointDistribution(joint.probs[owner[runs]], joint.horizon)
-        profiles = acceptance_profiles(targets, draft, (goal.rule,), first_token=goal.first_token)
+        here = targets(tuple(owner[runs].tolist()))
+        profiles = acceptance_profiles(here, draft, (goal.rule,), first_token=goal.first_token)
         lost = -profiles[goal.rule].survival.sum(-1)  # (runs,)
+        if not lost.requires_grad:  # one token that the target gives: nothing is drafted
+            return lost, torch.zeros_like(logits)
         (gradient,) = torch.autograd.grad(lost.sum(), logits)
         return lost.detach(), gradient
 

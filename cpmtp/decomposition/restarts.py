@@ -45,6 +45,13 @@ _TRIALS = 4
 # fit. On the embedded models' joints of three of 104 tokens half the tokens stay, with some 99.5 %
 # of the mass, and a sweep costs a sixth.
 _LOST_PER_NAT = 2e-3
+# A fit by tokens per call that begins from a given fit takes one in so many of its passes on all
+# tokens: 80 on the core and then 20 reach what 80 on all tokens reach, in half the time (three
+# tokens, ranks 1 to 32: 0.0005 tokens per call less on average).
+_SHARE_ON_ALL = 4
+# Components of less mass on a core than this are of its rare tokens: what they weigh there says
+# little of what they weigh.
+_LEAST_KEPT = 1e-6
 # Below this many entries a sweep costs next to nothing, and a batch of whole joints is the faster
 # way.
 _CORE_FROM = 200_000
@@ -175,9 +182,24 @@ def solve_rank_one(items: Items) -> Solved:
     return Solved.of(Runs.of(product, kl, found, [[value] for value in kl.tolist()]), 1)
 
 
-def solve_from(items: Items, start: Mixtures, plan: Plan) -> Solved:
-    """Fit every item from one given start each."""
-    return Solved.of(_run(items, start, plan), 1)
+def climb(items: Items, start: Mixtures, plan: Plan) -> Solved:
+    """Fit every item by tokens per call from one given start each, never to end below it.
+
+    Large joints climb on their cores, and then for a quarter of the passes on all tokens.
+    """
+    if not items.cores:
+        return Solved.of(_run(items, start, plan), 1)
+    parts = []
+    for item, core in enumerate(items.cores):
+        wide = start[item : item + 1]
+        parts.append(core.lifted(_run(core.items, core.narrowed(wide), plan).mixtures, wide))
+    climbed = Mixtures.joined(parts)
+    standing = replace(plan, max_iterations=0)
+    before, after = (_run(items, here, standing).objective for here in (start, climbed))
+    gained = (after < before).nonzero().squeeze(1)  # (gained,)
+    begin = start.replaced(gained, climbed[gained])
+    rest = replace(plan, max_iterations=plan.max_iterations // _SHARE_ON_ALL)
+    return Solved.of(_run(items, begin, rest), 1)
 
 
 def not_above(items: Items, solved: Solved, below: Runs, plan: Plan) -> Solved:
@@ -265,12 +287,27 @@ class Core:
         """The core by itself."""
         return Items(self.joint, on_cores=False)
 
-    def lifted(self, mixtures: Mixtures) -> Mixtures:
-        """Mixtures over all tokens: each left-out token gets its marginal probability in every
-        component.
+    def narrowed(self, mixtures: Mixtures) -> Mixtures:
+        """What mixtures over all tokens say of the kept ones."""
+        kept = mixtures.factors[..., self.tokens]  # (runs, horizon, rank, kept)
+        mass = kept.sum(-1, keepdim=True)  # (runs, horizon, rank, 1)
+        marginals = self.items.marginals[:, :, None]  # (1, horizon, 1, kept)
+        factors = torch.where(mass > 0, kept / torch.where(mass > 0, mass, 1.0), marginals)
+        weights = mixtures.weights * mass.squeeze(-1).prod(1)  # (runs, rank)
+        return Mixtures(weights / weights.sum(-1, keepdim=True), factors)
+
+    def lifted(self, mixtures: Mixtures, wide: Mixtures | None = None) -> Mixtures:
+        """Mixtures over all tokens: the left-out ones keep the probabilities that they have in
+        `wide`, from which the mixtures were narrowed; without it, every component gets their
+        marginals.
         """
         runs, _, rank, _ = mixtures.factors.shape
-        factors = self.marginals[:, :, None].expand(runs, -1, rank, -1).clone()  # (…, rank, vocab)
-        mass = self.marginals[..., self.tokens].sum(-1)  # (1, horizon)
-        factors[..., self.tokens] = mixtures.factors * mass[:, :, None, None]  # (…, rank, kept)
-        return Mixtures(mixtures.weights, factors / factors.sum(-1, keepdim=True))
+        marginals = self.marginals[:, :, None].expand(runs, -1, rank, -1)  # (…, rank, vocab)
+        factors = (marginals if wide is None else wide.factors).clone()
+        mass = factors[..., self.tokens].sum(-1, keepdim=True)  # (runs, horizon, rank, 1)
+        factors[..., self.tokens] = mixtures.factors * mass  # (runs, horizon, rank, kept)
+        factors = factors / factors.sum(-1, keepdim=True)
+        if wide is None:
+            return Mixtures(mixtures.weights, factors)
+        weights = mixtures.weights / mass.squeeze(-1).prod(1).clamp_min(_LEAST_KEPT)  # (runs, rank)
+        return Mixtures(weights / weights.sum(-1, keepdim=True), factors)

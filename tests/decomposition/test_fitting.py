@@ -1,10 +1,9 @@
 """What every fit promises, whatever its method."""
 
-import math
-
 import pytest
 import torch
 from rounding import FITTED, kl_rounding, rounding
+from samples import peaked_joint
 
 from cpmtp.acceptance.implied import implied_acceptance
 from cpmtp.decomposition.fitting import fit
@@ -14,13 +13,7 @@ from cpmtp.joint_distribution import JointDistribution
 
 
 def random_joint(vocab: int, horizon: int, seed: int = 0) -> JointDistribution:
-    values = (
-        torch.rand(
-            (vocab,) * horizon, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-        )
-        ** 4
-    )
-    return JointDistribution(values / values.sum())
+    return peaked_joint(vocab, horizon, seed, power=4)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -85,27 +78,6 @@ def test_bad_input_is_refused_in_words(arguments, words):
         fit(random_joint(4, 2), **arguments)
 
 
-@pytest.mark.parametrize("method", ["als", "hals"])
-def test_a_fit_that_fails_gives_the_product_of_the_marginals_and_says_why(method, monkeypatch):
-    import numpy as np
-
-    from cpmtp.decomposition import als
-
-    def singular(*_):
-        raise np.linalg.LinAlgError("Singular matrix")
-
-    monkeypatch.setattr(als, "_decompose", singular)
-    joint = random_joint(4, 3)
-    result = fit(joint, 3, method)
-    assert result.status == "failed"
-    assert "Singular matrix" in result.message
-    assert result.objective == math.inf
-    first, second, third = joint.marginals()
-    assert torch.allclose(
-        result.distribution.to_tensor(), first[:, None, None] * second[:, None] * third
-    )
-
-
 def test_an_anchored_draft_cannot_be_asked_for_the_first_token():
     with pytest.raises(ValueError, match="anchored"):
         fit(random_joint(4, 3), 2, "acceptance", anchored=True, first_token="draft")
@@ -139,6 +111,14 @@ def test_a_joint_is_fitted_the_same_whatever_else_is_in_its_batch(method, anchor
             rtol=0,
             atol=1e-6,
         )
+
+
+def test_where_the_target_gives_the_only_token_there_is_nothing_to_climb():
+    joint = random_joint(5, 1)
+    found = fit(joint, 2, "acceptance")
+    assert found.objective == -1.0 and found.status == "ok"
+    drafted = fit(joint, 2, "acceptance", first_token="draft")
+    assert drafted.objective == pytest.approx(-2.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])

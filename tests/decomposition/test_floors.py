@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from rounding import kl_rounding, rounding
+from samples import peaked_joint
 
 from cpmtp.decomposition.fitting import fit
 from cpmtp.decomposition.floors import rank_floors
@@ -13,16 +14,6 @@ from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import separated_hmm
 
 EMPTY = torch.empty(0, dtype=torch.long)
-
-
-def peaked_joint(
-    vocab: int, horizon: int, seed: int, batch: tuple[int, ...] = ()
-) -> JointDistribution:
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.rand(*batch, *(vocab,) * horizon, generator=generator, dtype=torch.float64) ** 8
-    return JointDistribution(
-        values / values.sum(dim=tuple(range(-horizon, 0)), keepdim=True), horizon
-    )
 
 
 @pytest.mark.parametrize("horizon", [1, 2, 3, 4])
