@@ -5,7 +5,9 @@ or not at all.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ RESAMPLES = 2000
 FEW_CLUSTERS = 20
 _POWER = 0.8
 _BLOCK = 5_000_000
+CLUSTER_KEYS = ("model", "domain", "document")
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,9 @@ class Clusters:
     documents: int
 
     @classmethod
-    def of(cls, scores: pd.DataFrame) -> Clusters:
-        """From one row per context whose index names its model, domain and document.
+    def of(cls, scores: pd.DataFrame, keys: Sequence[str] = CLUSTER_KEYS) -> Clusters:
+        """From one row per context whose index names its document: by default its model, domain and
+        document.
 
         Examples
         --------
@@ -51,7 +55,7 @@ class Clusters:
         >>> Clusters.of(pd.DataFrame({1: [1.0, 2.0, 4.0]}, index=index)).means()
         array([2.33333333])
         """
-        grouped = scores.groupby(level=CLUSTER_KEYS)
+        grouped = scores.groupby(level=list(keys))
         if grouped.ngroups == 1:
             return cls(scores.to_numpy(dtype=float), np.ones(len(scores), dtype=int), documents=1)
         return cls(grouped.sum().to_numpy(), grouped.size().to_numpy(), documents=grouped.ngroups)
@@ -78,9 +82,6 @@ class Clusters:
     def differences(self, high, low) -> Clusters:
         """Paired: columns `high` minus columns `low`."""
         return replace(self, sums=self.sums[:, high] - self.sums[:, low])
-
-
-CLUSTER_KEYS = ["model", "domain", "document"]
 
 
 def resampling_weights(clusters: int, seed: int) -> Int[ndarray, "resamples clusters"]:
@@ -138,6 +139,69 @@ def intervals(clusters: Clusters, seed: int, level: float = 0.95) -> tuple[ndarr
     return np.where(np.isnan(found.low), means, found.low), np.where(
         np.isnan(found.high), means, found.high
     )
+
+
+def difference_interval(
+    first: Clusters, second: Clusters, seed: int, level: float = 0.95
+) -> tuple[float, float]:
+    """The same of the difference of two means per context, `second` minus `first`, where the
+    documents of one have nothing to do with those of the other.
+
+    Parameters
+    ----------
+    first, second : Clusters
+        Of one column each.
+    seed : int
+    level : float
+        What the interval is to cover.
+
+    Returns
+    -------
+    low, high : float
+        NaN where one of them has only one cluster.
+
+    Examples
+    --------
+    >>> values, counts = np.arange(30.0)[:, None], np.ones(30, dtype=int)
+    >>> first, second = (Clusters(values + more, counts, documents=30) for more in (0, 5))
+    >>> low, high = difference_interval(first, second, seed=0)
+    >>> bool(low < 5 < high)
+    True
+    """
+    if min(first.number, second.number) < 2:
+        return np.nan, np.nan
+
+    def difference(drawn_first, drawn_second, axis: int = -1):
+        drawn = ((first, drawn_first), (second, drawn_second))
+        means = [c.sums[i, 0].sum(axis) / c.counts[i].sum(axis) for c, i in drawn]
+        return means[1] - means[0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above, where all clusters agree
+        found = stats.bootstrap(
+            # Sums and counts of a cluster go together: clusters are drawn by their number.
+            (np.arange(first.number), np.arange(second.number)),
+            difference,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            confidence_level=level,
+            method="BCa",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    itself = float(second.means()[0] - first.means()[0])
+    low, high = (itself if np.isnan(end) else float(end) for end in found)
+    return low, high
+
+
+def normal_half_width(standard_error: float, level: float = 0.95) -> float:
+    """Half the width of a normal interval: the two-sided quantile times the standard error.
+
+    Examples
+    --------
+    >>> round(normal_half_width(1.0), 4)
+    1.96
+    """
+    return NormalDist().inv_cdf((1 + level) / 2) * standard_error
 
 
 def shortfalls(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from cpmtp.drafts.protocol import (
 )
 from cpmtp.joint_distribution import check_context, conditional_probs, prefixes_at_once
 from cpmtp.language_model import LanguageModel
+from cpmtp.resampling import normal_half_width
 from cpmtp.sampling_law import SamplingLaw, draw
 
 _ENTRIES_AT_ONCE = 1 << 21
@@ -156,7 +156,7 @@ def _bounded_mean_interval(
     """Interval of the mean of numbers known to lie in a range: also where their own spread misses
     what is rare.
     """
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = normal_half_width(1.0, confidence)
     added, count = z * z / 2, len(values) + z * z
     mean = (float(values.sum()) + added * (lowest + highest)) / count
     squares = float((values - mean).square().sum()) + added * (

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 
 from cpmtp.decoding.stats import GenerationStats
+from cpmtp.resampling import normal_half_width
 
 _KEYS = ("model", "rank", "horizon", "anchored", "rule", "temperature", "top_k", "top_p")
 # How the target was sampled for a forecast that does not say.
 _UNSAID = {"temperature": 1.0, "top_k": None, "top_p": None}
-_TWO_SIDED = 1.96
 
 
 def expected_interval(path: str | Path, **keys: object) -> tuple[float, float]:
@@ -83,8 +83,8 @@ def drift_warning(stats: GenerationStats, low: float, high: float) -> str | None
     """What is wrong where the measured tokens per call, with their own uncertainty, lie outside the
     forecast's interval.
 
-    The uncertainty is 1.96 standard errors over cycles; cycles of one text are alike, so that short
-    runs warn too early rather than too late.
+    The uncertainty is the half-width of a 95 % interval over cycles; cycles of one text are alike,
+    so that short runs warn too early rather than too late.
 
     Examples
     --------
@@ -100,7 +100,7 @@ def drift_warning(stats: GenerationStats, low: float, high: float) -> str | None
         return None
     emitted = np.arange(1, len(counts) + 1)
     mean = float(counts @ emitted / cycles)
-    half = _TWO_SIDED * float(np.sqrt(counts @ (emitted - mean) ** 2 / cycles / cycles))
+    half = normal_half_width(float(np.sqrt(counts @ (emitted - mean) ** 2 / cycles / cycles)))
     if mean + half >= low and mean - half <= high:
         return None
     side = "below" if mean < low else "above"

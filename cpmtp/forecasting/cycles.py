@@ -18,7 +18,6 @@ cycles is integrated out; only that of texts is left.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from cpmtp.acceptance.verification import VERIFIED, check_rule, survival_along
 from cpmtp.heads.cp_head import CPHead
+from cpmtp.resampling import normal_half_width
 from cpmtp.sampling_law import SamplingLaw
 
 _ENTRIES_AT_ONCE = 1 << 24
@@ -184,5 +184,5 @@ def _ratio(above: Tensor, below: Tensor, confidence: float) -> tuple[float, tupl
     """Sum over sum, with the normal interval of the ratio estimator."""
     ratio = float(above.sum() / below.sum())
     error = float((above - ratio * below).std() / below.mean() / len(below) ** 0.5)
-    half = NormalDist().inv_cdf((1 + confidence) / 2) * error
+    half = normal_half_width(error, confidence)
     return ratio, (ratio - half, ratio + half)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pandas as pd
 
-_RESAMPLES = 2000
+from cpmtp.resampling import Clusters, difference_interval, intervals
+
 # What a context is, whoever continues it: the same text from the same document.
 _SHARED = ["domain", "document", "context", "context_text", "temperature", "anchored"]
 _SETTING = ["model", "domain", "temperature", "anchored"]
@@ -19,7 +19,7 @@ def compare_studies(
     first_token: str = "target",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Tokens per call of two studies with the difference's 95 % bootstrap interval.
+    """Tokens per call of two studies with the difference's 95 % bootstrap interval (BCa).
 
     Parts of the tables are compared where model, domain, temperature and kind of draft agree. What
     only one value of is in each table may differ: two models on one corpus, one model on two
@@ -39,7 +39,8 @@ def compare_studies(
     -------
     pandas.DataFrame
         Per (compared, horizon, rank): `first`, `second` (mean tokens per call), `difference`
-        (second minus first), `difference_low`, `difference_high`, `paired`, `shared_contexts`, and
+        (second minus first), `difference_low`, `difference_high` (NaN where one
+        context is all there is), `paired`, `shared_contexts`, and
         `truncated`: whether joints of either study are, so that these are means of lower bounds.
 
     Raises
@@ -76,7 +77,7 @@ def compare_studies(
         for horizon, rank in sorted(set(values[0].columns) & set(values[1].columns)):
             before, after = (v[horizon, rank].dropna() for v in values)
             found = {"compared": name, "horizon": horizon, "rank": rank}
-            found |= _difference(before, after, np.random.default_rng(seed))
+            found |= _difference(before, after, seed)
             truncated = any(_is_truncated(table, horizon) for table in (part, other))
             rows.append(found | {"truncated": truncated})
     if not rows:
@@ -131,17 +132,16 @@ def _values(table: pd.DataFrame, column: str) -> pd.DataFrame:
     )
 
 
-def _difference(first: pd.Series, second: pd.Series, generator: np.random.Generator) -> dict:
+def _difference(first: pd.Series, second: pd.Series, seed: int) -> dict:
     # Contexts without a text cannot be told to be the same.
     shared = first.index.intersection(second.index)
     shared = shared[shared.get_level_values("context_text") != ""] if len(shared) else shared
     paired = len(shared) > 0
     if paired:
         first, second = first[shared], second[shared]
-        drawn = _resampled_means(second - first, generator)
+        (low,), (high,) = intervals(_clusters(second - first), seed)
     else:
-        drawn = _resampled_means(second, generator) - _resampled_means(first, generator)
-    low, high = np.percentile(drawn, [2.5, 97.5])
+        low, high = difference_interval(_clusters(first), _clusters(second), seed)
     return {
         "first": first.mean(),
         "second": second.mean(),
@@ -153,10 +153,5 @@ def _difference(first: pd.Series, second: pd.Series, generator: np.random.Genera
     }
 
 
-def _resampled_means(values: pd.Series, generator: np.random.Generator) -> np.ndarray:
-    """Means of resamples of documents, of a single document's contexts."""
-    single = values.index.get_level_values("document").nunique() == 1
-    grouped = values.groupby(np.arange(len(values))) if single else values.groupby(level="document")
-    sums, counts = grouped.sum().to_numpy(), grouped.size().to_numpy()
-    weights = generator.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=_RESAMPLES)
-    return (weights @ sums) / (weights @ counts)
+def _clusters(values: pd.Series) -> Clusters:
+    return Clusters.of(values.to_frame(), keys=["domain", "document"])
