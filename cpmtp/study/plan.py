@@ -48,7 +48,8 @@ class StudySettings:
         times.
     horizons, ranks : sequence of int
     methods : sequence of str
-        Methods of `cpmtp.fit`.
+        Methods of `cpmtp.fit`; ``em``, ``gradient`` and ``acceptance`` are fitted along the ranks
+        (`cpmtp.fit_path`), ``acceptance`` from the fits by ``em`` where both are asked for.
     anchored : sequence of bool
         Whether drafts are told the first token; both values to compare (anchored ones from horizon
         3 on).
@@ -79,7 +80,7 @@ class StudySettings:
     domains: tuple[tuple[str, str], ...] = ()
     horizons: tuple[int, ...] = (2, 3)
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    methods: tuple[str, ...] = ("als", "em", "gradient")
+    methods: tuple[str, ...] = ("als", "em", "gradient", "acceptance")
     anchored: tuple[bool, ...] = (False,)
     temperatures: tuple[float, ...] = (1.0,)
     contexts: int = 8
