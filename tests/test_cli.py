@@ -270,7 +270,11 @@ def test_failed_cells_are_counted_and_the_status_is_one(monkeypatch, capsys, tmp
             raise RuntimeError("no luck")
         return real(joint, rank, method, **options)
 
+    def no_path(*_, **__):
+        raise RuntimeError("a path that fails at one rank")
+
     monkeypatch.setattr("cpmtp.study.rows.fit", fails_at_two)
+    monkeypatch.setattr("cpmtp.study.rows.fit_path", no_path)
     status, out, err = run(
         monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2,4", "--out", tmp_path / "s"
     )

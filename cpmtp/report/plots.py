@@ -39,9 +39,11 @@ def house_style() -> AbstractContextManager[None]:
     return matplotlib.rc_context(STYLE)
 
 
-def plot_error_against_rank(summary: pd.DataFrame, ax: Axes) -> Axes:
+def plot_error_against_rank(
+    summary: pd.DataFrame, ax: Axes, *, floor: pd.Series | None = None
+) -> Axes:
     """Median KL divergence per method over ranks, quartiles as bands; one horizon's rows of
-    `method_summary`.
+    `method_summary`. `floor`, by rank, is what no draft goes below.
     """
     for i, (method, rows) in enumerate(summary.groupby("method")):
         ax.plot(rows["rank"], rows["kl_nats"].clip(lower=_KL_FLOOR), label=method, **_series(i))
@@ -54,6 +56,11 @@ def plot_error_against_rank(summary: pd.DataFrame, ax: Axes) -> Axes:
         )
     _rank_axis(ax, summary["rank"])
     ax.set_yscale("log")
+    if floor is not None and len(floor):
+        # At high ranks it falls far below all fits, which would be squeezed above it.
+        limits = ax.get_ylim()
+        ax.plot(floor.index, floor.clip(lower=_KL_FLOOR), label="floor", color=INK, linestyle=":")
+        ax.set_ylim(limits)
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.minorticks_off()
     ax.set_ylabel("KL divergence, nats (median, quartiles)")

@@ -323,12 +323,17 @@ def _error_figures(subject: Subject) -> Iterator[Figure]:
     methods = method_summary(subject.table)
     # Truncated joints have no divergences to show.
     known = methods[methods["kl_nats"].notna()]
+    table = subject.table
     for n, part in known.groupby("horizon"):
+        floor = None  # tables of earlier versions have none
+        if "kl_floor_nats" in table:
+            floor = table[table["horizon"] == n].groupby("rank")["kl_floor_nats"].median().dropna()
         yield Figure(
             f"Error against rank, n = {n}",
             "KL divergence from the exact joint to each method's fit, median over contexts with "
             "quartiles. A line ends where "
-            "the divergence is infinite: the fit gives nothing to what the target can emit.",
-            partial(plots.plot_error_against_rank, part),
+            "the divergence is infinite: the fit gives nothing to what the target can emit. "
+            "Nothing goes below the dotted floor.",
+            partial(plots.plot_error_against_rank, part, floor=floor),
             subject.title,
         )

@@ -6,14 +6,16 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 
 import torch
 from threadpoolctl import threadpool_limits
 
 from cpmtp.acceptance.implied import AcceptanceProfile, acceptance_profiles, implied_acceptance
-from cpmtp.decomposition.fitting import FitResult, fit
+from cpmtp.decomposition.fit_result import FitResult
+from cpmtp.decomposition.fitting import KL_METHODS, fit, fit_path
+from cpmtp.decomposition.floors import rank_floors
 from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import LanguageModel
@@ -51,7 +53,12 @@ def study_unit_rows(settings: StudySettings, unit: StudyUnit) -> list[dict]:
             if isinstance(joint, JointDistribution):
                 joint = joint.marginal(horizon)
             known = facts | {"joint_seconds": seconds} | _joint_facts(joint)
-            rows += [_fit_row(settings, unit, joint, c, known) for c in here]
+            fits = _fits(settings, joint, here, unit.seed(settings.seed) % 2**31)
+            floors = _kl_floors(joint, here)
+            for cell in here:
+                floor = floors.get((cell.rank, cell.anchored), math.nan)
+                row = _fit_row(settings, unit, joint, cell, fits[cell])
+                rows.append(row | known | {"kl_floor_nats": floor})
         return rows
 
 
@@ -115,27 +122,82 @@ def _context_nats(lm: LanguageModel, unit: StudyUnit) -> float:
     return -sum(float(law) for law in laws)
 
 
+def _fits(
+    settings: StudySettings,
+    joint: JointDistribution | PrefixTree,
+    cells: list[StudyCell],
+    seed: int,
+) -> dict[StudyCell, FitResult | Exception]:
+    """Every cell's fit of one joint, or what kept it from being made."""
+    found: dict[StudyCell, FitResult | Exception] = {}
+    # Fits by tokens per call come last: they begin from those by em.
+    for method in sorted(settings.methods, key=lambda name: name == "acceptance"):
+        for anchored in settings.anchored:
+            path = [c for c in cells if (c.method, c.anchored) == (method, anchored)]
+            path.sort(key=lambda cell: cell.rank)
+            near = [found.get(replace(cell, method="em")) for cell in path]
+            starts = [start for start in near if isinstance(start, FitResult)]
+            options: dict = {"restarts": settings.restarts, "seed": seed, "anchored": anchored}
+            if method == "acceptance" and len(starts) == len(path):
+                options["starts"] = starts
+            found |= _fits_along_ranks(joint, path, options)
+    return found
+
+
+def _fits_along_ranks(
+    joint: JointDistribution | PrefixTree, path: list[StudyCell], options: dict
+) -> dict[StudyCell, FitResult | Exception]:
+    """Fits of one method at increasing ranks: in one go where the method can."""
+    if path and path[0].method in KL_METHODS:
+        # What fails at one rank must not lose the others: then each is fitted by itself.
+        with suppress(Exception):
+            ranks = [cell.rank for cell in path]
+            return dict(zip(path, fit_path(joint, ranks, path[0].method, **options), strict=True))
+    options.pop("starts", None)
+    found: dict[StudyCell, FitResult | Exception] = {}
+    for cell in path:
+        try:
+            found[cell] = fit(joint, cell.rank, cell.method, **options)
+        except Exception as error:
+            found[cell] = error
+    return found
+
+
+def _kl_floors(
+    joint: JointDistribution | PrefixTree, cells: list[StudyCell]
+) -> dict[tuple[int, bool], float]:
+    """Least divergence (nats) of any draft by (rank, anchored); none of a tree."""
+    if isinstance(joint, PrefixTree):
+        return {}
+    ranks = sorted({cell.rank for cell in cells})
+    plain = rank_floors(joint, ranks).kl_nats  # (ranks,)
+    floors = {(rank, False): floor for rank, floor in zip(ranks, plain.tolist(), strict=True)}
+    if any(cell.anchored for cell in cells):
+        # An anchored draft is one for every first token: the mean of their floors.
+        after = rank_floors(joint.given_first_token(), ranks).kl_nats  # (vocab, ranks)
+        mean = joint.prefix_probs(1) @ after  # (ranks,)
+        floors |= {(rank, True): floor for rank, floor in zip(ranks, mean.tolist(), strict=True)}
+    return floors
+
+
 def _fit_row(
-    settings, unit: StudyUnit, joint: JointDistribution | PrefixTree, cell: StudyCell, facts: dict
+    settings,
+    unit: StudyUnit,
+    joint: JointDistribution | PrefixTree,
+    cell: StudyCell,
+    result: FitResult | Exception,
 ) -> dict:
     try:
-        seed = unit.seed(settings.seed) % 2**31
-        result = fit(
-            joint,
-            cell.rank,
-            cell.method,
-            restarts=settings.restarts,
-            seed=seed,
-            anchored=cell.anchored,
-        )
+        if isinstance(result, Exception):
+            raise result
         quality = (
             _tree_quality(joint, result, cell)
             if isinstance(joint, PrefixTree)
             else _quality(joint, result, cell)
         )
     except Exception as error:
-        return _failed(settings, unit, cell, f"{type(error).__name__}: {error}") | facts
-    return _row(settings, unit, cell) | facts | _fit_facts(result) | quality
+        return _failed(settings, unit, cell, f"{type(error).__name__}: {error}")
+    return _row(settings, unit, cell) | _fit_facts(result) | quality
 
 
 def _failed(settings, unit: StudyUnit, cell: StudyCell, message: str) -> dict:

@@ -34,7 +34,8 @@ class StudySettings:
         times.
     horizons, ranks : sequence of int
     methods : sequence of str
-        Methods of `cpmtp.fit`.
+        Methods of `cpmtp.fit`; ``em``, ``gradient`` and ``acceptance`` are fitted along the ranks
+        (`cpmtp.fit_path`), ``acceptance`` from the fits by ``em`` where both are asked for.
     anchored : sequence of bool, optional
         Whether drafts are told the first token; both values to compare. Default: they are, as the
         heads of `train_head` are; but not in a study with a horizon of 2, where a draft that is

@@ -83,6 +83,10 @@ _FIXED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
         pa.float64(),
         "KL divergence from the exact joint to the draft, nats; of a tree: absent",
     ),
+    "kl_floor_nats": (
+        pa.float64(),
+        "divergence that no draft of this rank goes below, nats; of a tree: absent",
+    ),
     "total_variation": (pa.float64(), "half the sum of |P - Q|"),
     "relative_frobenius": (pa.float64(), "Frobenius norm of P - Q over that of P"),
     "hellinger": (pa.float64(), "Hellinger distance"),
@@ -111,7 +115,10 @@ _FIXED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
         "sum of the marginals' entropies minus the joint's; the KL floor of rank 1",
     ),
     "joint_seconds": (pa.float64(), "time for the exact joint or tree of this context"),
-    "fit_seconds": (pa.float64(), "time for this fit"),
+    "fit_seconds": (
+        pa.float64(),
+        "time for this fit; acceptance: from the em fit it begins from, where em is a method, too",
+    ),
 }
 
 

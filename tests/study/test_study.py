@@ -16,9 +16,11 @@ import pytest
 import torch
 from rounding import kl_rounding, rounding
 
+from cpmtp.decomposition.fitting import fit_path
+from cpmtp.joint_distribution import exact_joint
 from cpmtp.ranking.parts import best_fits
 from cpmtp.report.document import write_report
-from cpmtp.study.plan import estimate_study, plan_study
+from cpmtp.study.plan import estimate_study, open_language_model, plan_study
 from cpmtp.study.running import read_study, run_study
 from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import KEY_COLUMNS, SCHEMA_VERSION, TIMING_COLUMNS, table_columns
@@ -195,6 +197,7 @@ def test_a_joint_that_is_too_large_becomes_a_tree_with_bounds(tmp_path):
         set(tree["method"]) == {"em"}
         and (tree["status"] == "ok").all()
         and (tree["kept_mass"] < 1).all()
+        and tree["kl_floor_nats"].isna().all()
     )
     assert (tree["tokens_per_call_block_target"] < tree["tokens_per_call_upper_block_target"]).all()
     assert read_study(tmp_path)[1]["models"]["tiny_models:bigram"]["truncated_horizons"] == [3]
@@ -231,20 +234,70 @@ def test_domains_stand_side_by_side_with_their_bits_per_byte(tmp_path):
         )
 
 
-def test_a_fit_that_breaks_is_a_row_with_a_message(tmp_path, monkeypatch):
+def test_a_fit_that_breaks_is_a_row_with_a_message_and_costs_no_other_rank(tmp_path, monkeypatch):
     def fails_at_two(joint, rank, method, **_):
         if rank == 2:
             raise RuntimeError("no luck")
-        return real(joint, rank, method)
+        return real(joint, rank, method, **_)
+
+    def breaks(joint, ranks, method, **_):
+        raise RuntimeError("a path that fails at one rank")
 
     import cpmtp.study.rows
 
     real = cpmtp.study.rows.fit
     monkeypatch.setattr("cpmtp.study.rows.fit", fails_at_two)
-    table = run_study(replace(TINY, methods=("em",), contexts=1), tmp_path, workers=1)
+    monkeypatch.setattr("cpmtp.study.rows.fit_path", breaks)
+    settings = replace(TINY, methods=("em", "acceptance"), contexts=1)
+    table = run_study(settings, tmp_path, workers=1)
     failed = table[table["rank"] == 2]
     assert (failed["status"] == "failed").all() and failed["message"].str.contains("no luck").all()
     assert (table[table["rank"] != 2]["status"] != "failed").all()
+
+
+def test_rows_are_the_fits_along_the_ranks_in_the_order_of_the_settings(tmp_path):
+    settings = replace(
+        TINY,
+        horizons=(3,),
+        ranks=(4, 1, 2),
+        methods=("acceptance", "em", "als"),
+        anchored=(False, True),
+        contexts=1,
+    )
+    table = run_study(settings, tmp_path, workers=1)
+    cells = [(row.rank, row.method, row.anchored) for row in table.itertuples()]
+    assert cells == [
+        (rank, method, anchored)
+        for rank in (4, 1, 2)
+        for method in ("acceptance", "em", "als")
+        for anchored in (False, True)
+    ]
+    unit = plan_study(settings)[0][0]
+    lm = open_language_model(unit.model)
+    joint = exact_joint(lm, torch.tensor(unit.token_ids), 3)
+    for anchored in (False, True):
+        rows = table[table["anchored"] == anchored].set_index(["method", "rank"])
+        seed = unit.seed(settings.seed) % 2**31
+        em = fit_path(joint, [1, 2, 4], seed=seed, anchored=anchored)
+        climbed = fit_path(joint, [1, 2, 4], "acceptance", seed=seed, anchored=anchored, starts=em)
+        for rank, near, found in zip((1, 2, 4), em, climbed, strict=True):
+            assert rows.loc[("em", rank), "objective"] == near.objective
+            assert rows.loc[("acceptance", rank), "objective"] == found.objective
+        best = rows["tokens_per_call_block_target"].unstack("method")
+        assert (best["acceptance"] >= best["em"] - 1e-9).all()
+        assert best["acceptance"].is_monotonic_increasing
+
+
+def test_no_fit_goes_below_the_floor_of_its_rank(table, tmp_path):
+    assert (table["kl_nats"] >= table["kl_floor_nats"] - 1e-9).all()
+    one = table[(table["rank"] == 1) & (table["method"] == "em")]
+    assert (one["kl_nats"] - one["kl_floor_nats"]).abs().max() < 1e-9
+    both = replace(TINY, horizons=(3,), methods=("em",), anchored=(False, True), contexts=2)
+    found = run_study(both, tmp_path, workers=1)
+    told = found[found["anchored"]]
+    assert (told["kl_nats"] >= told["kl_floor_nats"] - 1e-9).all()
+    one = told[told["rank"] == 1]
+    assert (one["kl_nats"] - one["kl_floor_nats"]).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(
