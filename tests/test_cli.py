@@ -138,9 +138,12 @@ def test_a_quiet_study_of_a_real_model_with_workers_says_nothing_either(tmp_path
 
 
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(monkeypatch, capsys, tmp_path):
+    from cpmtp.study.settings import StudySettings
+
     status, out, _ = run(monkeypatch, capsys, "study", *SMALL, "--dry-run", "--out", tmp_path / "s")
     assert status == 0
-    assert re.search(r"cells +10", out) and "memory" in out and "time" in out
+    cells = 2 * len(StudySettings().ranks)  # contexts times ranks, one method
+    assert re.search(rf"cells +{cells}\b", out) and "memory" in out and "time" in out
     assert not (tmp_path / "s").exists() and "truncated" not in out
     wide = ("study", "--model", "tiny_models:wide", "--horizons", "2,3", "--dry-run")
     out = run(monkeypatch, capsys, *wide)[1]

@@ -119,8 +119,7 @@ def speculative_generate(
     Examples
     --------
     >>> from cpmtp.language_model import separated_hmm
-    >>> from cpmtp.drafts.blocks import Block, CPBlock
-    from cpmtp.drafts.cp_distribution import CPDistribution
+    >>> from cpmtp.drafts.cp_distribution import CPDistribution
     >>> uniform = CPDistribution(torch.ones(1), [torch.full((4, 1), 0.25)] * 2)
     >>> lm, prompt = separated_hmm(2, 4), torch.tensor([0])
     >>> out = speculative_generate(lm, lambda text: uniform, prompt, max_new_tokens=5)

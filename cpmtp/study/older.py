@@ -17,6 +17,7 @@ _IMPLIED = {
     "anchored": False,
     "joint": "dense",
     "kept_mass": 1.0,
+    "kl_floor_nats": math.nan,
 }
 _UPPER, _SURVIVAL = "tokens_per_call_upper_", "survival_block_target_"
 

@@ -65,10 +65,11 @@ def test_the_best_method_of_every_cell_is_marked(table, tmp_path):
 def test_a_failed_fit_is_never_the_best(tmp_path, monkeypatch):
     import cpmtp.study.rows
 
-    def fails(joint, rank, method, **_):
+    def fails(joint, ranks, method, **_):
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(cpmtp.study.rows, "fit", fails)
+    monkeypatch.setattr(cpmtp.study.rows, "fit_path", fails)
     assert not run_study(replace(TINY, contexts=1), tmp_path, workers=1)["best"].any()
 
 

@@ -22,6 +22,7 @@ from cpmtp.heads.losses import HeadLoss
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.pretrained import HuggingFaceLanguageModel
 from cpmtp.training import heads as head_training
+from cpmtp.training import loop
 from cpmtp.training.heads import HeadTrainingSettings, train_head, train_heads, windows_of_text
 from cpmtp.training.new_models import new_llama
 
@@ -167,7 +168,7 @@ def test_a_time_budget_ends_a_training_with_the_step_that_spends_it(lm, monkeypa
         clock.seconds += 0.1
 
     steps, clock = [], Clock()
-    monkeypatch.setattr(head_training, "time", clock)
+    monkeypatch.setattr(loop, "time", clock)
     train_head(lm, TINY, seconds=0.95, callback=tick)
     assert steps == list(range(1, 11))
     assert steps[-1] > TINY.steps  # which are not what ends it
