@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -220,10 +221,8 @@ class HuggingFaceLanguageModel:
 
         One full forward pass.
         """
-        token_ids = self._with_start(token_ids)
-        rows = min(self.batch_tokens // token_ids.shape[1], _LOGITS_AT_ONCE // self.vocab_size)
-        parts = token_ids.split(max(rows, 1))
-        return torch.cat([self._log_probs(self._forward(part, keep=1))[:, -1] for part in parts])
+        parts = self._full_pass_logits(self._with_start(token_ids))
+        return torch.cat([self._log_probs(part) for part in parts])
 
     @torch.inference_mode()
     def sequence_log_probs(self, token_ids: Int[Tensor, " time"]) -> Float[Tensor, " later"]:
@@ -236,12 +235,26 @@ class HuggingFaceLanguageModel:
         self, context: Int[Tensor, " time"], continuations: Int[Tensor, "count length"]
     ) -> Float[Tensor, "count vocab"]:
         """Log-probabilities (nats) of the token after `context` and each continuation."""
+        pieces = [
+            self._log_probs(part) for part in self.continuation_logits(context, continuations)
+        ]
+        return torch.cat(pieces or [torch.empty(0, self.vocab_size)])  # (count, vocab)
+
+    @torch.inference_mode()
+    def continuation_logits(
+        self, context: Int[Tensor, " time"], continuations: Int[Tensor, "count length"]
+    ) -> Iterator[Float[Tensor, "some vocab"]]:
+        """Logits of the token after `context` and each continuation, as the model computes them.
+
+        In pieces and in order, on the model's device: what is not kept of a piece takes no room.
+        """
         self.require_causal()
         context = self._with_start(context[None])[0]  # (time,)
         if self.shares_prefixes_up_to(len(context) + continuations.shape[1]):
-            return self._shared_prefix_log_probs(context, continuations)
+            yield from self._shared_prefix_logits(context, continuations)
+            return
         rows = [context.expand(len(continuations), -1), continuations]
-        return self.next_token_log_probs(torch.cat(rows, 1))  # (count, vocab)
+        yield from self._full_pass_logits(torch.cat(rows, 1))
 
     @torch.no_grad()
     def sample_tokens(
@@ -318,17 +331,22 @@ class HuggingFaceLanguageModel:
         """SHA-256 over the tokenizer's vocabulary; empty without a tokenizer."""
         return "" if self.tokenizer is None else vocabulary_fingerprint(self.tokenizer)
 
-    def _shared_prefix_log_probs(self, context: Tensor, continuations: Tensor) -> Tensor:
-        cache, log_probs = self._context(context)
-        if continuations.shape[1] == 0:
-            return log_probs.expand(len(continuations), -1)  # (count, vocab)
-        found = torch.empty(len(continuations), self.vocab_size, dtype=log_probs.dtype)
-        size = self._tokens_at_once
-        for part, rows in zip(continuations.split(size), found.split(size), strict=True):
-            rows.copy_(self._tree_log_probs(cache, len(context), part))
-        return found
+    def _full_pass_logits(self, token_ids: Tensor) -> Iterator[Tensor]:
+        """Logits (some, vocab) after each row, by full forward passes."""
+        rows = min(self.batch_tokens // token_ids.shape[1], _LOGITS_AT_ONCE // self.vocab_size)
+        for part in token_ids.split(max(rows, 1)):
+            yield self._forward(part, keep=1)[:, -1]
 
-    def _tree_log_probs(self, cache: Cache, seen: int, continuations: Tensor) -> Tensor:
+    def _shared_prefix_logits(self, context: Tensor, continuations: Tensor) -> Iterator[Tensor]:
+        """The same after a shared context and each continuation."""
+        cache, logits = self._context(context)
+        if continuations.shape[1] == 0:
+            yield logits.expand(len(continuations), -1)  # (count, vocab)
+            return
+        for part in continuations.split(self._tokens_at_once):
+            yield self._tree_logits(cache, len(context), part)
+
+    def _tree_logits(self, cache: Cache, seen: int, continuations: Tensor) -> Tensor:
         tree = lay_out_tree(continuations)
         count = len(continuations)
         grown = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
@@ -341,7 +359,7 @@ class HuggingFaceLanguageModel:
             **{self.cache_name: grown},
             **({"logits_to_keep": count} if self._keeps_logits else {}),
         )
-        return self._log_probs(out.logits[0, -count:])
+        return out.logits[0, -count:]
 
     @property
     def _tree_view(self) -> Any:
@@ -362,7 +380,7 @@ class HuggingFaceLanguageModel:
         key, kept = tuple(context.tolist()), self._context_cache
         if kept is None or kept[0] != key:
             logits, cache = self.step(context[None])  # (1, time, vocab)
-            kept = (key, cache, self._log_probs(logits[:, -1]))
+            kept = (key, cache, logits[:, -1])
             self._context_cache = kept
         return kept[1:]
 
