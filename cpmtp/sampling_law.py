@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Entries of a row that are looked at together when its largest are sought.
+# Entries of a row that are looked at together when its largest are sought: a power of two.
 _GROUP = 64
 # Entries turned into float64 at once: few enough to stay in a processor's cache.
 _EXACT_AT_ONCE = 1 << 19
@@ -203,10 +203,32 @@ def _tokens_of_largest(
 ) -> Int[Tensor, "count kept"]:
     """Ids of all entries not below each row's `count`-th largest, ascending; padded with the
     vocabulary's size.
+
+    Looked for in groups of entries: those with the `count` largest maxima hold as many entries that
+    are no smaller than any of the others.
     """
     vocab = logits.shape[1]
-    least = _largest(logits, count)  # (count, 1)
-    row, token = (logits >= least).nonzero().unbind(1)  # (all kept,) each
+    group = _GROUP if vocab >= 2 * _GROUP * count else 1
+    groups = vocab // group
+    whole = logits[:, : groups * group]  # (count, group * groups): a group's entries lie apart
+    rest = logits[:, groups * group :]  # (count, fewer than a group)
+    maxima = whole
+    while maxima.shape[1] > groups:
+        half = maxima.shape[1] // 2
+        maxima = torch.maximum(maxima[:, :half], maxima[:, half:])  # (count, half)
+    whole = whole.unflatten(1, (group, groups))  # (count, group, groups)
+    best = maxima.topk(count).indices  # (count, best)
+    found = whole.gather(2, best[:, None].expand(-1, group, -1)).flatten(1)  # (count, …)
+    top = torch.cat([found, rest], 1).topk(count).values  # (count, count)
+    _check_largest(top[:, 0])
+
+    row, column = (maxima >= top[:, -1:]).nonzero().unbind(1)  # (candidate groups,) each
+    hit, place = (whole[row, :, column] >= top[row, -1:]).nonzero().unbind(1)  # (kept,) each
+    last, beyond = (rest >= top[:, -1:]).nonzero().unbind(1)  # (kept beyond the groups,) each
+    row = torch.cat([row[hit], last])  # (all kept,)
+    token = torch.cat([place * groups + column[hit], groups * group + beyond])  # (all kept,)
+    order = (row * vocab + token).argsort()
+    row, token = row[order], token[order]  # (all kept,) each
     sizes = torch.bincount(row, minlength=len(logits))  # (count,)
     place = (
         torch.arange(len(row), device=row.device) - (sizes.cumsum(0) - sizes)[row]
@@ -214,25 +236,6 @@ def _tokens_of_largest(
     kept = torch.full((len(logits), int(sizes.max())), vocab, device=row.device)
     kept[row, place] = token
     return kept
-
-
-def _largest(logits: Float[Tensor, "count vocab"], count: int) -> Float[Tensor, "count 1"]:
-    """The `count`-th largest entry of each row: sought among the groups with the largest maxima,
-    which hold all that are larger.
-    """
-    groups = logits.shape[1] // _GROUP
-    if groups < 2 * count:
-        top = logits.topk(count).values
-    else:
-        whole = logits[:, : groups * _GROUP].unflatten(
-            1, (groups, _GROUP)
-        )  # (count, groups, group)
-        best = whole.amax(-1).topk(count).indices  # (count, best)
-        found = whole.gather(1, best[..., None].expand(-1, -1, _GROUP)).flatten(1)
-        rest = logits[:, groups * _GROUP :]  # (count, fewer than a group)
-        top = torch.cat([found, rest], 1).topk(count).values  # (count, best)
-    _check_largest(top[:, 0])
-    return top[:, -1:]
 
 
 def _check_largest(values: Tensor) -> None:
@@ -248,7 +251,7 @@ def _remove_below_top_k(scores: Tensor, top_k: int) -> Tensor:
 
 
 def _remove_outside_top_p(scores: Tensor, top_p: float) -> Tensor:
-    ascending, order = scores.sort(dim=-1)
+    ascending, order = scores.sort(dim=-1, stable=True)
     removed = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
     removed[..., -1] = False
     return scores.masked_fill(removed.scatter(-1, order, removed), -math.inf)

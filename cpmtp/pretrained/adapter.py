@@ -13,13 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from cpmtp.language_model import draw_tokens
 from cpmtp.pretrained.identity import (
     positions_of,
     vocabulary_fingerprint,
     weights_fingerprint,
 )
 from cpmtp.pretrained.parts import head_only, in_float32, trunk_name, with_tree_attention
+from cpmtp.pretrained.sampling import sampled_tokens
 from cpmtp.pretrained.trials import (
     FAILURES,
     Trials,
@@ -221,8 +221,8 @@ class HuggingFaceLanguageModel:
 
         One full forward pass.
         """
-        parts = self._full_pass_logits(self._with_start(token_ids))
-        return torch.cat([self._log_probs(part) for part in parts])
+        pieces = self._full_pass_logits(self.with_start(token_ids))
+        return torch.cat([self._log_probs(logits) for logits in pieces])
 
     @torch.inference_mode()
     def sequence_log_probs(self, token_ids: Int[Tensor, " time"]) -> Float[Tensor, " later"]:
@@ -235,10 +235,9 @@ class HuggingFaceLanguageModel:
         self, context: Int[Tensor, " time"], continuations: Int[Tensor, "count length"]
     ) -> Float[Tensor, "count vocab"]:
         """Log-probabilities (nats) of the token after `context` and each continuation."""
-        pieces = [
-            self._log_probs(part) for part in self.continuation_logits(context, continuations)
-        ]
-        return torch.cat(pieces or [torch.empty(0, self.vocab_size)])  # (count, vocab)
+        pieces = self.continuation_logits(context, continuations)
+        found = [self._log_probs(logits) for logits in pieces]
+        return torch.cat(found or [torch.empty(0, self.vocab_size)])  # (count, vocab)
 
     @torch.inference_mode()
     def continuation_logits(
@@ -249,14 +248,13 @@ class HuggingFaceLanguageModel:
         In pieces and in order, on the model's device: what is not kept of a piece takes no room.
         """
         self.require_causal()
-        context = self._with_start(context[None])[0]  # (time,)
+        context = self.with_start(context[None])[0]  # (time,)
         if self.shares_prefixes_up_to(len(context) + continuations.shape[1]):
             yield from self._shared_prefix_logits(context, continuations)
             return
         rows = [context.expand(len(continuations), -1), continuations]
         yield from self._full_pass_logits(torch.cat(rows, 1))
 
-    @torch.no_grad()
     def sample_tokens(
         self, count: int, length: int, *, seed: int = 0, temperature: float = 1.0
     ) -> Int[Tensor, "count length"]:
@@ -269,24 +267,7 @@ class HuggingFaceLanguageModel:
         ValueError
             If the model has no start-of-text token, or `length` exceeds its window.
         """
-        if self.max_context is not None and length > self.max_context:
-            raise ValueError(
-                f"{length} tokens exceed the model's {self.max_context} positions: ask for fewer"
-            )
-        cached = self.grows_up_to(length + 1)
-        generator = torch.Generator().manual_seed(seed)
-        tokens = self._with_start(torch.empty(count, 0, dtype=torch.long))
-        cache, last, drawn = None, tokens, []
-        for _ in range(length):
-            if cached:
-                logits, cache = self.step(last, cache)
-            else:
-                logits = self._forward(tokens, keep=1)
-            probs = self._log_probs(logits[:, -1] / max(temperature, 1e-6)).exp()
-            last = draw_tokens(probs.double(), generator)  # (count, 1)
-            tokens = torch.cat([tokens, last], 1)
-            drawn.append(last)
-        return torch.cat(drawn, 1)  # (count, length)
+        return sampled_tokens(self, count, length, seed=seed, temperature=temperature)
 
     def step(
         self, token_ids: Int[Tensor, "batch time"], cache: Any = None, **inputs
@@ -357,7 +338,7 @@ class HuggingFaceLanguageModel:
             attention_mask=tree.lineage[None, None].to(self.device),
             use_cache=True,
             **{self.cache_name: grown},
-            **({"logits_to_keep": count} if self._keeps_logits else {}),
+            **self._only_last(count, len(tree.token_ids)),
         )
         return out.logits[0, -count:]
 
@@ -379,20 +360,29 @@ class HuggingFaceLanguageModel:
         # A joint asks for one context again and again, chunk by chunk: the last one is kept.
         key, kept = tuple(context.tolist()), self._context_cache
         if kept is None or kept[0] != key:
-            logits, cache = self.step(context[None])  # (1, time, vocab)
+            # (1, 1 or time, vocab)
+            logits, cache = self.step(context[None], **self._only_last(1, len(context)))
             kept = (key, cache, logits[:, -1])
             self._context_cache = kept
         return kept[1:]
 
     def _forward(self, token_ids: Tensor, keep: int) -> Tensor:
-        extra = {"logits_to_keep": keep} if self._keeps_logits else {}
+        extra = self._only_last(keep, token_ids.shape[1]) if keep else {}
         return self.model(input_ids=token_ids.to(self.device), use_cache=False, **extra).logits
+
+    def _only_last(self, count: int, length: int) -> dict[str, Tensor]:
+        """Arguments that ask for logits of the last positions alone, where the model takes them."""
+        if not self._keeps_logits:
+            return {}
+        # As a number they would be a view, and a product with a view copies the unembedding.
+        return {"logits_to_keep": torch.arange(length - count, length, device=self.device)}
 
     @staticmethod
     def _log_probs(logits: Tensor) -> Tensor:
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).cpu()
 
-    def _with_start(self, token_ids: Tensor) -> Tensor:
+    def with_start(self, token_ids: Tensor) -> Tensor:
+        """Rows of tokens as the model needs them: a start-of-text token where there is none."""
         if token_ids.shape[1]:
             return token_ids
         start = getattr(self.text_config, "bos_token_id", None)
