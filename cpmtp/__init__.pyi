@@ -24,6 +24,7 @@ from cpmtp.drafts.cp_distribution import CPDistribution as CPDistribution
 from cpmtp.drafts.divergence import Divergences as Divergences
 from cpmtp.drafts.divergence import divergences as divergences
 from cpmtp.drafts.protocol import Draft as Draft
+from cpmtp.drafts.support import Support as Support
 from cpmtp.decomposition.fit_result import FitResult as FitResult
 from cpmtp.decomposition.fitting import fit as fit
 from cpmtp.decomposition.floors import RankFloors as RankFloors
