@@ -19,7 +19,7 @@ from torch import Tensor
 from cpmtp.acceptance.dense import Thresholds, survivals
 from cpmtp.acceptance.truncated import AcceptanceInterval, certified_acceptance
 from cpmtp.acceptance.verification import check_first_token, check_rule
-from cpmtp.drafts.cp_distribution import CPDistribution, posterior_after_first
+from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.drafts.protocol import as_draft, is_anchored
 from cpmtp.joint_distribution import JointDistribution
 from cpmtp.prefix_tree import PrefixTree
@@ -245,7 +245,7 @@ def revealed_component_survival(
             )
         return total
     given, first = joint.given_first_token(), joint.prefix_probs(1)
-    posterior = posterior_after_first(draft)
+    posterior = draft.posterior_after_first()
     for a in range(draft.rank):
         # (vocab, vocab, 1) each
         factors = [f[:, a : a + 1].expand(joint.vocab_size, -1, -1) for f in draft.factors[1:]]

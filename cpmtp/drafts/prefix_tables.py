@@ -26,6 +26,14 @@ class PrefixTable(Protocol):
         ...
 
 
+class GrowingTable(PrefixTable, Protocol):
+    """A mixture's table, which says how much of each longer prefix every component has."""
+
+    def grown(self) -> Float[Tensor, "*lead longer rank"]:
+        """Masses of the components after one token more, the new token varying fastest."""
+        ...
+
+
 @dataclass(frozen=True)
 class FullTable:
     """A table that is there anyway.
@@ -74,6 +82,10 @@ class LowRankTable:
             columns = columns.take_along_dim(first, batch).squeeze(batch)  # (*batch, vocab, rank)
         return row_of(self.rows, prefix, batch) @ columns.mT
 
+    def grown(self) -> Float[Tensor, "*lead longer rank"]:
+        """Masses of the components after one token more."""
+        return (self.rows.unsqueeze(-2) * self.columns.unsqueeze(-3)).flatten(-3, -2)
+
 
 def row_of(table: Tensor, prefix: Int[Tensor, "*batch"], batch: int) -> Tensor:
     """The row (*batch, 1, width) of one prefix per batch entry of a table (*batch, …, width)."""
@@ -94,13 +106,6 @@ def joints_of_prefixes(probs: Tensor, horizon: int) -> list[Tensor]:
     for _ in range(horizon):
         found.append(found[-1].sum(-1))
     return found[::-1]
-
-
-def grown_rows(
-    rows: Float[Tensor, "*lead prefixes rank"], factor: Float[Tensor, "*lead2 vocab rank"]
-) -> Float[Tensor, "*lead longer rank"]:
-    """Every prefix's components with one token more, the new token varying fastest."""
-    return (rows.unsqueeze(-2) * factor.unsqueeze(-3)).flatten(-3, -2)
 
 
 def broadcast_first(first: Tensor, rest: Tensor) -> Tensor:
