@@ -251,7 +251,7 @@ def _remove_below_top_k(scores: Tensor, top_k: int) -> Tensor:
 
 
 def _remove_outside_top_p(scores: Tensor, top_p: float) -> Tensor:
-    ascending, order = scores.sort(dim=-1, stable=True)
+    ascending, order = scores.sort(dim=-1)
     removed = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
     removed[..., -1] = False
     return scores.masked_fill(removed.scatter(-1, order, removed), -math.inf)

@@ -271,7 +271,7 @@ class HuggingFaceLanguageModel:
 
     def step(
         self, token_ids: Int[Tensor, "batch time"], cache: Any = None, **inputs
-    ) -> tuple[Float[Tensor, "batch time vocab"], Any]:
+    ) -> tuple[Float[Tensor, "batch kept vocab"], Any]:
         """Logits after some more tokens and the cache that knows them; None: a new one."""
         named = {"input_ids": token_ids.to(self.device), self.cache_name: cache} | inputs
         out = self.model(**named, use_cache=True)
