@@ -48,7 +48,7 @@ class TreeTargets:
         return replace(self, owner=owner)
 
     def __getitem__(self, runs) -> TreeTargets:
-        if len(runs) == len(self) and bool((runs == torch.arange(len(self))).all()):
+        if runs.dtype != torch.bool and torch.equal(runs, torch.arange(len(self))):
             return self  # what is laid out for all runs is laid out already
         return replace(self, owner=self.owner[runs])
 
