@@ -82,7 +82,7 @@ class Forest:
             tree, token = keys // vocab, keys % vocab  # (ids of all trees,) each, ascending
             sizes = torch.bincount(tree, minlength=len(roots))  # (trees,)
             first = sizes.cumsum(0) - sizes  # (trees,)
-            table = torch.full((len(roots), int(sizes.max())), vocab)  # (trees, size)
+            table = torch.full((len(roots), max(int(sizes.max()), 1)), vocab)  # (trees, size)
             table[tree, torch.arange(len(keys)) - first[tree]] = token
             mass = torch.zeros(vocab, dtype=torch.float64).index_add_(0, level.tokens, level.probs)
             table[sizes == 0, 0] = mass.argmax()
