@@ -118,7 +118,7 @@ def fit(
     plan = replace(plan, load_balancing=load_balancing, goal=Goal(rule, first_token))
     _check(joint, rank, plan, anchored)
     started = time.perf_counter()
-    problem = _problem(joint, anchored)
+    problem = _problem(joint, anchored, rank)
     solved = solve(problem.items, rank, problem.plan(plan))
     return problem.result(solved, method, started)
 
@@ -197,7 +197,7 @@ def fit_path(
         found = [start.distribution.rank for start in starts]
         raise ValueError(f"starts of ranks {found}: expected {ranks}, one each")
 
-    problem, results = _problem(joint, anchored), []
+    problem, results = _problem(joint, anchored, ranks[-1]), []
     plan = problem.plan(plan)
     below: Runs | None = None
     for place, rank in enumerate(ranks):
@@ -308,10 +308,14 @@ class _Problem:
         )
 
 
-def _problem(joint: JointDistribution | PrefixTree, anchored: bool) -> _Problem | TreeProblem:
-    """What there is to fit of a joint or of a tree."""
+def _problem(
+    joint: JointDistribution | PrefixTree, anchored: bool, rank: int
+) -> _Problem | TreeProblem:
+    """What there is to fit of a joint or of a tree, at ranks up to this."""
     if isinstance(joint, PrefixTree):
-        return TreeProblem.of(joint, NOTICEABLE_MASS if anchored else None)
+        problem = TreeProblem.of(joint, NOTICEABLE_MASS if anchored else None)
+        problem.check(rank)
+        return problem
     return _Problem.of(joint, anchored)
 
 

@@ -17,7 +17,11 @@ from cpmtp.decomposition.trees.nodes import Forest, first_token_forest, tree_for
 from cpmtp.decomposition.trees.targets import TreeTargets
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.drafts.support import Support
+from cpmtp.joint_distribution import DEFAULT_MAX_BYTES
 from cpmtp.prefix_tree import PrefixTree
+
+# Starts of one restart that are held together, and as much again of counts.
+_STARTS = 8
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,23 @@ class TreeProblem:
             return cls(Items(TreeTargets.of(tree_forest(tree))))
         forest, tokens, mass = first_token_forest(tree, noticeable)
         return cls(Items(TreeTargets.of(forest)), tokens, mass)
+
+    def check(self, rank: int) -> None:
+        """Refuse a rank whose starts would outgrow memory.
+
+        Raises
+        ------
+        ValueError
+            With the size, the limit and what to do.
+        """
+        trees, _, width = self.forest.marginals.shape
+        needed = _STARTS * 8 * rank * trees * self.forest.horizon * width
+        if needed > DEFAULT_MAX_BYTES:
+            raise ValueError(
+                f"fits of rank {rank} to {trees} trees over up to {width} tokens need "
+                f"{needed / 1e9:.3g} GB; the limit is {DEFAULT_MAX_BYTES / 1e9:.3g} GB: lower the "
+                f"rank{', or fit it unanchored' if self.mass is not None else ''}"
+            )
 
     @property
     def forest(self) -> Forest:
