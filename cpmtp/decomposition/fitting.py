@@ -100,6 +100,7 @@ def fit(
 
     Examples
     --------
+    >>> import torch
     >>> from cpmtp.joint_distribution import exact_joint
     >>> from cpmtp.language_model import separated_hmm
     >>> joint = exact_joint(separated_hmm(2, 6), torch.tensor([], dtype=torch.long), 3)
@@ -162,6 +163,7 @@ def fit_path(
 
     Examples
     --------
+    >>> import torch
     >>> from cpmtp.joint_distribution import exact_joint
     >>> from cpmtp.language_model import separated_hmm
     >>> joint = exact_joint(separated_hmm(3, 6), torch.tensor([], dtype=torch.long), 3)

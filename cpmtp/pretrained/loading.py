@@ -9,6 +9,7 @@ import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
@@ -54,7 +55,7 @@ def load_language_model(
     device, dtype = usable_device(device), usable_dtype(dtype)
     source = _locate(name)
     # Nothing is ever unpickled and no code of a model's own is run.
-    options = {"local_files_only": source.local, "trust_remote_code": False}
+    options: dict[str, Any] = {"local_files_only": source.local, "trust_remote_code": False}
     try:
         with _LOADING, quiet():
             model, found = AutoModelForCausalLM.from_pretrained(

@@ -81,7 +81,8 @@ class TreeTargets:
         """Counts of components, of tokens with components, and ``sum w log Q``."""
         runs, horizon, rank, width = mixtures.factors.shape
         factors = torch.empty(runs, horizon, width, rank, dtype=torch.float64)
-        likelihood, below = torch.zeros(runs, dtype=torch.float64), None
+        likelihood = torch.zeros(runs, dtype=torch.float64)
+        below: Tensor | None = None
         for depth in reversed(range(horizon)):
             level, mass = levels[depth], masses[depth + 1]  # (nodes, rank)
             model = mass.sum(1).clamp_min_(_TINY)  # (nodes,)
@@ -93,6 +94,7 @@ class TreeTargets:
             factors[:, depth] = sums.view(runs, width, rank)
             below = share.new_zeros(len(masses[depth]), rank)
             below.index_add_(0, level.parents, share)  # (nodes before, rank)
+        assert below is not None
         total = mixtures.weights * roots[:, None] + below  # (runs, rank)
         return total, factors.mT, likelihood
 
