@@ -109,6 +109,10 @@ BAD = [
     (("models", "--convert", "code"), "each needs the other"),
     (("models", "--convert", "a", "--check", "b", "--out", "c"), "give one of them"),
     (("study", "--model", "code", "--top-k", "105"), "top_k 105 over a vocabulary of 104 tokens"),
+    (
+        ("generate", "--model", "code", "--top-k", "105"),
+        "top_k 105 over a vocabulary of 104 tokens",
+    ),
     (("study", "--model", "code", "--dtype", "float8"), "unknown dtype 'float8'"),
 ]
 if not torch.cuda.is_available():

@@ -56,8 +56,10 @@ def generate(
     from cpmtp.decoding.drift import drift_report, expected_interval
     from cpmtp.decoding.speculative import speculative_generate
     from cpmtp.pretrained import load_language_model
+    from cpmtp.sampling_law import SamplingLaw
 
     lm = load_language_model(model, device=device, dtype=dtype)
+    SamplingLaw(temperature, top_k, top_p).check_vocabulary(lm.vocab_size)
     draft = None if head is None else load_head(head, model, device)
     if expect and draft is None:
         raise ValueError("--expect without a head: plain decoding has nothing to drift")
