@@ -137,7 +137,7 @@ def study(
 
 
 def _show_plan(settings, workers: int | None) -> None:
-    from cpmtp.study.plan import estimate_study
+    from cpmtp.study.estimate import estimate_study
 
     estimate = estimate_study(settings, workers)
     print(f"cells           {estimate.cells:,}")

@@ -194,72 +194,9 @@ def open_language_model(name: str, device: str = "cpu", dtype: str = "float32") 
     return lm
 
 
-@dataclass(frozen=True)
-class StudyEstimate:
-    """What a study will take: rows, bytes, seconds; and which models' horizons are truncated."""
-
-    cells: int
-    workers: int
-    joint_bytes: int
-    memory_bytes: int
-    seconds: float
-    truncated: tuple[str, ...] = ()
-
-
-# Read off a two-core machine: bytes of an idle worker, joints a worker holds while it fits one, and
-# seconds per entry of the joint and component of an average fit.
-_IDLE_BYTES, _JOINTS_HELD, _SECONDS_PER_ENTRY = 600_000_000, 8, 1.25e-7
-# Entries a tree stands for in the estimate: its expanded prefixes' kept children.
-_CHILDREN_KEPT = 100
-# An anchored fit takes about twice as long, a mixture for every first token; an entry of a tree
-# four times as long as one of a dense joint.
-_ANCHORED_WORK, _TREE_WORK = 2, 4
-
-
-def estimate_study(settings: StudySettings, workers: int | None = None) -> StudyEstimate:
-    """Rows, memory and time of a study, from the vocabularies alone; nothing is computed."""
-    per_model = settings.contexts * max(len(settings.corpora), 1) * len(settings.temperatures)
-    workers = min(workers or default_workers(settings), per_model * len(settings.models))
-    cells, work, largest = 0, 0, 0
-    truncated: list[str] = []
-    for name in settings.models:
-        vocab = open_language_model(name, settings.device, settings.dtype).vocab_size
-        trees = tree_horizons(vocab, settings)
-        sizes = {
-            n: _tree_entries(settings, n) if n in trees else vocab**n for n in settings.horizons
-        }
-        truncated += [f"{name}, horizon {n}" for n in trees if not is_completed(settings, n)]
-        found = study_cells(settings, trees)
-        cells += len(found) * per_model
-        work += sum(_work(c, sizes, trees) for c in found) * per_model * settings.restarts
-        largest = max(largest, 8 * max(sizes.values()))
-    return StudyEstimate(
-        cells=cells,
-        workers=workers,
-        joint_bytes=largest,
-        memory_bytes=(workers + 1) * _IDLE_BYTES
-        + workers * _JOINTS_HELD * largest * settings.restarts,
-        seconds=work * _SECONDS_PER_ENTRY / workers,
-        truncated=tuple(truncated),
-    )
-
-
 def default_workers(settings: StudySettings) -> int:
     """One per core; one alone where the model is on an accelerator, which all would share."""
     return (os.cpu_count() or 1) if settings.device == "cpu" else 1
-
-
-def _tree_entries(settings: StudySettings, horizon: int) -> int:
-    """Sequences of a complete tree; what a truncated one may come to."""
-    if is_completed(settings, horizon):
-        return settings.top_k**horizon
-    return settings.tree_nodes * _CHILDREN_KEPT
-
-
-def _work(cell: StudyCell, sizes: dict[int, int], trees: tuple[int, ...]) -> int:
-    """Entries of the joint times components that a fit goes through, in those of a dense joint."""
-    slower = (_ANCHORED_WORK if cell.anchored else 1) * (_TREE_WORK if cell.horizon in trees else 1)
-    return sizes[cell.horizon] * cell.rank * slower
 
 
 def _sampled_contexts(lm: LanguageModel, name: str, settings: StudySettings) -> Iterator[StudyUnit]:
