@@ -10,6 +10,7 @@ import torch
 from cpmtp.language_model import LanguageModel
 from cpmtp.prefix_tree.children import next_tokens
 from cpmtp.study.plan import (
+    JOINTS_HELD,
     StudyCell,
     default_workers,
     is_completed,
@@ -35,9 +36,9 @@ class StudyEstimate:
     truncated: tuple[str, ...] = ()
 
 
-# Read off a two-core machine: bytes of an idle worker, joints a worker holds while it fits one, and
-# seconds per entry of the joint and component of an average fit.
-_IDLE_BYTES, _JOINTS_HELD, _SECONDS_PER_ENTRY = 600_000_000, 8, 1.25e-7
+# Read off a two-core machine: bytes of an idle worker, and seconds per entry of the joint and
+# component of an average fit.
+_IDLE_BYTES, _SECONDS_PER_ENTRY = 600_000_000, 1.25e-7
 # Entries a tree stands for in the estimate: its expanded prefixes' kept children.
 _CHILDREN_KEPT = 100
 # An anchored fit takes about twice as long, a mixture for every first token; an entry of a tree
@@ -71,7 +72,7 @@ def estimate_study(settings: StudySettings, workers: int | None = None) -> Study
         workers=workers,
         joint_bytes=largest,
         memory_bytes=(workers + 1) * _IDLE_BYTES
-        + workers * _JOINTS_HELD * largest * settings.restarts,
+        + workers * JOINTS_HELD * largest * settings.restarts,
         seconds=(work * _SECONDS_PER_ENTRY + evaluating) / workers,
         truncated=tuple(truncated),
     )

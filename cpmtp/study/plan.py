@@ -22,6 +22,8 @@ from cpmtp.pretrained import load_language_model
 from cpmtp.sampling_law import SamplingLaw
 from cpmtp.study.settings import OWN_SAMPLES, StudySettings
 
+# Joints a worker holds while it fits one.
+JOINTS_HELD = 8
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -102,7 +104,7 @@ def tree_horizons(vocab_size: int, settings: StudySettings) -> tuple[int, ...]:
         If there are any and none of the methods fits trees.
     """
     found = tuple(
-        n for n in settings.horizons if 8 * vocab_size**n * _JOINTS_HELD > settings.max_bytes
+        n for n in settings.horizons if 8 * vocab_size**n * JOINTS_HELD > settings.max_bytes
     )
     if found and not set(settings.methods) & set(KL_METHODS):
         raise ValueError(
