@@ -5,6 +5,7 @@ path.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from cpmtp.acceptance.sampled import estimate_acceptance
 from cpmtp.acceptance.verification import VERIFIED, verify
 from cpmtp.drafts.lookup import LookupDraft
 from cpmtp.drafts.markov_mixture import MarkovMixture
+from cpmtp.drafts.support import Support
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.prefix_tree import truncated_joint
 
@@ -131,6 +133,29 @@ def test_a_tree_that_lacks_less_than_1e9th_is_complete_and_one_that_lacks_more_i
     close(closed.survival_lower, exact)
     part = implied_acceptance(truncated_joint(lm, CONTEXT, HORIZON, mass=1.0, max_nodes=4), draft)
     assert part.tokens_per_call_upper > part.tokens_per_call_lower
+
+
+@forms
+def test_trees_over_a_large_vocabulary_make_no_table_over_it(form, monkeypatch):
+    vocab, lm = 49_152, BigramTable(VOCAB, 3)
+    small = truncated_joint(lm, CONTEXT, HORIZON, mass=1.0)
+    far = torch.tensor([3, 70, 20_000, 49_151])  # where the small vocabulary's tokens are now
+    levels = [replace(level, tokens=far[level.tokens]) for level in small.levels]
+    tree = replace(
+        small, vocab_size=vocab, levels=tuple(levels), greedy_path=far[small.greedy_path]
+    )
+    few = random_form(form, VOCAB, HORIZON, 2, seed=8)
+    support = Support.of(far, vocab_size=vocab, positions=HORIZON)
+    changed = {"support": support}
+    if form == "markov_mixture":
+        left = torch.zeros(HORIZON - 1, vocab, few.transition_rank, dtype=torch.float64)
+        changed["left"] = left.index_copy(1, far, few.left)
+    draft = replace(few, **changed)
+    monkeypatch.setattr(Support, "scatter", lambda *_: pytest.fail("a table over the vocabulary"))
+    for proposal in ("sampled", "argmax"):
+        found = implied_acceptance(tree, draft, proposal=proposal).survival_lower
+        close(found, implied_acceptance(small, few, proposal=proposal).survival_lower)
+    assert best_path_tokens_per_call(tree) == best_path_tokens_per_call(small)
 
 
 def emitted(target: torch.Tensor, draft, law_of) -> torch.Tensor:
