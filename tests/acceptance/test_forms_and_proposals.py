@@ -308,6 +308,14 @@ def test_where_nothing_is_proposed_nothing_survives(first_token):
             found = implied_acceptance(joint, draft, rule=rule, first_token=first_token, **law)
             told = float(first_token == "target")
             assert found.survival.tolist() == [told, 0.0, 0.0]
+    # Nor can anything survive that a tree does not show.
+    lm = RecurrentModel(VOCAB)
+    tree = truncated_joint(lm, text, HORIZON, mass=1.0, max_nodes=8, max_children=2)
+    bounds = implied_acceptance(tree, draft, first_token=first_token)
+    lost = 1 - tree.mass[0].item() if first_token == "target" else 0.0
+    assert bounds.survival_upper[-1].item() == pytest.approx(lost, abs=ROUNDING)
+    typical = implied_acceptance(tree, draft, rule="typical", first_token="draft", epsilon=1e-6)
+    assert typical.survival_upper.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_gradients_reach_every_parameter_of_a_markov_mixture():
