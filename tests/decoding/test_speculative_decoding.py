@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_drafts import random_draft
-from reference_acceptance import survival
+from reference import brute_force_survival
+from samples import random_draft
 from scipy.stats import kstest
 
 from cpmtp.decoding import speculative as speculative_decoding
@@ -464,5 +464,5 @@ def test_a_cycle_keeps_as_many_drafted_tokens_as_the_definition_says(rule):
     for known, mass in enumerate(lm.transition[1]):
         target = exact_joint(lm, torch.tensor([known]), 2).probs
         drafted = draft(torch.tensor([known])).to_tensor()
-        expected += float(mass * survival(target, drafted, rule).sum())
+        expected += float(mass * brute_force_survival(target, drafted, rule).sum())
     assert abs(float(kept.mean()) - expected) <= 4 * float(kept.std()) / rows**0.5
