@@ -16,6 +16,7 @@ from torch import Tensor
 from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.forecasting.cycles import forecast_cycles
 from cpmtp.heads.cp_head import CPHead
+from cpmtp.language_model import HiddenStateLanguageModel
 from cpmtp.pretrained import HuggingFaceLanguageModel
 from cpmtp.resampling import normal_half_width
 
@@ -40,7 +41,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def plain_texts(
-    lm: HuggingFaceLanguageModel,
+    lm: HiddenStateLanguageModel,
     prompts: Sequence[Int[Tensor, " prompt"]],
     *,
     new_tokens: int,
@@ -55,7 +56,7 @@ def plain_texts(
 
 
 def decode_beside_forecast(
-    lm: HuggingFaceLanguageModel,
+    lm: HiddenStateLanguageModel,
     heads: Iterable[tuple[str, CPHead]],
     *,
     new_tokens: int,
@@ -196,7 +197,7 @@ def _by_transformers(
 
 
 def _by_cycles(
-    lm: HuggingFaceLanguageModel,
+    lm: HiddenStateLanguageModel,
     head: CPHead | None,
     prompts: Sequence[Tensor],
     count: int,

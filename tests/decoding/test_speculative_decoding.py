@@ -167,6 +167,11 @@ def test_a_stop_string_ends_a_row_with_the_token_that_completes_it():
     assert lm.decode(out.token_ids) == whole[: whole.index(stop) + 2]
 
 
+def test_stop_strings_for_a_model_that_writes_no_text_are_refused():
+    with pytest.raises(ValueError, match="for a model without encode_document and decode"):
+        speculative_generate(separated_hmm(2, 4), None, torch.tensor([0]), stop_strings=["ab"])
+
+
 def test_the_window_can_be_filled_to_its_last_position():
     lm = a_model(window=16)
     out = speculative_generate(
