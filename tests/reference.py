@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 
-from cpmtp.acceptance.verification import verify
+from cpmtp.acceptance.verification import accepted_lengths, residual_law
 
 
 def brute_force_joint(lm, context, horizon):
@@ -109,6 +110,27 @@ def _survives(
         mine > min(epsilon, delta * math.exp(-h)) for mine, h in zip(p, entropies, strict=True)
     ]
     return math.prod(q) if all(passes) else 0.0
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a rule makes of drafted paths: how many tokens it keeps, and what follows them.
+
+    ``accepted_length_probs`` (*batch, length + 1), ``next_token_probs`` (*batch, length + 1,
+    vocab).
+    """
+
+    accepted_length_probs: torch.Tensor
+    next_token_probs: torch.Tensor
+
+
+def verify(p: torch.Tensor, q: torch.Tensor, path: torch.Tensor, rule: str) -> Verification:
+    """What the decoder draws from, after any number of accepted tokens at once."""
+    accepted, scale = accepted_lengths(p, q, path, rule)
+    length = path.shape[-1]
+    corrections = residual_law(p[..., :length, :], q, scale)  # (*batch, length, vocab)
+    following = torch.cat([corrections, p[..., length:, :]], -2)  # (*batch, length + 1, vocab)
+    return Verification(accepted, following)
 
 
 def emitted_law(

@@ -13,6 +13,8 @@ import torch
 from cpmtp.drafts.cp_distribution import CPDistribution, normalised_cp
 from cpmtp.joint_distribution import JointDistribution
 from cpmtp.language_model import separated_hmm
+from cpmtp.study.settings import StudySettings
+from cpmtp.study.table import TIMING_COLUMNS
 
 RANKS = (1, 2, 4, 8)
 MANIFEST = {
@@ -186,6 +188,24 @@ def random_joint(vocab: int, horizon: int, seed: int, zeros: float = 0.0) -> tor
     probs[torch.rand(probs.shape, generator=generator) < zeros] = 0
     probs.view(-1)[0] += 1e-3
     return probs / probs.sum()
+
+
+def tiny_study(**changes) -> StudySettings:
+    """Settings of a study that takes a second; any of them changed."""
+    usual = {
+        "models": ("samples:bigram",),
+        "horizons": (2,),
+        "ranks": (1, 2),
+        "methods": ("em",),
+        "contexts": 4,
+        "context_length": 4,
+    }
+    return StudySettings(**usual | changes)
+
+
+def without_times(table: pd.DataFrame) -> pd.DataFrame:
+    """What of a study's table the same settings give again."""
+    return table.drop(columns=list(TIMING_COLUMNS))
 
 
 def study_table(gain, contexts=64, documents=32, noise=0.05, seed=0, horizon=3) -> pd.DataFrame:

@@ -5,24 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 import subprocess
-import sys
 
 import pytest
-from command_line import run
+from command_line import process, run, words
 from samples import random_llama_folder
 
-SMALL = (
-    "--model",
-    "samples:bigram",
-    "--contexts",
-    2,
-    "--context-length",
-    4,
-    "--methods",
-    "em",
-    "--workers",
-    1,
-)
+SMALL = words("--model samples:bigram --contexts 2 --context-length 4 --methods em --workers 1")
 
 
 def test_a_study_ends_with_rank_table_and_report(monkeypatch, capsys, tmp_path):
@@ -125,7 +113,7 @@ def test_a_quiet_study_says_nothing(monkeypatch, capsys, tmp_path):
 
 def test_a_quiet_study_of_a_real_model_with_workers_says_nothing_either(tmp_path, root):
     (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 20)
-    command = [sys.executable, "-m", "cpmtp.cli", "study", "--quiet", "--workers", "2"]
+    command = process("study --quiet --workers 2")
     command += ["--model", random_llama_folder(tmp_path / "m"), "--corpus", tmp_path / "text.txt"]
     command += ["--contexts", "2", "--context-length", "8", "--horizons", "2", "--ranks", "1,2"]
     done = subprocess.run(

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from command_line import process
 
 from cpmtp.study.running import read_study, run_study
 from cpmtp.study.settings import StudySettings
@@ -136,16 +137,7 @@ def test_a_small_real_model_is_studied_unattended_on_two_domains_in_ten_minutes(
         (tmp_path / domain).mkdir()
         for i, text in enumerate(documents):
             (tmp_path / domain / f"{i}.txt").write_text(text, "utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "cpmtp.cli",
-        "study",
-        "--model",
-        str(stories),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    command = process("study", "--model", stories, "--out", tmp_path / "out")
     command += [part for domain in texts for part in ("--domain", f"{domain}={tmp_path / domain}")]
     begun = time.perf_counter()
     done = subprocess.run(

@@ -18,25 +18,15 @@ from dataclasses import replace
 import pandas as pd
 import psutil
 import pytest
+from command_line import process, run, words
+from samples import tiny_study, without_times
 
 from cpmtp.study.folder import StudyFolder
 from cpmtp.study.plan import plan_study
 from cpmtp.study.running import read_study, run_study
-from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import KEY_COLUMNS, TIMING_COLUMNS
 
-TINY = StudySettings(
-    models=("samples:bigram",),
-    horizons=(2,),
-    ranks=(1, 2),
-    methods=("em",),
-    contexts=4,
-    context_length=4,
-)
-
-
-def without_times(table: pd.DataFrame) -> pd.DataFrame:
-    return table.drop(columns=list(TIMING_COLUMNS))
+TINY = tiny_study()
 
 
 @pytest.fixture(scope="module")
@@ -120,33 +110,16 @@ def test_a_part_that_cannot_be_written_is_in_the_table_all_the_same(table, tmp_p
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux's")
 def test_a_full_disk_is_one_line_and_status_one(monkeypatch, capsys, tmp_path):
-    from cpmtp.cli import main
-
     def full(path, table, **_):
         with open("/dev/full", "w") as file:
             file.write("x" * 100_000)
 
     monkeypatch.setattr("cpmtp.study.table.write_parquet", full)
     monkeypatch.setattr("cpmtp.study.folder.write_parquet", full)
-    arguments = [
-        "cpmtp",
-        "study",
-        "--model",
-        "samples:bigram",
-        "--contexts",
-        "2",
-        "--context-length",
-        "4",
-        "--ranks",
-        "1",
-    ]
-    monkeypatch.setattr(
-        "sys.argv", [*arguments, "--methods", "em", "--workers", "1", "--out", str(tmp_path)]
-    )
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 1
-    assert "No space left on device" in capsys.readouterr().err
+    line = "study --model samples:bigram --contexts 2 --context-length 4 --ranks 1 --methods em"
+    more = ("--workers", 1, "--out", tmp_path)
+    status, _, err = run(monkeypatch, capsys, *words(line), *more)
+    assert status == 1 and "No space left on device" in err
 
 
 class Forgetful(ThreadPoolExecutor):
@@ -251,27 +224,11 @@ def test_another_model_under_the_same_name_is_another_study(tmp_path, monkeypatc
     open_language_model.cache_clear()
 
 
-COMMAND = [
-    sys.executable,
-    "-m",
-    "cpmtp.cli",
-    "study",
-    "--model",
-    "samples:hidden_markov",
-    "--contexts",
-    "400",  # enough that the signal comes before the end, however slow the machine
-    "--context-length",
-    "4",
-    "--horizons",
-    "2",
-    "--ranks",
-    "1,2",
-    "--methods",
-    "em",
-    "--quiet",
-    "--workers",
-    "2",
-]
+# So many contexts that the signal comes before the end, however slow the machine.
+COMMAND = process(
+    "study --model samples:hidden_markov --contexts 400 --context-length 4 --horizons 2 "
+    "--ranks 1,2 --methods em --quiet --workers 2"
+)
 
 
 def started(root, out, **options):

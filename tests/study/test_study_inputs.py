@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from command_line import words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rounding import rounding
@@ -155,18 +156,7 @@ def test_bad_calls_are_value_errors(call, said, tmp_path):
     assert said in str(error.value) and not (tmp_path / "out").exists()
 
 
-BASE = (
-    "--model",
-    "samples:bigram",
-    "--contexts",
-    "1",
-    "--context-length",
-    "3",
-    "--methods",
-    "em",
-    "--workers",
-    "1",
-)
+BASE = words("--model samples:bigram --contexts 1 --context-length 3 --methods em --workers 1")
 BAD_COMMANDS = [
     (("study", *BASE, "--ranks", "0"), "rank 0"),
     (("study", *BASE, "--ranks", "1,two"), "--ranks '1,two'"),
