@@ -109,12 +109,10 @@ def time_width(place: Workplace, width: int) -> list[dict]:
     speculative_generate(lm, head, prompt, max_new_tokens=8)
     peak_memory(lm.device)
     stats = speculative_generate(lm, head, prompt, max_new_tokens=_TIMED_TOKENS, seed=1).stats
-    cycles = max(stats.calls - 1, 1)
     row = {
         "width": width,
         "parameters": sum(w.numel() for w in model.parameters()),
         "peak_bytes": peak_memory(lm.device),
     }
-    row |= {f"{name}_seconds": seconds / cycles for name, seconds in stats.stage_seconds.items()}
-    whole = sum(stats.stage_seconds.values())
-    return [row | {"draft_and_verification_share": 1 - stats.stage_seconds["target"] / whole}]
+    share = 1 - stats.stage_seconds["target"] / sum(stats.stage_seconds.values())
+    return [row | stats.cycle_seconds | {"draft_and_verification_share": share}]

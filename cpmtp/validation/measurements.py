@@ -204,11 +204,9 @@ def _by_cycles(
     options: dict,
 ) -> dict[str, float]:
     stats = speculative_generate(lm, head, list(prompts), max_new_tokens=count, **options).stats
-    cycles = max(stats.calls - 1, 1)
-    stages = {f"{name}_seconds": seconds / cycles for name, seconds in stats.stage_seconds.items()}
     return {
         "tokens_per_second": stats.tokens_per_second,
         "tokens_per_call": stats.tokens_per_call,
         "latency_p50": stats.latency(0.5),
         "latency_p95": stats.latency(0.95),
-    } | stages
+    } | stats.cycle_seconds

@@ -177,7 +177,7 @@ def time_calls(place: Workplace, plan: BasePlan) -> list[dict]:
         stats = speculative_generate(
             lm, head, prompt, max_new_tokens=min(_TIMED_TOKENS, place.preset.new_tokens)
         ).stats
-        seconds = sum(stats.stage_seconds.values()) / max(stats.calls - 1, 1)
+        seconds = sum(stats.cycle_seconds.values())
         rows.append(
             {"base": plan.name, "head": name, "call_seconds": seconds}
             | (head_shape(head) if head else {})

@@ -14,6 +14,7 @@ import torch
 import transformers
 from scipy.stats import kstest
 
+from cpmtp.decoding.stats import STAGES
 from cpmtp.latency import LatencyModel
 from cpmtp.report.blocks import Figure, Section, Table, Text
 from cpmtp.report.document import Report
@@ -21,8 +22,6 @@ from cpmtp.report.plots import plot_forecast, plot_step_times
 from cpmtp.validation.measurements import SHAPE
 from cpmtp.validation.stages import Workplace, fit_latency
 from cpmtp.whole_files import write_parquet, write_text
-
-_STAGES = ("target", "draft", "verification", "rest")
 
 
 def write_results(tables: dict[str, pd.DataFrame], place: Workplace) -> None:
@@ -60,7 +59,7 @@ def decoded_cells(tables: dict[str, pd.DataFrame], latency: LatencyModel) -> pd.
     cells["predicted_tokens_per_second"] = cells["forecast"] / np.array(seconds)
     cells["forecast_error"] = cells["forecast"] / cells["measured"] - 1
     cells["plain_forecast_error"] = cells["plain_forecast"] / cells["measured"] - 1
-    spent = cells[[f"{name}_seconds" for name in _STAGES]]
+    spent = cells[[f"{name}_seconds" for name in STAGES]]
     cells["draft_and_verification_share"] = 1 - spent["target_seconds"] / spent.sum(axis=1)
     return cells.drop(columns="part_seconds")
 
@@ -123,7 +122,7 @@ def sections(tables: dict[str, pd.DataFrame], cells: pd.DataFrame, found: dict) 
     warmest = one[one["temperature"] == one["temperature"].max()]
     warmest = warmest.assign(rank=warmest["rank"].astype(int))
     told = warmest[warmest["anchored"].astype(bool)]
-    steps = told[[f"{name}_seconds" for name in _STAGES]]
+    steps = told[[f"{name}_seconds" for name in STAGES]]
     steps.insert(
         0, "label", [f"n{n:.0f} r{r}" for n, r in zip(told["horizon"], told["rank"], strict=True)]
     )

@@ -73,7 +73,7 @@ def cycle_cost(lm, folders: list[Path], *, repeats: int = 200) -> None:
         head = head_of(lm, folder)
         prompt = prompts_of(lm, 1, 128)[0]
         out = speculative_generate(lm, head, prompt, max_new_tokens=300, seed=1)
-        cycles = sum(out.stats.stage_seconds.values()) / (out.stats.calls - 1)
+        cycles = sum(out.stats.cycle_seconds.values())
         with torch.inference_mode():
             cache = DynamicCache()
             # The middle of the run: half of what it generated is in the cache.
