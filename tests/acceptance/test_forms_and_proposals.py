@@ -9,17 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_drafts import FORMS, random_form
-from reference_acceptance import conditionals, random_joint, survival, told_the_first
+from random_forms import FORMS, random_form
+from reference import brute_force_survival, conditionals, verify
 from reference_drafts import naive_tensor
-from reference_joint import brute_force_survival
 from rounding import FORWARD, rounding
-from tiny_models import BigramTable, RecurrentModel
+from samples import BigramTable, RecurrentModel, random_joint
 
 from cpmtp.acceptance.best_path import best_path_tokens_per_call
 from cpmtp.acceptance.implied import acceptance_profiles, implied_acceptance
 from cpmtp.acceptance.sampled import estimate_acceptance
-from cpmtp.acceptance.verification import VERIFIED, verify
+from cpmtp.acceptance.verification import VERIFIED
 from cpmtp.drafts.lookup import LookupDraft
 from cpmtp.drafts.markov_mixture import MarkovMixture
 from cpmtp.drafts.support import Support
@@ -60,13 +59,9 @@ def test_dense_sums_are_the_definition_for_every_form_and_rule(form, first_token
     draft = random_form(form, VOCAB, HORIZON - anchored, 2, seed=1, batch=lead, own=True)
     whole = as_one_joint(draft, joint.prefix_probs(1) if anchored else None)
     found = acceptance_profiles(joint, draft, RULES, first_token=first_token)
-    reference = told_the_first if first_token == "target" else survival
-    for rule in ("token", "block", "coupling"):
-        close(found[rule].survival, reference(joint.probs, whole, rule))
-    close(
-        found["typical"].survival,
-        brute_force_survival(joint.probs, whole, "typical", first_token),
-    )
+    for rule in ("token", "block", "coupling", "typical"):
+        expected = brute_force_survival(joint.probs, whole, rule, first_token)
+        close(found[rule].survival, expected)
     path = [int(law.argmax()) for law in _greedy_path(joint.probs)]
     masses = torch.stack([whole[tuple(path[:k])].sum() for k in range(1, HORIZON + 1)])
     close(found["greedy"].survival, masses / (masses[0] if first_token == "target" else 1))
