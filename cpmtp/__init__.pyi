@@ -3,8 +3,10 @@
 
 # Language models
 from cpmtp.language_model import HiddenMarkovLanguageModel as HiddenMarkovLanguageModel
+from cpmtp.language_model import HiddenStateLanguageModel as HiddenStateLanguageModel
 from cpmtp.language_model import LanguageModel as LanguageModel
 from cpmtp.language_model import MarkovLanguageModel as MarkovLanguageModel
+from cpmtp.language_model import TextLanguageModel as TextLanguageModel
 from cpmtp.language_model import sample_sequences as sample_sequences
 from cpmtp.language_model import separated_hmm as separated_hmm
 from cpmtp.pretrained import HuggingFaceLanguageModel as HuggingFaceLanguageModel
@@ -41,6 +43,7 @@ from cpmtp.acceptance.best_path import TokensPerCallBounds as TokensPerCallBound
 from cpmtp.acceptance.best_path import best_path_tokens_per_call as best_path_tokens_per_call
 from cpmtp.acceptance.implied import AcceptanceProfile as AcceptanceProfile
 from cpmtp.acceptance.implied import implied_acceptance as implied_acceptance
+from cpmtp.acceptance.implied import revealed_component_survival as revealed_component_survival
 from cpmtp.acceptance.sampled import AcceptanceEstimate as AcceptanceEstimate
 from cpmtp.acceptance.sampled import estimate_acceptance as estimate_acceptance
 from cpmtp.acceptance.truncated import AcceptanceInterval as AcceptanceInterval

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from rounding import rounding
-from tiny_models import BrokenModel, RecurrentModel
+from samples import BrokenModel, RecurrentModel
 
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.prefix_tree import complete_joint, truncated_joint

@@ -5,22 +5,23 @@ path.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
-from random_drafts import FORMS, random_form
-from reference_acceptance import conditionals, random_joint, survival, told_the_first
+from random_forms import FORMS, random_form
+from reference import brute_force_survival, conditionals, verify
 from reference_drafts import naive_tensor
-from reference_joint import brute_force_survival
 from rounding import FORWARD, rounding
-from tiny_models import BigramTable, RecurrentModel
+from samples import BigramTable, RecurrentModel, random_joint
 
 from cpmtp.acceptance.best_path import best_path_tokens_per_call
 from cpmtp.acceptance.implied import acceptance_profiles, implied_acceptance
 from cpmtp.acceptance.sampled import estimate_acceptance
-from cpmtp.acceptance.verification import VERIFIED, verify
+from cpmtp.acceptance.verification import VERIFIED
 from cpmtp.drafts.lookup import LookupDraft
 from cpmtp.drafts.markov_mixture import MarkovMixture
+from cpmtp.drafts.support import Support
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.prefix_tree import truncated_joint
 
@@ -58,13 +59,9 @@ def test_dense_sums_are_the_definition_for_every_form_and_rule(form, first_token
     draft = random_form(form, VOCAB, HORIZON - anchored, 2, seed=1, batch=lead, own=True)
     whole = as_one_joint(draft, joint.prefix_probs(1) if anchored else None)
     found = acceptance_profiles(joint, draft, RULES, first_token=first_token)
-    reference = told_the_first if first_token == "target" else survival
-    for rule in ("token", "block", "coupling"):
-        close(found[rule].survival, reference(joint.probs, whole, rule))
-    close(
-        found["typical"].survival,
-        brute_force_survival(joint.probs, whole, "typical", first_token),
-    )
+    for rule in ("token", "block", "coupling", "typical"):
+        expected = brute_force_survival(joint.probs, whole, rule, first_token)
+        close(found[rule].survival, expected)
     path = [int(law.argmax()) for law in _greedy_path(joint.probs)]
     masses = torch.stack([whole[tuple(path[:k])].sum() for k in range(1, HORIZON + 1)])
     close(found["greedy"].survival, masses / (masses[0] if first_token == "target" else 1))
@@ -131,6 +128,29 @@ def test_a_tree_that_lacks_less_than_1e9th_is_complete_and_one_that_lacks_more_i
     close(closed.survival_lower, exact)
     part = implied_acceptance(truncated_joint(lm, CONTEXT, HORIZON, mass=1.0, max_nodes=4), draft)
     assert part.tokens_per_call_upper > part.tokens_per_call_lower
+
+
+@forms
+def test_trees_over_a_large_vocabulary_make_no_table_over_it(form, monkeypatch):
+    vocab, lm = 49_152, BigramTable(VOCAB, 3)
+    small = truncated_joint(lm, CONTEXT, HORIZON, mass=1.0)
+    far = torch.tensor([3, 70, 20_000, 49_151])  # where the small vocabulary's tokens are now
+    levels = [replace(level, tokens=far[level.tokens]) for level in small.levels]
+    tree = replace(
+        small, vocab_size=vocab, levels=tuple(levels), greedy_path=far[small.greedy_path]
+    )
+    few = random_form(form, VOCAB, HORIZON, 2, seed=8)
+    support = Support.of(far, vocab_size=vocab, positions=HORIZON)
+    changed = {"support": support}
+    if form == "markov_mixture":
+        left = torch.zeros(HORIZON - 1, vocab, few.transition_rank, dtype=torch.float64)
+        changed["left"] = left.index_copy(1, far, few.left)
+    draft = replace(few, **changed)
+    monkeypatch.setattr(Support, "scatter", lambda *_: pytest.fail("a table over the vocabulary"))
+    for proposal in ("sampled", "argmax"):
+        found = implied_acceptance(tree, draft, proposal=proposal).survival_lower
+        close(found, implied_acceptance(small, few, proposal=proposal).survival_lower)
+    assert best_path_tokens_per_call(tree) == best_path_tokens_per_call(small)
 
 
 def emitted(target: torch.Tensor, draft, law_of) -> torch.Tensor:
@@ -283,6 +303,14 @@ def test_where_nothing_is_proposed_nothing_survives(first_token):
             found = implied_acceptance(joint, draft, rule=rule, first_token=first_token, **law)
             told = float(first_token == "target")
             assert found.survival.tolist() == [told, 0.0, 0.0]
+    # Nor can anything survive that a tree does not show.
+    lm = RecurrentModel(VOCAB)
+    tree = truncated_joint(lm, text, HORIZON, mass=1.0, max_nodes=8, max_children=2)
+    bounds = implied_acceptance(tree, draft, first_token=first_token)
+    lost = 1 - tree.mass[0].item() if first_token == "target" else 0.0
+    assert bounds.survival_upper[-1].item() == pytest.approx(lost, abs=ROUNDING)
+    typical = implied_acceptance(tree, draft, rule="typical", first_token="draft", epsilon=1e-6)
+    assert typical.survival_upper.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_gradients_reach_every_parameter_of_a_markov_mixture():

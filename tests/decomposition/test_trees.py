@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from rounding import FORWARD, kl_rounding, rounding
-from tiny_models import RecurrentModel
+from samples import RecurrentModel
 
 from cpmtp.acceptance.implied import implied_acceptance
 from cpmtp.decomposition.em import Targets, em_runs
