@@ -16,8 +16,8 @@ from torch import Tensor
 
 # Entries of a row that are looked at together when its largest are sought: a power of two.
 _GROUP = 64
-# Entries turned into float64 at once: few enough to stay in a processor's cache.
-_EXACT_AT_ONCE = 1 << 19
+# Entries turned into float64 at once: few enough to stay in a processor's cache; elsewhere more.
+_EXACT_AT_ONCE, _EXACT_ON_DEVICE = 1 << 19, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,8 @@ class SamplingLaw:
         (tensor([[1, 2]]), tensor([[0.6250, 0.3750]], dtype=torch.float64))
         """
         if self.most_tokens is None:
-            rows = max(_EXACT_AT_ONCE // logits.shape[1], 1)
+            entries = _EXACT_AT_ONCE if logits.device.type == "cpu" else _EXACT_ON_DEVICE
+            rows = max(entries // logits.shape[1], 1)
             pieces = [self._most_probable(piece, most) for piece in logits.split(rows)]
             return KeptTokens(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
         tokens = _tokens_of_largest(logits, min(self.most_tokens, logits.shape[1]))  # (count, kept)
