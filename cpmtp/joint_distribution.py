@@ -11,8 +11,12 @@ from jaxtyping import Float, Int
 from safetensors import safe_open
 from torch import Tensor
 
-from cpmtp.language_model import LanguageModel, PrefixSharingLanguageModel
-from cpmtp.sampling_law import SamplingLaw, entropy, ratio
+from cpmtp.language_model import (
+    LanguageModel,
+    LogitsLanguageModel,
+    PrefixSharingLanguageModel,
+)
+from cpmtp.sampling_law import SamplingLaw, check_finite, entropy, ratio
 from cpmtp.whole_files import write_tensors
 
 DEFAULT_MAX_BYTES = 4_000_000_000
@@ -242,19 +246,43 @@ def conditional_probs(
 
     Written into `out` where it is given: a joint is filled without a second copy of it.
     """
-    raw = _raw_log_probs(lm, context, continuations)
-    probs = torch.empty(raw.shape, dtype=torch.float64) if out is None else out
+    shape = (len(continuations), lm.vocab_size)
+    probs = torch.empty(shape, dtype=torch.float64) if out is None else out
+    if isinstance(lm, LogitsLanguageModel):
+        start = 0
+        for logits in lm.continuation_logits(context, continuations):
+            rows = probs[start : start + len(logits)]  # (some, vocab)
+            _normalise_into(rows, logits.cpu(), law, of_logits=True)
+            start += len(logits)
+        return probs
+    _normalise_into(probs, _raw_log_probs(lm, context, continuations), law, of_logits=False)
+    return probs
+
+
+def _normalise_into(
+    probs: Float[Tensor, "count vocab"],
+    raw: Float[Tensor, "count vocab"],
+    law: SamplingLaw,
+    *,
+    of_logits: bool,
+) -> None:
+    """Fill `probs` with what a law makes of logits, or of log-probabilities, which are checked."""
     # In pieces that stay in the processor's cache from the exponential to the division.
     for piece, target in zip(
         raw.split(_rows_in_cache(raw)), probs.split(_rows_in_cache(raw)), strict=True
     ):
-        total = target.copy_(piece).exp_().sum(-1, keepdim=True)
-        _check_total(total.log())
+        target.copy_(piece)
+        if of_logits:
+            target.sub_(target.amax(-1, keepdim=True))  # (some, vocab)
+        total = target.exp_().sum(-1, keepdim=True)  # (some, 1)
+        if of_logits:
+            check_finite(total)
+        else:
+            _check_total(total.log())
         if law.is_identity:
             target.div_(total)
         else:
             target.copy_(law.process(target / total))
-    return probs
 
 
 def conditional_log_probs(
@@ -301,10 +329,7 @@ def _raw_log_probs(lm: LanguageModel, context: Tensor, continuations: Tensor) ->
 
 
 def _check_total(log_total: Tensor) -> None:
-    if not bool(torch.isfinite(log_total).all()):
-        raise ValueError(
-            "the model returned NaN or infinite logits: check its weights and the context"
-        )
+    check_finite(log_total)
     worst = log_total.abs().max().item()
     if worst > _NORMALISATION_TOLERANCE:
         raise ValueError(

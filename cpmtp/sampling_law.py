@@ -190,7 +190,7 @@ class SamplingLaw:
 
     def _most_probable(self, logits: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens, probabilities and entropies of rows of which any number of tokens may stay."""
-        _check_largest(logits.amax(-1))
+        check_finite(logits.amax(-1))
         scores = logits.double()
         scores = scores - scores.logsumexp(-1, keepdim=True)  # (count, vocab)
         probs = self.process_log_probs(scores).exp()  # (count, vocab)
@@ -221,7 +221,7 @@ def _tokens_of_largest(
     best = maxima.topk(count).indices  # (count, best)
     found = whole.gather(2, best[:, None].expand(-1, group, -1)).flatten(1)  # (count, …)
     top = torch.cat([found, rest], 1).topk(count).values  # (count, count)
-    _check_largest(top[:, 0])
+    check_finite(top[:, 0])
 
     row, column = (maxima >= top[:, -1:]).nonzero().unbind(1)  # (candidate groups,) each
     hit, place = (whole[row, :, column] >= top[row, -1:]).nonzero().unbind(1)  # (kept,) each
@@ -239,7 +239,14 @@ def _tokens_of_largest(
     return kept
 
 
-def _check_largest(values: Tensor) -> None:
+def check_finite(values: Tensor) -> None:
+    """Refuse sums or largest ones of logits that are no numbers.
+
+    Raises
+    ------
+    ValueError
+        Saying what a model returned.
+    """
     if not bool(torch.isfinite(values).all()):
         raise ValueError(
             "the model returned NaN or infinite logits: check its weights and the context"
