@@ -134,6 +134,13 @@ def test_a_way_is_tried_again_where_a_longer_text_crosses_another_boundary():
     assert way_of(lm, rows=1, longest=60, hidden=False) == "passes of prefixes"
 
 
+def test_a_recurrent_state_is_never_cropped_however_little_it_says():
+    lm = tiny("falcon_h1")
+    with torch.inference_mode(), pytest.raises(ValueError, match="recurrent state"):
+        WAYS["recorded rows"](lm, False).begin(prompts(9, 4))
+    assert way_of(lm, rows=2, longest=30, hidden=False) == "replayed"
+
+
 class _Faulty:
     """Faults a target may have; each changes one method of the way ``batch``."""
 
