@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cpmtp.acceptance.truncated import is_complete
 from cpmtp.acceptance.verification import check_first_token
 from cpmtp.drafts.prefix_tables import joints_of_prefixes
 from cpmtp.joint_distribution import JointDistribution
@@ -87,7 +86,7 @@ def _bounds(tree: PrefixTree, first_token: str) -> TokensPerCallBounds:
     else:
         unseen = tree.horizon * float(_likeliest_dropped(tree.levels[0], one))
         low, high = 1 + float(lower.max()), 1 + max(float(upper.max()), unseen)
-    return TokensPerCallBounds(low, low if is_complete(tree) else high)
+    return TokensPerCallBounds(low, low if tree.is_complete else high)
 
 
 def _best_child(level: TreeLevel, values: Tensor, otherwise: Tensor) -> Float[Tensor, " parents"]:

@@ -22,8 +22,6 @@ from cpmtp.prefix_tree import PrefixTree
 
 # Children judged together: a draft's components are asked for all of them.
 _CHILDREN_AT_ONCE = 1 << 18
-# Probability of all sequences that a complete tree may leave out.
-_UNKEPT_MASS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def _interval(walk: _Walk, first_token: str) -> AcceptanceInterval:
             bounds.append((1.0, 1.0))
             continue
         kept, left_out = _descend(walk, length, kept)
-        lost = 0.0 if is_complete(walk.tree) else lost + left_out
+        lost = 0.0 if walk.tree.is_complete else lost + left_out
         lower = min(float(kept.accepted.sum()), bounds[-1][1])
         bounds.append((lower, min(lower + lost, bounds[-1][1])))
     lowers, uppers = torch.tensor(bounds[1:], dtype=torch.float64).unbind(1)
@@ -231,8 +229,3 @@ def _sum_by(row: Tensor, values: Tensor, rows: int) -> Tensor:
 def _pieces(count: int, most_children: int) -> Iterator[slice]:
     size = max(_CHILDREN_AT_ONCE // most_children, 1)
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def is_complete(tree: PrefixTree) -> bool:
-    """Whether all mass but 1e-9 is kept: what is said of the joint is exact then."""
-    return bool(tree.mass[-1] >= 1 - _UNKEPT_MASS)

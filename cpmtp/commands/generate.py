@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cpmtp.commands.options import load_head
+from cpmtp.commands.options import Device, Dtype, TopK, TopP, load_head
 
 
 def generate(
@@ -20,7 +20,7 @@ def generate(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="Its base model: code, prose, a folder or a hub id.")
+        str, typer.Option(help="Its base model: code, prose, a folder, a GGUF file or a hub id.")
     ] = "code",
     prompt: Annotated[
         str, typer.Option(help="Text to go on from.")
@@ -28,12 +28,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 200,
     rule: Annotated[str, typer.Option(help="block, token or greedy.")] = "block",
     temperature: Annotated[float, typer.Option(help="0 follows the most probable token.")] = 1.0,
-    top_k: Annotated[
-        int | None, typer.Option(help="Sample from the k most probable tokens.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample from the most probable tokens of this mass.")
-    ] = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     monitor: Annotated[
         Path | None, typer.Option(help="File that gets a line of JSON per cycle.")
     ] = None,
@@ -46,7 +42,8 @@ def generate(
     audit: Annotated[
         bool, typer.Option("--audit", help="Hold what was drawn from against full forward passes.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
 ) -> None:
     """Generate text by lossless speculative decoding.
@@ -59,8 +56,10 @@ def generate(
     from cpmtp.decoding.drift import drift_report, expected_interval
     from cpmtp.decoding.speculative import speculative_generate
     from cpmtp.pretrained import load_language_model
+    from cpmtp.sampling_law import SamplingLaw
 
-    lm = load_language_model(model, device=device)
+    lm = load_language_model(model, device=device, dtype=dtype)
+    SamplingLaw(temperature, top_k, top_p).check_vocabulary(lm.vocab_size)
     draft = None if head is None else load_head(head, model, device)
     if expect and draft is None:
         raise ValueError("--expect without a head: plain decoding has nothing to drift")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cpmtp.commands.options import load_head
+from cpmtp.commands.options import Device, Dtype, load_head
 
 
 def train_base_model(
@@ -44,7 +44,7 @@ def train_base_model(
 
 def train_one_head(
     model: Annotated[
-        str, typer.Option(help="Base model: code, prose, a folder or a hub id.")
+        str, typer.Option(help="Base model: code, prose, a folder, a GGUF file or a hub id.")
     ] = "code",
     out: Annotated[
         Path | None,
@@ -67,7 +67,8 @@ def train_one_head(
         typer.Option(help="Files, folders or globs; default: the model's own samples."),
     ] = None,
     start: Annotated[Path | None, typer.Option(help="Folder of a head to begin with.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="Seed of weights, samples and batches.")] = 0,
 ) -> None:
     """Train a head for a base model that stays as it is.
@@ -89,7 +90,7 @@ def train_one_head(
         seconds=seconds,
         seed=seed,
     )
-    lm = load_language_model(model, device=device)
+    lm = load_language_model(model, device=device, dtype=dtype)
     tokens = (
         windows_of_text(lm, [d.text for d in read_documents(list(corpus))], settings.length)
         if corpus

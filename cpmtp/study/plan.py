@@ -15,12 +15,15 @@ from functools import lru_cache
 import torch
 
 from cpmtp.corpora import corpus_hash, read_documents
-from cpmtp.joint_distribution import DEFAULT_MAX_BYTES, check_context, conditional_log_probs
+from cpmtp.decomposition.fitting import KL_METHODS
+from cpmtp.joint_distribution import check_context, conditional_log_probs
 from cpmtp.language_model import LanguageModel, sample_sequences
 from cpmtp.pretrained import load_language_model
 from cpmtp.sampling_law import SamplingLaw
 from cpmtp.study.settings import OWN_SAMPLES, StudySettings
 
+# Joints a worker holds while it fits one.
+JOINTS_HELD = 8
 _FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -43,7 +46,7 @@ class StudyUnit:
     text_bytes : int
         UTF-8 bytes of the context's text after its first token; 0 where the model does not decode.
     trees : tuple of int
-        Horizons whose joint is too large to hold: truncated trees.
+        Horizons whose joint is too large to hold: trees.
     """
 
     model: str
@@ -87,7 +90,7 @@ def study_cells(settings: StudySettings, trees: tuple[int, ...] = ()) -> list[St
         for r in settings.ranks
         for m in settings.methods
         for a in settings.anchored
-        if (n >= 3 or not a) and (n not in trees or m == "em")
+        if (n >= 3 or not a) and (n not in trees or m in KL_METHODS)
     ]
 
 
@@ -98,30 +101,25 @@ def tree_horizons(vocab_size: int, settings: StudySettings) -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        If there are any and none of the methods fits trees, or anchored fits to them are too large.
+        If there are any and none of the methods fits trees.
     """
     found = tuple(
-        n for n in settings.horizons if 8 * vocab_size**n * _JOINTS_HELD > settings.max_bytes
+        n for n in settings.horizons if 8 * vocab_size**n * JOINTS_HELD > settings.max_bytes
     )
-    # An anchored fit to a tree has factors for every first token.
-    each = max((8 * vocab_size**2 * (n - 1) for n in found), default=0)
-    needed, highest = each * max(settings.ranks), DEFAULT_MAX_BYTES // max(each, 1)
-    if True in settings.anchored and needed > DEFAULT_MAX_BYTES:
-        lower = f" or ranks up to {highest}" if highest else ""
-        raise ValueError(
-            f"anchored fits of rank {max(settings.ranks)} to truncated joints over {vocab_size} "
-            f"tokens need {needed / 1e9:.3g} GB, and {DEFAULT_MAX_BYTES / 1e9:.3g} GB is the "
-            "limit: study drafts that are not told the first token (anchored=False, --anchored no)"
-            f"{lower}"
-        )
-    if found and "em" not in settings.methods:
+    if found and not set(settings.methods) & set(KL_METHODS):
         raise ValueError(
             f"horizon {found[0]} over {vocab_size} tokens needs "
-            f"{8 * vocab_size ** found[0] / 1e9:.3g} GB for a dense joint; a "
-            "truncated tree takes its place, which only em fits: add em to the methods, lower the "
+            f"{8 * vocab_size ** found[0] / 1e9:.3g} GB for a dense joint; a tree takes its place, "
+            f"which only {', '.join(KL_METHODS)} fit: add one of them to the methods, lower the "
             "horizon or raise max_bytes"
         )
     return found
+
+
+def is_completed(settings: StudySettings, horizon: int) -> bool:
+    """Whether a tree of this horizon is complete: its law leaves few enough sequences."""
+    kept = settings.top_k
+    return kept is not None and kept ** (horizon - 1) <= settings.tree_nodes
 
 
 def plan_study(settings: StudySettings) -> tuple[list[StudyUnit], dict]:
@@ -136,7 +134,8 @@ def plan_study(settings: StudySettings) -> tuple[list[StudyUnit], dict]:
     units: list[StudyUnit] = []
     models: dict[str, dict] = {}
     for name in settings.models:
-        lm = open_language_model(name)
+        lm = open_language_model(name, settings.device, settings.dtype)
+        settings.law(1.0).check_vocabulary(lm.vocab_size)
         trees = tree_horizons(lm.vocab_size, settings)
         found = [
             unit
@@ -160,7 +159,8 @@ def plan_study(settings: StudySettings) -> tuple[list[StudyUnit], dict]:
             # the same.
             "sha256": getattr(lm, "fingerprint", None)
             or hashlib.sha256(probe.numpy().tobytes()).hexdigest(),
-            "truncated_horizons": list(trees),
+            "tree_horizons": list(trees),
+            "truncated_horizons": [n for n in trees if not is_completed(settings, n)],
         }
     identity = {
         "models": models,
@@ -177,10 +177,10 @@ def plan_study(settings: StudySettings) -> tuple[list[StudyUnit], dict]:
 
 
 @lru_cache(maxsize=2)
-def open_language_model(name: str) -> LanguageModel:
-    """A model by name, folder, hub id, or ``module:factory``; kept for the process."""
+def open_language_model(name: str, device: str = "cpu", dtype: str = "float32") -> LanguageModel:
+    """A model by name, folder, file, hub id, or ``module:factory``; kept for the process."""
     if not _FACTORY.fullmatch(name):
-        return load_language_model(name)
+        return load_language_model(name, device=device, dtype=dtype)
     module, factory = name.split(":")
     try:
         lm = getattr(importlib.import_module(module), factory)()
@@ -196,61 +196,9 @@ def open_language_model(name: str) -> LanguageModel:
     return lm
 
 
-@dataclass(frozen=True)
-class StudyEstimate:
-    """What a study will take: rows, bytes, seconds; and which models' horizons are truncated."""
-
-    cells: int
-    workers: int
-    joint_bytes: int
-    memory_bytes: int
-    seconds: float
-    truncated: tuple[str, ...] = ()
-
-
-# Read off a two-core machine: bytes of an idle worker, joints a worker holds while it fits one, and
-# seconds per entry of the joint and component of an average fit.
-_IDLE_BYTES, _JOINTS_HELD, _SECONDS_PER_ENTRY = 600_000_000, 8, 1.25e-7
-# Entries a tree stands for in the estimate: its expanded prefixes' kept children.
-_CHILDREN_KEPT = 100
-# An anchored fit takes about twice as long, a mixture for every first token; an entry of a tree
-# four times as long as one of a dense joint.
-_ANCHORED_WORK, _TREE_WORK = 2, 4
-
-
-def estimate_study(settings: StudySettings, workers: int | None = None) -> StudyEstimate:
-    """Rows, memory and time of a study, from the vocabularies alone; nothing is computed."""
-    per_model = settings.contexts * max(len(settings.corpora), 1) * len(settings.temperatures)
-    workers = min(workers or os.cpu_count() or 1, per_model * len(settings.models))
-    cells, work, largest = 0, 0, 0
-    truncated: list[str] = []
-    for name in settings.models:
-        vocab = open_language_model(name).vocab_size
-        trees = tree_horizons(vocab, settings)
-        sizes = {
-            n: settings.tree_nodes * _CHILDREN_KEPT if n in trees else vocab**n
-            for n in settings.horizons
-        }
-        truncated += [f"{name}, horizon {n}" for n in trees]
-        found = study_cells(settings, trees)
-        cells += len(found) * per_model
-        work += sum(_work(c, sizes, trees) for c in found) * per_model * settings.restarts
-        largest = max(largest, 8 * max(sizes.values()))
-    return StudyEstimate(
-        cells=cells,
-        workers=workers,
-        joint_bytes=largest,
-        memory_bytes=(workers + 1) * _IDLE_BYTES
-        + workers * _JOINTS_HELD * largest * settings.restarts,
-        seconds=work * _SECONDS_PER_ENTRY / workers,
-        truncated=tuple(truncated),
-    )
-
-
-def _work(cell: StudyCell, sizes: dict[int, int], trees: tuple[int, ...]) -> int:
-    """Entries of the joint times components that a fit goes through, in those of a dense joint."""
-    slower = (_ANCHORED_WORK if cell.anchored else 1) * (_TREE_WORK if cell.horizon in trees else 1)
-    return sizes[cell.horizon] * cell.rank * slower
+def default_workers(settings: StudySettings) -> int:
+    """One per core; one alone where the model is on an accelerator, which all would share."""
+    return (os.cpu_count() or 1) if settings.device == "cpu" else 1
 
 
 def _sampled_contexts(lm: LanguageModel, name: str, settings: StudySettings) -> Iterator[StudyUnit]:

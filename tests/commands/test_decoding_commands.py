@@ -128,7 +128,7 @@ BAD = [
     (("generate", "--model", "~/nope"), "no folder ~/nope"),
     (("generate", "--model", "/nope/at/all"), "no folder /nope/at/all"),
     (("generate", "--model", "some/folder/deep"), "no folder some/folder/deep"),
-    (("generate", "--model", "weights.gguf"), "no folder weights.gguf"),
+    (("generate", "--model", "weights.gguf"), "no file weights.gguf"),
     (("generate", "--model", "no-such-model"), "unknown model 'no-such-model'"),
     (("generate", "nowhere", "--model", "code"), "'nowhere' holds no head"),
     (("generate", "--model", "code", "--device", "abacus"), "unknown device 'abacus'"),
