@@ -25,7 +25,7 @@ _LOWEST_LOGIT = -40.0
 # about a whole step.
 _LEAST_CURVATURE = 1e-8
 # Entries of the joints differentiated at once: the tape holds some twenty tensors of this size.
-_AT_ONCE = 1 << 21
+AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def acceptance_runs(
     tolerance : float
         A run stops when ten of them have gained less than this (tokens per call).
     """
-    step = max(_AT_ONCE // joint.probs[0].numel(), 1)
+    step = max(AT_ONCE // joint.probs[0].numel(), 1)
 
     @lru_cache(maxsize=1)
     def targets(items: tuple[int, ...]) -> JointDistribution:
@@ -158,7 +158,7 @@ def _climbed(
     minima = minimise(
         evaluate,
         _to_logits(start),
-        curvature=lambda logits: _logit_curvature(logits, start),
+        curvature=lambda _, logits: _logit_curvature(logits, start),
         max_passes=max_passes,
         tolerance=tolerance,
     )

@@ -54,7 +54,7 @@ _SHARE_ON_ALL = 4
 _LEAST_KEPT = 1e-6
 # Below this many entries a sweep costs next to nothing, and a batch of whole joints is the faster
 # way.
-_CORE_FROM = 200_000
+CORE_FROM = 200_000
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Items:
         joints = self.joints
         if isinstance(joints, TreeTargets) or not self.on_cores:
             return ()
-        if joints.vocab_size**joints.horizon < _CORE_FROM:
+        if joints.vocab_size**joints.horizon < CORE_FROM:
             return ()
         return tuple(Core.of(JointDistribution(probs)) for probs in joints.probs)
 
@@ -156,10 +156,15 @@ class Items:
 
 def solve(items: Items, rank: int, plan: Plan) -> Solved:
     """Fit every item from random starts."""
+    return Solved.of(all_runs(items, rank, plan), plan.restarts)
+
+
+def all_runs(items: Items, rank: int, plan: Plan) -> Runs:
+    """Every restart of every item, those of one item consecutive."""
     if plan.method in SQUARED_ERROR_METHODS:
         solver = Solver(plan.method, plan.max_iterations, plan.tolerance)
-        runs = squared_error_runs(items.dense, rank, solver, restarts=plan.restarts, seed=plan.seed)
-        return Solved.of(runs, plan.restarts)
+        restarts, seed = plan.restarts, plan.seed
+        return squared_error_runs(items.dense, rank, solver, restarts=restarts, seed=seed)
 
     if items.cores:
         parts = [
@@ -171,7 +176,7 @@ def solve(items: Items, rank: int, plan: Plan) -> Solved:
         start = _promising(items, rank, plan)
     if plan.method == "acceptance":
         start = _run(items, start, _near(plan, passes=2)).mixtures
-    return Solved.of(_run(items, start, plan), plan.restarts)
+    return _run(items, start, plan)
 
 
 def solve_rank_one(items: Items) -> Solved:
@@ -253,6 +258,15 @@ def _run(items: Items, start: Mixtures, plan: Plan, owner: Tensor | None = None)
     )
 
 
+def noticeable_tokens(
+    marginals: Float[Tensor, "horizon vocab"], entropy: Float[Tensor, ""]
+) -> Int[Tensor, " kept"]:
+    """All tokens but the rarest, whose loss is small beside the joint's entropy in nats."""
+    ascending, order = marginals.sum(0).sort()  # (vocab,), (vocab,)
+    noticeable = ascending.cumsum(0) > _LOST_PER_NAT * entropy  # (vocab,)
+    return order[noticeable].sort().values  # (kept,)
+
+
 @dataclass(frozen=True)
 class Core:
     """A joint restricted to its noticeable tokens, and the way back.
@@ -274,9 +288,7 @@ class Core:
     def of(cls, joint: JointDistribution) -> Core:
         """The core of a joint without batch axes."""
         marginals = stacked_marginals(joint)
-        ascending, order = marginals[0].sum(0).sort()  # (vocab,), (vocab,)
-        noticeable = ascending.cumsum(0) > _LOST_PER_NAT * joint.entropy()  # (vocab,)
-        tokens = order[noticeable].sort().values  # (kept,)
+        tokens = noticeable_tokens(marginals[0], joint.entropy())  # (kept,)
         kept = joint.probs
         for axis in range(joint.horizon):
             kept = kept.index_select(axis, tokens)  # (kept, …, kept, vocab, …)
