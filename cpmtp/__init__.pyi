@@ -21,6 +21,8 @@ from cpmtp.prefix_tree import truncated_joint as truncated_joint
 
 # Drafts and their fits
 from cpmtp.drafts.cp_distribution import CPDistribution as CPDistribution
+from cpmtp.drafts.hmm_distribution import HMMDistribution as HMMDistribution
+from cpmtp.drafts.markov_mixture import MarkovMixture as MarkovMixture
 from cpmtp.drafts.divergence import Divergences as Divergences
 from cpmtp.drafts.divergence import divergences as divergences
 from cpmtp.drafts.protocol import Draft as Draft

@@ -16,8 +16,56 @@ from cpmtp.drafts.support import Support
 from cpmtp.sampling_law import SamplingLaw, ratio
 
 
+class Factored(Mixture):
+    """What a component emits is a column of a factor per position, whatever came before.
+
+    Attributes
+    ----------
+    factors : tuple of horizon tensors (*batch, size, rank)
+    """
+
+    factors: Sequence[Float[Tensor, "*batch _ rank"]]
+
+    @property
+    def horizon(self) -> int:
+        """Number of tokens."""
+        return len(self.factors)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.factors[0].shape[-2] if self.support is None else self.support.vocab_size
+
+    @property
+    def free_numbers(self) -> int:
+        """Free parameters of one distribution: what a head would have to give for it."""
+        return self.rank - 1 + sum(self.rank * (size - 1) for size in self._sizes)
+
+    @property
+    def shared_numbers(self) -> int:
+        """Parameters that all contexts share: none."""
+        return 0
+
+    def serial_steps(self, law: SamplingLaw | None = None) -> int:
+        """Steps that must follow each other to draw from it under a law: one if it is as it is."""
+        return 1 if law is None or law.is_identity else self.horizon
+
+    def _log_emission(self, position: int, before: Tensor | None, tokens: Tensor) -> Tensor:
+        place, there = self._place(position, tokens)
+        return emitted(self.factors[position], place, there).log()
+
+    def _mixed(self, position: int, weights: Tensor, before: Tensor | None) -> Tensor:
+        return weights @ self.factors[position].mT  # (*batch, rows, size)
+
+    def _of_components(self, position: int, component: Tensor, before: Tensor | None) -> Tensor:
+        return columns_of(self.factors[position], component)
+
+    def _table(self, position: int, rows: Tensor) -> LowRankTable:
+        return LowRankTable(rows, self.factors[position])
+
+
 @dataclass(frozen=True, repr=False)
-class CPDistribution(Mixture):
+class CPDistribution(Factored):
     """``Q(x) = sum_a w_a prod_i A_i[x_i, a]`` with the weights and every factor column on the
     simplex.
 
@@ -56,36 +104,7 @@ class CPDistribution(Mixture):
 
     def __post_init__(self):
         object.__setattr__(self, "factors", tuple(self.factors))
-        if not self.factors:
-            raise ValueError("a CP distribution needs at least one factor, got none")
-        if self.weights.ndim == 0 or self.weights.shape[-1] == 0:
-            raise ValueError("a CP distribution needs a rank of at least 1, got none")
         check_factors(self.weights, self.factors, self.support)
-        check_simplex(self.weights.detach(), -1, "the weights")
-
-    @property
-    def horizon(self) -> int:
-        """Number of tokens."""
-        return len(self.factors)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self.factors[0].shape[-2] if self.support is None else self.support.vocab_size
-
-    @property
-    def free_numbers(self) -> int:
-        """Free parameters of one distribution: what a head would have to give for it."""
-        return self.rank - 1 + sum(self.rank * (size - 1) for size in self._sizes)
-
-    @property
-    def shared_numbers(self) -> int:
-        """Parameters that all contexts share: a CP distribution has none."""
-        return 0
-
-    def serial_steps(self, law: SamplingLaw | None = None) -> int:
-        """Steps that must follow each other to draw from it under a law: one if it is as it is."""
-        return 1 if law is None or law.is_identity else self.horizon
 
     @property
     def parameter_count(self) -> int:
@@ -126,28 +145,21 @@ class CPDistribution(Mixture):
         support = None if self.support is None else self.support.part(length)
         return CPDistribution(weights, self.factors[length:], support)
 
-    def _log_emission(self, position: int, before: Tensor | None, tokens: Tensor) -> Tensor:
-        place, there = self._place(position, tokens)
-        return emitted(self.factors[position], place, there).log()
-
-    def _mixed(self, position: int, weights: Tensor, before: Tensor | None) -> Tensor:
-        return weights @ self.factors[position].mT  # (*batch, rows, size)
-
-    def _of_components(self, position: int, component: Tensor, before: Tensor | None) -> Tensor:
-        return columns_of(self.factors[position], component)
-
-    def _table(self, position: int, rows: Tensor) -> LowRankTable:
-        return LowRankTable(rows, self.factors[position])
-
 
 def check_factors(weights: Tensor, factors: Sequence[Tensor], support: Support | None) -> None:
-    """Refuse factors (*batch, size, rank) that do not fit the weights, a support or the simplex.
+    """Refuse weights or factors (*batch, size, rank) that do not fit each other, a support or the
+    simplex.
 
     Raises
     ------
     ValueError
         With the first factor that does not.
     """
+    if not factors:
+        raise ValueError("a distribution needs at least one factor, got none")
+    if weights.ndim == 0 or weights.shape[-1] == 0:
+        raise ValueError("a distribution needs a rank of at least 1, got none")
+    check_simplex(weights.detach(), -1, "the weights")
     batch, sizes = weights.shape[:-1], (factors[0].shape[-2],) * len(factors)
     if support is not None:
         sizes = support.sizes

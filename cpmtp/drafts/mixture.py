@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,6 +36,7 @@ class Mixture(ABC):
 
     weights: Float[Tensor, "*batch rank"]
     support: Support | None
+    _named: ClassVar[tuple[str, ...]] = ()  # sizes beside those that all forms have
 
     # What a form says of itself.
 
@@ -120,7 +121,8 @@ class Mixture(ABC):
         return self.weights.shape[:-1]
 
     def __repr__(self) -> str:
-        sizes = f"rank={self.rank}, horizon={self.horizon}, vocab_size={self.vocab_size}"
+        names = ("rank", *self._named, "horizon", "vocab_size")
+        sizes = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         return f"{type(self).__name__}({sizes}, batch_shape={tuple(self.batch_shape)})"
 
     def to_tensor(self) -> Float[Tensor, "..."]:

@@ -37,7 +37,7 @@ class Support:
     tensor([0.0000, 0.2500, 0.0000, 0.7500, 0.0000])
     """
 
-    ids: Sequence[Int[Tensor, "*batch size"]]
+    ids: Sequence[Int[Tensor, "*batch _"]]
     vocab_size: int
 
     def __post_init__(self):
