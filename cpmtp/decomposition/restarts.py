@@ -32,10 +32,24 @@ from cpmtp.decomposition.starts import (
     stacked_marginals,
 )
 from cpmtp.joint_distribution import JointDistribution
+from cpmtp.prefix_tree import PrefixTree
 
 SQUARED_ERROR_METHODS = ("als", "hals", "mu")
 KL_METHODS = ("em", "gradient", "acceptance")
 METHODS = (*SQUARED_ERROR_METHODS, *KL_METHODS)
+# Most passes over the joint (TensorLy methods: outer iterations) and the gain below which a run
+# stops.
+_DEFAULT_EFFORT = {
+    "als": (50, 1e-6),
+    "hals": (50, 1e-6),
+    "mu": (100, 1e-6),
+    "em": (200, 1e-4),
+    "gradient": (200, 1e-4),
+    "acceptance": (80, 1e-4),
+}
+# Joints up to this many entries are cheap: more passes are allowed.
+_SMALL_JOINT = 50_000
+_MORE_PASSES = {"em": 10, "acceptance": 3}
 # Starts tried for a few sweeps for each restart: the best of four ends 3 to 5 % lower (code and
 # prose joints, ranks 4 to 32) for a third more sweeps. Half of them begin from marginals, half from
 # fibres; sparse joints know no fibres.
@@ -52,6 +66,9 @@ _SHARE_ON_ALL = 4
 # Components of less mass on a core than this are of its rare tokens: what they weigh there says
 # little of what they weigh.
 _LEAST_KEPT = 1e-6
+# First tokens below this probability get the product of their marginals in an anchored fit: all
+# together they cannot change tokens per call in its fifth digit.
+NOTICEABLE_MASS = 1e-8
 # Below this many entries a sweep costs next to nothing, and a batch of whole joints is the faster
 # way.
 CORE_FROM = 200_000
@@ -82,6 +99,35 @@ class Plan:
     tolerance: float
     load_balancing: float = 0.0
     goal: Goal = field(default_factory=Goal)
+
+
+def planned(
+    joint: JointDistribution | PrefixTree,
+    method: str,
+    *,
+    max_iterations: int | None,
+    tolerance: float | None,
+    restarts: int,
+    seed: int,
+) -> Plan:
+    """A method's plan with the defaults for a joint of this size filled in.
+
+    Raises
+    ------
+    ValueError
+        If the method is unknown.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
+    passes, gain = _DEFAULT_EFFORT[method]
+    more = _MORE_PASSES.get(method, 1) if joint.vocab_size**joint.horizon <= _SMALL_JOINT else 1
+    return Plan(
+        method,
+        restarts,
+        seed,
+        passes * more if max_iterations is None else max_iterations,
+        gain if tolerance is None else tolerance,
+    )
 
 
 @dataclass(frozen=True)
@@ -256,6 +302,11 @@ def _run(items: Items, start: Mixtures, plan: Plan, owner: Tensor | None = None)
         tolerance=tolerance,
         load_balancing=plan.load_balancing,
     )
+
+
+def noticed(first: Float[Tensor, "*joints vocab"]) -> Int[Tensor, " items"]:
+    """Numbers of the first tokens that are fitted, over all joints."""
+    return (first.reshape(-1) > NOTICEABLE_MASS).nonzero().squeeze(1)  # (items,)
 
 
 def noticeable_tokens(

@@ -106,8 +106,10 @@ class Chains:
 
     def of_members(self, members: slice) -> Chains:
         """Some members of every run."""
-        parts = (part[:, members] for part in (self.weights, self.logits, self.gate))
-        return Chains(*parts, self.left, self.right)
+        weights, logits, gate = self.weights, self.logits, self.gate
+        return replace(
+            self, weights=weights[:, members], logits=logits[:, members], gate=gate[:, members]
+        )
 
 
 @dataclass(frozen=True)
@@ -157,8 +159,9 @@ def chain_counts(
     with torch.enable_grad():
         kl = groups.targets.divergence(*_halves(*leaves), owner, with_value=with_kl)
     gradients = torch.autograd.grad(kl.sum(), leaves, allow_unused=True, materialize_grads=True)
-    counts = [-table * slope for table, slope in zip(tables, gradients, strict=True)]
-    return ChainCounts(*counts, kl.detach())
+    found = (-table * slope for table, slope in zip(tables, gradients, strict=True))
+    weights, first, pairs = found
+    return ChainCounts(weights, first, pairs, kl.detach())
 
 
 def _counts_of_one(groups: Groups, owner: Tensor, tables: tuple[Tensor, ...]) -> ChainCounts:
@@ -197,12 +200,8 @@ def surprise(counts: ChainCounts, chains: Chains) -> tuple[Float[Tensor, " runs"
     """
     weights, first = chains.weights.log_softmax(-1), chains.first_tables()
     later = chains.later_tables()  # (runs, members, steps, rank, vocab, vocab)
-    value = -sum(
-        (count * table).flatten(1).sum(1)
-        for count, table in zip(
-            (counts.weights, counts.first, counts.pairs), (weights, first, later), strict=True
-        )
-    )
+    parts = ((counts.weights, weights), (counts.first, first), (counts.pairs, later))
+    value = -torch.stack([(count * table).flatten(1).sum(1) for count, table in parts]).sum(0)
     by_weights = _excess(counts.weights, weights)
     by_first = _excess(counts.first, first)  # (runs, members, rank, vocab)
     by_pairs = _excess(counts.pairs, later)  # (runs, members, steps, rank, vocab, vocab)

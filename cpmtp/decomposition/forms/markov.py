@@ -23,7 +23,7 @@ from cpmtp.decomposition.forms.squarem import Sweeps, swept
 from cpmtp.decomposition.quasi_newton import Minima, minimise
 
 # Evaluations of the softmax regressions in every M step.
-_INNER_PASSES = 8
+_INNER_PASSES = 5
 
 
 @dataclass(frozen=True)

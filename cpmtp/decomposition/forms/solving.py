@@ -5,22 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from cpmtp.decomposition.forms import markov
 from cpmtp.decomposition.forms.acceptance import climbed
 from cpmtp.decomposition.forms.chains import PER_MEMBER, Chains, chains_of
+from cpmtp.decomposition.forms.ends import Ends
 from cpmtp.decomposition.forms.groups import Groups
 from cpmtp.decomposition.forms.markov import Problem
-from cpmtp.decomposition.forms.starts import lifted, one_chain, one_full_chain, repeated, split
-from cpmtp.decomposition.quasi_newton import Minima
+from cpmtp.decomposition.forms.starts import (
+    grown,
+    lifted,
+    one_chain,
+    one_full_chain,
+    repeated,
+    split,
+)
 from cpmtp.decomposition.restarts import CORE_FROM, Items, Plan, solve, solve_rank_one
 
 # Of an acceptance fit that a parent's beats: the share of its passes that it gets from there.
 _SHARE_AGAIN = 4
 # Passes on all tokens after those on the noticeable ones: one in so many.
-_SHARE_ON_ALL = 3
+_SHARE_ON_ALL = 4
 
 
 @dataclass(frozen=True)
@@ -80,108 +86,44 @@ class Shape:
         return replace(self, given=(left[..., tokens, :], right[..., tokens]))
 
 
-@dataclass(frozen=True)
-class Ends:
-    """The best run of each group.
-
-    Attributes
-    ----------
-    chains : Chains
-        One run per group.
-    objective : (groups,) tensor
-    converged : (groups,) bool tensor
-    traces : tuple of tuples of float
-    objectives : (groups, starts) tensor
-        Of every start, the parents among them.
-    """
-
-    chains: Chains
-    objective: Float[Tensor, " groups"]
-    converged: Tensor
-    traces: tuple[tuple[float, ...], ...]
-    objectives: Float[Tensor, "groups starts"]
-
-    @classmethod
-    def of(cls, chains: Chains, found: Minima, starts: int) -> Ends:
-        """The best of every `starts` consecutive runs."""
-        values = found.values.reshape(-1, starts)  # (groups, starts)
-        chosen = values.argmin(1) + starts * torch.arange(len(values), device=values.device)
-        converged = torch.tensor(found.converged, device=values.device)
-        traces = tuple(tuple(found.traces[run]) for run in chosen.tolist())
-        return cls(chains[chosen], found.values[chosen], converged[chosen], traces, values)
-
-    @classmethod
-    def standing(cls, chains: Chains) -> Ends:
-        """Chains of which nothing is known yet."""
-        unknown = chains.weights.new_full((len(chains),), torch.inf)
-        found = Minima(unknown[:, None], unknown, (False,) * len(chains), ([],) * len(chains))
-        return cls.of(chains, found, 1)
-
-    def or_better(self, other: Ends) -> Ends:
-        """Group by group the better of two."""
-        gained = (other.objective < self.objective).nonzero().squeeze(1)  # (gained,)
-        chains = self.chains
-        if len(gained):
-            both = Chains.joined([self.chains, other.chains])
-            order = torch.arange(len(self.objective), device=gained.device)
-            order[gained] += len(order)
-            chains = both[order]
-        pairs = zip(self.traces, other.traces, strict=True)
-        better = (other.objective < self.objective).tolist()
-        return Ends(
-            chains,
-            torch.minimum(self.objective, other.objective),
-            torch.where(other.objective < self.objective, other.converged, self.converged),
-            tuple(theirs if up else own for (own, theirs), up in zip(pairs, better, strict=True)),
-            torch.cat([self.objectives, other.objectives], 1),  # (groups, more starts)
-        )
-
-    @classmethod
-    def joined(cls, parts: list[Ends]) -> Ends:
-        """All groups of several."""
-        return cls(
-            Chains.joined([part.chains for part in parts]),
-            torch.cat([part.objective for part in parts]),  # (groups,)
-            torch.cat([part.converged for part in parts]),  # (groups,)
-            tuple(trace for part in parts for trace in part.traces),
-            torch.cat([part.objectives for part in parts]),  # (groups, starts)
-        )
-
-
-def solve_markov(groups: Groups, shape: Shape, plan: Plan, below: Ends | None = None) -> Ends:
+def solve_markov(
+    groups: Groups, shape: Shape, plans: tuple[Plan, Plan], below: Ends | None = None
+) -> Ends:
     """The best Markov mixture of every group; never worse than the forms it contains.
 
     A mixture begins from the chain of its transition rank, whose components are disturbed copies.
     Where the CP distribution of its rank, the chain itself, or `below` (a smaller mixture's answer)
     is better than what that leads to, it begins from there as well. Large groups begin on their
     noticeable tokens.
+
+    Parameters
+    ----------
+    groups : Groups
+    shape : Shape
+    plans : (Plan, Plan)
+        For the form itself, and for the CP distributions that it contains.
+    below : Ends, optional
+        The answer at a smaller rank and the same transition rank.
     """
     if len(groups.mass) > 1 and groups.probs[0].numel() >= CORE_FROM:
         rows = [torch.tensor([number]) for number in range(len(groups.mass))]
         parts = [
-            solve_markov(groups[row], shape, plan, None if below is None else _one(below, row))
+            solve_markov(groups[row], shape, plans, None if below is None else below[row])
             for row in rows
         ]
         return Ends.joined(parts)
+    plan = plans[0]
     by_kl = plan if plan.method != "acceptance" else replace(plan, method="em")
     chain = _Chain.of(groups, replace(shape, rank=1), by_kl)
     near = chain.full if shape.rank == 1 else chain.split(shape, by_kl)
-    found = near if by_kl is plan else _run(groups, shape, near.chains, plan)
-    for parent in _parents(groups, shape, plan, chain, below):
+    found = near if by_kl is plan else _run(groups, shape, near.found, plan)
+    for parent in _parents(groups, shape, plans, chain, below):
         if bool((parent.objective < found.objective).any()):
             share = 1 if by_kl is plan else _SHARE_AGAIN
             again = replace(plan, max_iterations=plan.max_iterations // share)
-            found = found.or_better(_run(groups, shape, parent.chains, again))
+            found = found.or_better(_run(groups, shape, parent.found, again))
         found = found.or_better(parent)
     return found
-
-
-def _one(ends: Ends, row: Tensor) -> Ends:
-    """One group's answer."""
-    traces = (ends.traces[int(row)],)
-    return Ends(
-        ends.chains[row], ends.objective[row], ends.converged[row], traces, ends.objectives[row]
-    )
 
 
 @dataclass(frozen=True)
@@ -210,30 +152,30 @@ class _Chain:
         tokens = groups.noticeable
         core = groups.narrowed(tokens)
         narrow = shape.narrowed(tokens)
-        chains = _run(core, narrow, narrow.start(core), plan).chains
-        some = cls(groups, Ends.standing(chains), (tokens, core, chains))
-        return replace(some, full=_run(groups, shape, some.lifted(chains, shape), plan))
+        chains = _run(core, narrow, narrow.start(core), plan).found
+        start = _lifted(chains, groups, tokens, shape)
+        return cls(groups, _run(groups, shape, start, plan), (tokens, core, chains))
 
     def split(self, shape: Shape, plan: Plan) -> Ends:
         """Mixtures from disturbed copies of the chain, on the core first."""
         if self.core is None:
-            copies = split(self.full.chains, shape.rank, self.groups, plan.restarts, plan.seed)
+            copies = split(self.full.found, shape.rank, self.groups, plan.restarts, plan.seed)
             return _run(self.groups, shape, copies, plan)
         tokens, core, chains = self.core
         copies = split(chains, shape.rank, core, plan.restarts, plan.seed)
-        ends = _run(core, shape.narrowed(tokens), copies, plan).chains
+        ends = _run(core, shape.narrowed(tokens), copies, plan).found
         rest = replace(plan, max_iterations=plan.max_iterations // _SHARE_ON_ALL)
-        return _run(self.groups, shape, self.lifted(ends, shape), rest)
+        return _run(self.groups, shape, _lifted(ends, self.groups, tokens, shape), rest)
 
-    def lifted(self, chains: Chains, shape: Shape) -> Chains:
-        """What is known of the core's tokens as chains over all."""
-        assert self.core is not None
-        owner = torch.zeros(len(chains), dtype=torch.long, device=chains.weights.device)
-        wide = _widened(lifted(chains, self.groups, owner, self.core[0]), shape.width)
-        if shape.given is None:
-            return wide
-        given = shape.start(self.groups)
-        return replace(wide, left=given.left, right=given.right)
+
+def _lifted(chains: Chains, groups: Groups, tokens: Tensor, shape: Shape) -> Chains:
+    """What is known of some tokens as chains over all."""
+    owner = torch.zeros(len(chains), dtype=torch.long, device=tokens.device)
+    wide = _widened(lifted(chains, groups, owner, tokens), shape.width)
+    if shape.given is None:
+        return wide
+    given = shape.start(groups)
+    return replace(wide, left=given.left, right=given.right)
 
 
 def _run(groups: Groups, shape: Shape, start: Chains, plan: Plan) -> Ends:
@@ -259,31 +201,36 @@ def _run(groups: Groups, shape: Shape, start: Chains, plan: Plan) -> Ends:
 
 
 def _parents(
-    groups: Groups, shape: Shape, plan: Plan, chain: _Chain, below: Ends | None
+    groups: Groups,
+    shape: Shape,
+    plans: tuple[Plan, Plan],
+    chain: _Chain,
+    below: Ends | None,
 ) -> list[Ends]:
     """What the mixtures contain, fitted by the same method, written as mixtures of this shape."""
+    plan, of_cp = plans
     standing = replace(plan, max_iterations=0)
     found = []
     if shape.contains_cp:
-        found.append(_run(groups, shape, _cp_parent(groups, shape, plan), standing))
+        found.append(_run(groups, shape, _cp_parent(groups, shape, of_cp), standing))
     if shape.rank > 1:
-        one = chain.full.chains
+        one = chain.full.found
         if plan.method == "acceptance":
-            one = solve_markov(groups, replace(shape, rank=1), plan).chains
+            one = solve_markov(groups, replace(shape, rank=1), plans).found
         found.append(_run(groups, shape, repeated(one, shape.rank), standing))
     if below is not None:
-        found.append(_run(groups, shape, below.chains, standing))
+        chains = grown(below.found, shape.rank)
+        found.append(_run(groups, shape, chains, standing))
     return found
 
 
 def _cp_parent(groups: Groups, shape: Shape, plan: Plan) -> Chains:
     """The CP distributions of the rank, as chains whose transitions do nothing."""
     items = Items(groups.joint)
-    cp_plan = replace(plan, restarts=1)
     if plan.method != "acceptance" and shape.rank == 1:
         mixtures = solve_rank_one(items).best.mixtures
     else:
-        mixtures = solve(items, shape.rank, cp_plan).best.mixtures
+        mixtures = solve(items, shape.rank, plan).best.mixtures
     start = shape.start(groups)
     owner = torch.arange(len(groups.mass), device=groups.mass.device)
     chains = chains_of(mixtures, groups, owner, start.left.shape[-1])

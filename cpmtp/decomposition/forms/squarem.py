@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -33,7 +33,7 @@ C = TypeVar("C", bound=ExpectedCounts)
 
 
 @dataclass(frozen=True)
-class Sweeps:
+class Sweeps(Generic[C]):
     """The steps of an EM over vectors; the first argument of each is the numbers of the runs.
 
     Attributes
@@ -46,8 +46,8 @@ class Sweeps:
         ``(runs, vectors) -> (runs, size)``: what a step in each parameter matters.
     """
 
-    count: Callable[[Tensor, Tensor, bool], ExpectedCounts]
-    maximise: Callable[[Tensor, Tensor, ExpectedCounts], Tensor]
+    count: Callable[[Tensor, Tensor, bool], C]
+    maximise: Callable[[Tensor, Tensor, C], Tensor]
     spread: Callable[[Tensor, Tensor], Tensor]
 
 
@@ -92,7 +92,7 @@ class _Point:
     """Where some runs are, and how far each may extrapolate."""
 
     x: Float[Tensor, "runs size"]
-    counts: ExpectedCounts
+    counts: Any
     step_limit: Float[Tensor, " runs"]
     rounds: int
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -81,6 +82,16 @@ def repeated(chain: Chains, rank: int) -> Chains:
     weights = chain.weights.expand(-1, -1, rank).contiguous()  # (runs, members, rank)
     logits = chain.logits.expand(-1, -1, -1, rank, -1).contiguous()
     return replace(chain, weights=weights, logits=logits)
+
+
+def grown(chains: Chains, rank: int) -> Chains:
+    """The same distributions with their last component counted more than once."""
+    missing = rank - chains.rank
+    more = [missing + 1 if place == chains.rank - 1 else 1 for place in range(chains.rank)]
+    index = torch.arange(chains.rank).repeat_interleave(torch.tensor(more))  # (rank,)
+    weights = chains.weights[..., index].clone()  # (runs, members, rank)
+    weights[..., chains.rank - 1 :] -= math.log(missing + 1)
+    return replace(chains, weights=weights, logits=chains.logits[:, :, :, index])
 
 
 def lifted(
