@@ -59,6 +59,7 @@ class _Likelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx, left, right, matrices, owner, with_value):
         """Fill value and gradients, run after run, in blocks."""
+        left, right = left.contiguous(), right.contiguous()  # blocks of their pulls are views
         runs, stack, _, rows = left.shape
         columns = right.shape[-1]
         pulls = torch.empty_like(left), torch.zeros_like(right)
