@@ -21,10 +21,13 @@ from cpmtp.decomposition.forms.starts import (
     repeated,
     split,
 )
+from cpmtp.decomposition.quasi_newton import Minima
 from cpmtp.decomposition.restarts import CORE_FROM, Items, Plan, solve, solve_rank_one
 
 # Of an acceptance fit that a parent's beats: the share of its passes that it gets from there.
 _SHARE_AGAIN = 4
+# Splits tried for each restart of a joint without a core, and the passes each gets.
+_TRIALS, _TRIAL_PASSES = 4, 20
 # Passes on all tokens after those on the noticeable ones: one in so many.
 _SHARE_ON_ALL = 4
 
@@ -146,7 +149,8 @@ class _Chain:
         """Of a shape of rank 1."""
         complete = shape.given is None and shape.width >= groups.vocab
         if complete and groups.mass.shape[1] == 1:  # in closed form
-            plan = replace(plan, max_iterations=0)
+            found = _run(groups, shape, shape.start(groups), replace(plan, max_iterations=0))
+            return cls(groups, replace(found, converged=found.converged | True), None)
         if complete or groups.probs.numel() < CORE_FROM:
             return cls(groups, _run(groups, shape, shape.start(groups), plan), None)
         tokens = groups.noticeable
@@ -159,8 +163,11 @@ class _Chain:
     def split(self, shape: Shape, plan: Plan) -> Ends:
         """Mixtures from disturbed copies of the chain, on the core first."""
         if self.core is None:
-            copies = split(self.full.found, shape.rank, self.groups, plan.restarts, plan.seed)
-            return _run(self.groups, shape, copies, plan)
+            count = plan.restarts * _TRIALS
+            copies = split(self.full.found, shape.rank, self.groups, count, plan.seed)
+            brief = replace(plan, max_iterations=min(_TRIAL_PASSES, plan.max_iterations))
+            tried = Ends.of(*_descended(self.groups, shape, copies, brief), _TRIALS)
+            return _run(self.groups, shape, tried.found, plan)
         tokens, core, chains = self.core
         copies = split(chains, shape.rank, core, plan.restarts, plan.seed)
         ends = _run(core, shape.narrowed(tokens), copies, plan).found
@@ -181,6 +188,12 @@ def _lifted(chains: Chains, groups: Groups, tokens: Tensor, shape: Shape) -> Cha
 def _run(groups: Groups, shape: Shape, start: Chains, plan: Plan) -> Ends:
     """The method's runs from `start`, the same number for each group in turn."""
     each = len(start) // len(groups.mass)
+    return Ends.of(*_descended(groups, shape, start, plan), each)
+
+
+def _descended(groups: Groups, shape: Shape, start: Chains, plan: Plan) -> tuple[Chains, Minima]:
+    """Where all runs end."""
+    each = len(start) // len(groups.mass)
     numbers = torch.arange(len(groups.mass), device=groups.mass.device)
     problem = Problem(groups, numbers.repeat_interleave(each), start, shape.free(groups.vocab))
     if plan.method == "acceptance":
@@ -194,10 +207,9 @@ def _run(groups: Groups, shape: Shape, start: Chains, plan: Plan) -> Ends:
             max_passes=plan.max_iterations,
             tolerance=plan.tolerance,
         )
-        return Ends.of(start.unpacked(found.points, problem.free), found, each)
+        return start.unpacked(found.points, problem.free), found
     method = markov.em if plan.method == "em" else markov.gradient
-    chains, found = method(problem, max_passes=plan.max_iterations, tolerance=plan.tolerance)
-    return Ends.of(chains, found, each)
+    return method(problem, max_passes=plan.max_iterations, tolerance=plan.tolerance)
 
 
 def _parents(

@@ -147,15 +147,15 @@ def test_a_draft_with_given_transitions_is_found_again():
 
 
 def test_large_joints_are_begun_on_their_noticeable_tokens(monkeypatch):
-    joint = peaked_joint(9, 3, power=12)
-    asked = {"form": "markov_mixture", "transition_rank": 2, "max_iterations": 40}
+    joint = peaked_joint(8, 3, power=12)
+    asked = {"form": "markov_mixture", "transition_rank": 2, "max_iterations": 20}
     for module in (restarts, solving):
         monkeypatch.setattr(module, "CORE_FROM", 1)
     monkeypatch.setattr(restarts, "_LOST_PER_NAT", 2e-2)
     for anchored in (False, True):
         found = fit(joint, 2, anchored=anchored, **asked)
         assert found.objective == pytest.approx(
-            divergences(joint, found.distribution).kl_nats, abs=kl_rounding(729)
+            divergences(joint, found.distribution).kl_nats, abs=kl_rounding(512)
         )
         assert found.objective < fit(joint, 2, anchored=anchored).objective
 
@@ -167,12 +167,10 @@ def test_large_joints_are_begun_on_their_noticeable_tokens(monkeypatch):
         ("hmm", hidden_markov(3, 3, 4, 3), {"rank": 2}),
     ],
 )
-@pytest.mark.parametrize("method", ["em", "gradient"])
-def test_the_end_is_flat_and_as_low_as_a_search_by_autograd(form, plant, sizes, method):
+def test_the_end_is_flat_and_as_low_as_a_search_by_autograd(form, plant, sizes):
     joint = joints([plant])
-    found = fit(
-        joint, method=method, form=form, restarts=4, tolerance=1e-12, max_iterations=3000, **sizes
-    )
+    effort = {"restarts": 2, "tolerance": 1e-11, "max_iterations": 1000}
+    found = fit(joint, method="gradient", form=form, **sizes, **effort)
     draft = found.distribution
     if isinstance(draft, MarkovMixture):
         parts = [draft.weights.log(), draft.logits, draft.left, draft.right]
@@ -182,7 +180,11 @@ def test_the_end_is_flat_and_as_low_as_a_search_by_autograd(form, plant, sizes, 
     parts = [part.clamp_min(-60.0).requires_grad_() for part in parts]
     slopes = torch.autograd.grad(divergence(joint, parts), parts)
     assert max(float(slope.abs().max()) for slope in slopes) <= 1e-4
-    assert float(found.objective) <= searched(joint, parts) + 1e-4
+    lowest = searched(joint, parts)
+    assert float(found.objective) <= lowest + 1e-4
+    # Expectation-maximisation comes as low, if more slowly.
+    by_em = fit(joint, form=form, restarts=2, max_iterations=200, **sizes)
+    assert float(by_em.objective) <= lowest + 1e-3
 
 
 def divergence(joint: JointDistribution, parts: list[torch.Tensor]) -> torch.Tensor:
@@ -206,15 +208,15 @@ def divergence(joint: JointDistribution, parts: list[torch.Tensor]) -> torch.Ten
 
 
 def searched(joint: JointDistribution, like: list[torch.Tensor]) -> float:
-    """The least divergence that L-BFGS on the table finds from four random starts."""
+    """The least divergence that L-BFGS on the table finds from three random starts."""
     best = torch.inf
-    for seed in range(4):
+    for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         parts = [
             torch.randn(part.shape, generator=generator, dtype=torch.float64).requires_grad_()
             for part in like
         ]
-        search = torch.optim.LBFGS(parts, max_iter=300, line_search_fn="strong_wolfe")
+        search = torch.optim.LBFGS(parts, max_iter=150, line_search_fn="strong_wolfe")
 
         def closure(parts=parts, search=search):
             search.zero_grad()
@@ -223,7 +225,7 @@ def searched(joint: JointDistribution, like: list[torch.Tensor]) -> float:
             return value
 
         search.step(closure)
-        best = min(best, float(divergence(joint, parts)))
+        best = min(best, divergence(joint, parts).item())
     return best
 
 

@@ -6,7 +6,7 @@ from planted_forms import hidden_markov, joints, markov_mixture
 from cpmtp.decomposition.fitting import fit
 
 SEEDS = range(20)
-CLOSE = {"restarts": 4, "max_iterations": 600, "tolerance": 1e-6}
+CLOSE = {"restarts": 2, "max_iterations": 400, "tolerance": 1e-6}
 
 
 @pytest.mark.parametrize(
