@@ -3,8 +3,10 @@
 
 # Language models
 from cpmtp.language_model import HiddenMarkovLanguageModel as HiddenMarkovLanguageModel
+from cpmtp.language_model import HiddenStateLanguageModel as HiddenStateLanguageModel
 from cpmtp.language_model import LanguageModel as LanguageModel
 from cpmtp.language_model import MarkovLanguageModel as MarkovLanguageModel
+from cpmtp.language_model import TextLanguageModel as TextLanguageModel
 from cpmtp.language_model import sample_sequences as sample_sequences
 from cpmtp.language_model import separated_hmm as separated_hmm
 from cpmtp.pretrained import HuggingFaceLanguageModel as HuggingFaceLanguageModel
@@ -25,6 +27,7 @@ from cpmtp.drafts.hmm_distribution import HMMDistribution as HMMDistribution
 from cpmtp.drafts.markov_mixture import MarkovMixture as MarkovMixture
 from cpmtp.drafts.divergence import Divergences as Divergences
 from cpmtp.drafts.divergence import divergences as divergences
+from cpmtp.drafts.lookup import LookupDraft as LookupDraft
 from cpmtp.drafts.protocol import Draft as Draft
 from cpmtp.drafts.support import Support as Support
 from cpmtp.decomposition.fit_result import FitResult as FitResult
@@ -35,8 +38,11 @@ from cpmtp.decomposition.mixtures import factor_match_score as factor_match_scor
 from cpmtp.decomposition.fitting import fit_path as fit_path
 
 # Acceptance
+from cpmtp.acceptance.best_path import TokensPerCallBounds as TokensPerCallBounds
+from cpmtp.acceptance.best_path import best_path_tokens_per_call as best_path_tokens_per_call
 from cpmtp.acceptance.implied import AcceptanceProfile as AcceptanceProfile
 from cpmtp.acceptance.implied import implied_acceptance as implied_acceptance
+from cpmtp.acceptance.implied import revealed_component_survival as revealed_component_survival
 from cpmtp.acceptance.sampled import AcceptanceEstimate as AcceptanceEstimate
 from cpmtp.acceptance.sampled import estimate_acceptance as estimate_acceptance
 from cpmtp.acceptance.truncated import AcceptanceInterval as AcceptanceInterval

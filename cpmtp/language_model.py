@@ -50,6 +50,48 @@ class PrefixSharingLanguageModel(LanguageModel, Protocol):
         ...
 
 
+@runtime_checkable
+class HiddenStateLanguageModel(LanguageModel, Protocol):
+    """A language model whose logits are made of hidden states: what a head reads and drafts from.
+
+    Attributes
+    ----------
+    name : str
+        For tables and messages.
+    max_context : int, optional
+        Positions it has; None: no limit.
+    """
+
+    name: str
+    max_context: int | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    def hidden_states(self, token_ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time d"]:
+        """What the logits after every position are made of."""
+        ...
+
+    def unembed(self, hidden: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch vocab"]:
+        """The logits of hidden states."""
+        ...
+
+
+@runtime_checkable
+class TextLanguageModel(LanguageModel, Protocol):
+    """A language model that reads and writes text."""
+
+    def encode_document(self, text: str) -> Int[Tensor, " time"]:
+        """Token ids of a text, without a start-of-text token."""
+        ...
+
+    def decode(self, token_ids: Int[Tensor, " time"]) -> str:
+        """The text of token ids."""
+        ...
+
+
 def sample_sequences(
     lm: LanguageModel, count: int, length: int, *, seed: int = 0
 ) -> Int[Tensor, "count length"]:

@@ -5,24 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 import subprocess
-import sys
 
 import pytest
-from command_line import run
-from tiny_models import random_llama_folder
+from command_line import process, run, words
+from samples import random_llama_folder
 
-SMALL = (
-    "--model",
-    "tiny_models:bigram",
-    "--contexts",
-    2,
-    "--context-length",
-    4,
-    "--methods",
-    "em",
-    "--workers",
-    1,
-)
+SMALL = words("--model samples:bigram --contexts 2 --context-length 4 --methods em --workers 1")
 
 
 def test_a_study_ends_with_rank_table_and_report(monkeypatch, capsys, tmp_path):
@@ -101,7 +89,7 @@ def test_bytes_that_are_no_utf8_are_counted_and_told(monkeypatch, capsys, tmp_pa
     (tmp_path / "text.txt").write_bytes(b"abc\xff\xfedef" * 20)
     model = (
         "--model",
-        "tiny_models:characters",
+        "samples:characters",
         "--domain",
         f"odd={tmp_path / 'text.txt'}",
         "--ranks",
@@ -125,7 +113,7 @@ def test_a_quiet_study_says_nothing(monkeypatch, capsys, tmp_path):
 
 def test_a_quiet_study_of_a_real_model_with_workers_says_nothing_either(tmp_path, root):
     (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 20)
-    command = [sys.executable, "-m", "cpmtp.cli", "study", "--quiet", "--workers", "2"]
+    command = process("study --quiet --workers 2")
     command += ["--model", random_llama_folder(tmp_path / "m"), "--corpus", tmp_path / "text.txt"]
     command += ["--contexts", "2", "--context-length", "8", "--horizons", "2", "--ranks", "1,2"]
     done = subprocess.run(
@@ -145,9 +133,9 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(monkeypatch, capsy
     cells = 2 * len(StudySettings().ranks)  # contexts times ranks, one method
     assert re.search(rf"cells +{cells}\b", out) and "memory" in out and "time" in out
     assert not (tmp_path / "s").exists() and "truncated" not in out
-    wide = ("study", "--model", "tiny_models:wide", "--horizons", "2,3", "--dry-run")
+    wide = ("study", "--model", "samples:wide", "--horizons", "2,3", "--dry-run")
     out = run(monkeypatch, capsys, *wide)[1]
-    assert "truncated       tiny_models:wide, horizon 3: tokens per call will be lower" in out
+    assert "truncated       samples:wide, horizon 3: tokens per call will be lower" in out
     assert "horizon 2:" not in out
 
 
@@ -199,7 +187,7 @@ def test_the_version_and_help_are_shown(monkeypatch, capsys):
         (("study", *SMALL, "--corpus", "nowhere.txt"), "no such file"),
         (("study", *SMALL, "--unknown"), "--unknown"),
         (("study", "--model", "no/such-model"), "unknown model"),
-        (("study", "--model", "tiny_models:broken", "--context-length", "4"), "NaN"),
+        (("study", "--model", "samples:broken", "--context-length", "4"), "NaN"),
         (("report", "nowhere"), "no finished study"),
         (("train-base", "poetry"), "code, prose"),
         (("train-base", "code", "--steps", "0"), "--steps 0"),

@@ -117,6 +117,21 @@ def test_no_files_import_each_other_in_a_circle(root):
     assert not _circles(_edges(root))
 
 
+def _entries(folder) -> list:
+    return [path for path in folder.iterdir() if path.name != "__pycache__"]
+
+
+def test_no_file_is_long_and_no_folder_is_full(root):
+    files = [*_files(root), *(root / "tests").rglob("*.py")]
+    long = {path: count for path in files if (count := len(path.read_text().splitlines())) > 400}
+    full = {
+        folder: count
+        for folder in {path.parent for path in _files(root)}
+        if (count := len(_entries(folder))) > (26 if folder == root / "cpmtp" else 12)
+    }
+    assert not long and not full
+
+
 def test_the_face_loads_what_it_names_and_nothing_else_imports_it(root):
     for path in _files(root):
         if path.name != "__init__.py" and path.parent != root / "cpmtp" / "commands":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_joint import brute_force_joint
+from reference import brute_force_joint
 from rounding import FORWARD, rounding
-from tiny_models import BigramTable, BrokenModel, RecurrentModel
+from samples import BigramTable, BrokenModel, RecurrentModel
 from unchecked import unchecked
 
 from cpmtp.joint_distribution import (
@@ -178,6 +180,22 @@ def test_a_joint_comes_back_from_its_file(tmp_path):
     joint = exact_joint(BigramTable(4), CONTEXT, 3)
     joint.save(tmp_path / "joint.safetensors")
     assert JointDistribution.load(tmp_path / "joint.safetensors").probs.equal(joint.probs)
+
+
+def test_a_joint_that_cannot_be_written_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "joint.safetensors"
+    before = exact_joint(BigramTable(4), CONTEXT, 2)
+    before.save(path)
+
+    def half(tensors, to, metadata):
+        Path(to).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("cpmtp.whole_files.save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        exact_joint(BigramTable(4), CONTEXT, 3).save(path)
+    assert JointDistribution.load(path).probs.equal(before.probs)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from rounding import rounding
-from tiny_models import BigramTable, RecurrentModel
+from samples import BigramTable, CharacterTable, RecurrentModel
 
 from cpmtp.joint_distribution import exact_joint
-from cpmtp.language_model import LanguageModel, MarkovLanguageModel, sample_sequences, separated_hmm
+from cpmtp.language_model import (
+    HiddenStateLanguageModel,
+    LanguageModel,
+    MarkovLanguageModel,
+    TextLanguageModel,
+    sample_sequences,
+    separated_hmm,
+)
+from cpmtp.pretrained import load_language_model
 
 EMPTY = torch.empty(0, dtype=torch.long)
 
@@ -17,6 +25,17 @@ def test_two_names_make_a_language_model():
     assert isinstance(BigramTable(), LanguageModel)
     assert isinstance(RecurrentModel(), LanguageModel)
     assert not isinstance(object(), LanguageModel)
+
+
+def test_what_else_a_model_offers_is_asked_by_protocols_that_compute_nothing(monkeypatch):
+    lm = load_language_model("code")
+    for name in ("fingerprint", "tokenizer_fingerprint", "unembedding", "trunk"):
+        asked = property(lambda self, name=name: pytest.fail(f"{name} was computed"))
+        monkeypatch.setattr(type(lm), name, asked)
+    assert isinstance(lm, HiddenStateLanguageModel) and isinstance(lm, TextLanguageModel)
+    assert isinstance(CharacterTable(), TextLanguageModel)
+    assert not isinstance(CharacterTable(), HiddenStateLanguageModel)
+    assert not isinstance(BigramTable(), TextLanguageModel)
 
 
 def test_a_hidden_markov_joint_is_the_sum_over_paths():

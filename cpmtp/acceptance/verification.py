@@ -144,29 +144,13 @@ def survival_along(ratios: Float[Tensor, "*texts drafted"], rule: str) -> Tensor
     return torch.stack(found, -1)  # (*texts, drafted)
 
 
-@dataclass(frozen=True)
-class Verification:
-    """What a rule makes of drafted paths, before any random number is drawn.
-
-    Attributes
-    ----------
-    accepted_length_probs : (*batch, length + 1) tensor
-        Probability that exactly the first 0 … length tokens are accepted; sums to one.
-    next_token_probs : (*batch, length + 1, vocab) tensor
-        Distribution of the token emitted after that many accepted ones.
-    """
-
-    accepted_length_probs: Float[Tensor, "*batch positions"]
-    next_token_probs: Float[Tensor, "*batch positions vocab"]
-
-
-def verify(
+def accepted_lengths(
     p: Float[Tensor, "*batch positions vocab"],
     q: Float[Tensor, "*batch length vocab"],
     path: Int[Tensor, "*batch length"],
     rule: str,
-) -> Verification:
-    """Verify drafted paths.
+) -> tuple[Float[Tensor, "*batch positions"], Float[Tensor, "*batch length"]]:
+    """What a rule makes of drafted paths, before any random number is drawn.
 
     ``token`` (Leviathan et al. 2023; Chen et al. 2023) accepts token i with probability ``min(1,
     p_i / q_i)`` and stops at the first refusal; the correction follows ``max(p - q, 0)``,
@@ -177,18 +161,23 @@ def verify(
     = sum_x max(w_i p_{i+1}(x) - q_{i+1}(x), 0)``, ``h_length = w_length``; the correction after i
     follows ``max(w_i p_{i+1} - q_{i+1}, 0)``, normalised.
 
+    Nothing is checked: a decoder asks for it at every call.
+
     Parameters
     ----------
     p, q : (*batch, length + 1, vocab) and (*batch, length, vocab) tensors
         Distributions of target and draft along the path.
     path : (*batch, length) long tensor
-        The drafted tokens; a token the draft gives no mass has no business here and is refused.
+        The drafted tokens; none that the draft gives no mass.
     rule : {"token", "block"}
 
-    Raises
-    ------
-    ValueError
-        If the rule is unknown or the shapes do not match.
+    Returns
+    -------
+    accepted_length_probs : (*batch, length + 1) tensor
+        Probability that exactly the first 0 … length tokens are accepted; sums to one.
+    scale : (*batch, length) tensor
+        The correction after i accepted tokens follows ``residual_law(p_i, q_i, scale_i)``; after
+        all of them, the target.
 
     References
     ----------
@@ -198,36 +187,8 @@ def verify(
     --------
     >>> p = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
     >>> q = torch.tensor([[1.0, 0.0]])
-    >>> verify(p, q, torch.tensor([0]), "token").accepted_length_probs
+    >>> accepted_lengths(p, q, torch.tensor([0]), "token")[0]
     tensor([0.5000, 0.5000])
-    """
-    check_rule(rule, VERIFIED)
-    length = path.shape[-1]
-    if p.shape[-2] != length + 1 or q.shape[-2] != length or p.shape[-1] != q.shape[-1]:
-        raise ValueError(
-            f"distributions of shapes {tuple(p.shape)} and {tuple(q.shape)} for paths of {length} "
-            f"tokens: expected {length + 1} and {length} positions over one vocabulary"
-        )
-    accepted, scale = accepted_lengths(p, q, path, rule)
-    corrections = residual_law(p[..., :length, :], q, scale)  # (*batch, length, vocab)
-    following = torch.cat([corrections, p[..., length:, :]], -2)  # (*batch, length + 1, vocab)
-    return Verification(accepted, following)
-
-
-def accepted_lengths(
-    p: Float[Tensor, "*batch positions vocab"],
-    q: Float[Tensor, "*batch length vocab"],
-    path: Int[Tensor, "*batch length"],
-    rule: str,
-) -> tuple[Float[Tensor, "*batch positions"], Float[Tensor, "*batch length"]]:
-    """`verify` for a decoder, which needs the correction at one position only; nothing is checked.
-
-    Returns
-    -------
-    accepted_length_probs : (*batch, length + 1) tensor
-    scale : (*batch, length) tensor
-        The correction after i accepted tokens follows ``residual_law(p_i, q_i, scale_i)``; after
-        all of them, the target.
     """
     length = path.shape[-1]
     drafted = q.gather(-1, path.unsqueeze(-1)).squeeze(-1)  # (*batch, length)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.heads.cp_head import CPHead
+from cpmtp.language_model import HiddenStateLanguageModel
 
 
 def custom_generate(
-    lm: Any, draft: CPHead, *, rule: str = "block", seed: int = 0
+    lm: HiddenStateLanguageModel, draft: CPHead, *, rule: str = "block", seed: int = 0
 ) -> Callable[..., Tensor]:
     """For transformers:
     ``model.generate(ids, custom_generate=custom_generate(lm, head), do_sample=True)``.

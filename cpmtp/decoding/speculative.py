@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +25,7 @@ from cpmtp.decoding.trials import CALLS, PREFIXES, open_target
 from cpmtp.drafts.blocks import Block, CPBlock
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.heads.cp_head import CPHead
+from cpmtp.language_model import LanguageModel, TextLanguageModel
 from cpmtp.sampling_law import SamplingLaw, draw
 
 _RULES = (*VERIFIED, "greedy")
@@ -59,7 +59,7 @@ class Generation:
 
 
 def speculative_generate(
-    lm: Any,
+    lm: LanguageModel,
     draft: CPHead | ContextDraft | None,
     token_ids: Int[Tensor, " time"] | Sequence[Int[Tensor, " _"]],
     *,
@@ -110,7 +110,8 @@ def speculative_generate(
     ------
     ValueError
         If a prompt is empty or runs past the model's window, a name is unknown, ``greedy`` comes
-        with a temperature above 0, or the head belongs to another model.
+        with a temperature above 0, the head belongs to another model, or a model that writes no
+        text gets stop strings.
 
     References
     ----------
@@ -134,7 +135,7 @@ def speculative_generate(
     _check(lm, prompts, rule, law, max_new_tokens)
     if isinstance(draft, CPHead):
         draft.attach(lm)
-    endings = _Endings(lm, eos_token_id, tuple(stop_strings), callback)
+    endings = _Endings(_reads_text(lm, stop_strings), eos_token_id, tuple(stop_strings), callback)
     plan = _Plan(law, "token" if rule == "greedy" else rule, seed, max_new_tokens, endings)
     started = time.perf_counter()
     with torch.inference_mode():
@@ -153,7 +154,7 @@ def speculative_generate(
 class _Endings:
     """Where a row ends early."""
 
-    lm: Any = None
+    lm: TextLanguageModel | None
     eos_token_id: int | None = None
     stop_strings: tuple[str, ...] = ()
     callback: Callable[[int, Tensor], bool | None] | None = None
@@ -163,11 +164,23 @@ class _Endings:
         for k, token in enumerate(block):
             if token == self.eos_token_id:
                 return block[: k + 1], True
-            if self.stop_strings:
+            if self.lm is not None and self.stop_strings:
                 text = self.lm.decode(torch.tensor(before + block[: k + 1]))
                 if any(stop in text for stop in self.stop_strings):
                     return block[: k + 1], True
         return block, False
+
+
+def _reads_text(lm: LanguageModel, stop_strings: Sequence[str]) -> TextLanguageModel | None:
+    """The model where it reads and writes text; one that does not has no use for stop strings."""
+    if isinstance(lm, TextLanguageModel):
+        return lm
+    if stop_strings:
+        raise ValueError(
+            f"stop_strings {list(stop_strings)} for a model without encode_document and decode: "
+            "give eos_token_id, or a model that reads and writes text"
+        )
+    return None
 
 
 @dataclass(frozen=True)
@@ -186,7 +199,7 @@ class _Run:
 
     def __init__(
         self,
-        lm: Any,
+        lm: LanguageModel,
         draft: CPHead | ContextDraft | None,
         prompts: list[Tensor],
         plan: _Plan,

@@ -62,6 +62,12 @@ class GenerationStats:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
+    def cycle_seconds(self) -> dict[str, float]:
+        """Mean seconds of a cycle by stage: ``target_seconds``, ``draft_seconds`` and so on."""
+        cycles = max(self.calls - 1, 1)
+        return {f"{name}_seconds": spent / cycles for name, spent in self.stage_seconds.items()}
+
+    @property
     def accepted_per_position(self) -> tuple[int, ...]:
         """In how many cycles of a row the k-th drafted token was accepted, k = 1, 2, …."""
         return tuple(int(c) for c in np.cumsum(self.accepted_counts[::-1])[::-1][1:])

@@ -17,14 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cpmtp.drafts.prefix_tables import GrowingTable
+from cpmtp.drafts.prefix_tables import GrowingTable, picked
 from cpmtp.drafts.support import Support
 from cpmtp.language_model import draw_tokens
 from cpmtp.sampling_law import SamplingLaw, ratio
 
 _SIMPLEX_TOLERANCE = 1e-5
-# Probabilities made at once where only some of each row are wanted.
-_ENTRIES_AT_ONCE = 1 << 21
 
 
 class Mixture(ABC):
@@ -199,12 +197,14 @@ class Mixture(ABC):
             return (weights * emitted).sum(-1).double()
 
         place, there = self._place(position, tokens)
-        found = torch.zeros(len(tokens), dtype=torch.float64, device=self.weights.device)
-        size = max(_ENTRIES_AT_ONCE // self._sizes[position], 1)
-        for start in range(0, len(prefixes), size):
-            probs = law.process(self._next(prefixes[start : start + size], told=told).double())
-            here = (row >= start) & (row < start + size)  # (children,)
-            found[here] = probs[row[here] - start, place[here]]
+        width = self._sizes[position]
+        found = picked(
+            lambda some: law.process(self._next(some, told=told).double()),
+            prefixes,
+            row,
+            place,
+            width,
+        )
         return found * there
 
     def proposes(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+# Probabilities made at once where only some of each row are wanted.
+_ENTRIES_AT_ONCE = 1 << 21
 
 
 @runtime_checkable
@@ -93,6 +97,15 @@ def row_of(table: Tensor, prefix: Int[Tensor, "*batch"], batch: int) -> Tensor:
     return rows.take_along_dim(prefix[..., None, None], -2)
 
 
+def rows_at(
+    values: Float[Tensor, "*values_batch size width"], place: Int[Tensor, "*batch rows"]
+) -> Float[Tensor, "*batch rows width"]:
+    """Rows of a matrix, or of one per entry of the batch."""
+    if values.ndim == 2:
+        return values[place]
+    return values.take_along_dim(place.unsqueeze(-1), -2)
+
+
 def tables_of(
     joints: list[Tensor], lead: int, start: int
 ) -> Iterator[Float[Tensor, "*lead prefixes vocab"]]:
@@ -111,3 +124,19 @@ def joints_of_prefixes(probs: Tensor, horizon: int) -> list[Tensor]:
 def broadcast_first(first: Tensor, rest: Tensor) -> Tensor:
     """`first` with an axis of one for each of the later axes of `rest`."""
     return first.reshape(*first.shape, *(1,) * (rest.ndim - first.ndim))  # (*first, 1, …, 1)
+
+
+def picked(
+    read: Callable[[Tensor], Tensor],
+    prefixes: Int[Tensor, "count length"],
+    row: Int[Tensor, " children"],
+    place: Int[Tensor, " children"],
+    width: int,
+) -> Float[Tensor, " children"]:
+    """Entries (row, place) of what is read of prefixes, (count, width), some prefixes at a time."""
+    found = torch.zeros(len(row), dtype=torch.float64)
+    size = max(_ENTRIES_AT_ONCE // width, 1)
+    for start in range(0, len(prefixes), size):
+        here = (row >= start) & (row < start + size)  # (children,)
+        found[here] = read(prefixes[start : start + size])[row[here] - start, place[here]].double()
+    return found

@@ -73,15 +73,13 @@ class Support:
         """
         batch = tuple(batch_shape)
         if isinstance(ids, Tensor):
-            per_position = ids.unsqueeze(-2) if ids.ndim == 1 else ids  # (*batch, positions, size)
-            if ids.ndim == 1:
-                per_position = per_position.expand(positions, -1)
-            if ids.ndim not in (1, 2, 2 + len(batch)) or per_position.shape[-2] != positions:
+            shapes = [(), (positions,), (*batch, positions)]
+            if tuple(ids.shape[:-1]) not in shapes:
                 raise ValueError(
                     f"ids of shape {tuple(ids.shape)}: expected (size,), ({positions}, size) or "
                     f"{(*batch, positions, 'size')}"
                 )
-            ids = per_position.unbind(-2)
+            ids = (ids,) * positions if ids.ndim == 1 else ids.unbind(-2)
         if len(ids) != positions:
             raise ValueError(f"ids of {len(ids)} positions: expected {positions}")
         return cls(tuple(part.expand(*batch, part.shape[-1]) for part in ids), vocab_size)

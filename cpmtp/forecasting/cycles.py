@@ -18,7 +18,6 @@ cycles is integrated out; only that of texts is left.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from cpmtp.acceptance.verification import VERIFIED, check_rule, survival_along
 from cpmtp.heads.cp_head import CPHead
+from cpmtp.language_model import HiddenStateLanguageModel
 from cpmtp.resampling import normal_half_width
 from cpmtp.sampling_law import SamplingLaw
 
@@ -58,7 +58,7 @@ class CycleForecast:
 
 
 def forecast_cycles(
-    lm: Any,
+    lm: HiddenStateLanguageModel,
     head: CPHead,
     tokens: Int[Tensor, "texts time"],
     *,
@@ -159,7 +159,9 @@ def start_probs(kept: Float[Tensor, "texts starts horizon"]) -> Float[Tensor, "t
 
 
 @torch.no_grad()
-def _text_ratios(lm: Any, head: CPHead, row: Tensor, start: int, law: SamplingLaw) -> Tensor:
+def _text_ratios(
+    lm: HiddenStateLanguageModel, head: CPHead, row: Tensor, start: int, law: SamplingLaw
+) -> Tensor:
     """``q / p`` (1, starts, drafted) of one text (1, time); what lies beyond its end is 0."""
     row = row.to(lm.device)
     hidden = lm.hidden_states(row)[0]

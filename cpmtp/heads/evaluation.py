@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pandas as pd
 import torch
@@ -18,11 +17,16 @@ from cpmtp.drafts.divergence import divergences
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.heads.losses import head_loss
 from cpmtp.joint_distribution import JointDistribution, exact_joint
+from cpmtp.language_model import HiddenStateLanguageModel
 
 
 @torch.no_grad()
 def head_draft(
-    lm: Any, head: CPHead, context: Int[Tensor, " time"], *, horizon: int | None = None
+    lm: HiddenStateLanguageModel,
+    head: CPHead,
+    context: Int[Tensor, " time"],
+    *,
+    horizon: int | None = None,
 ) -> CPDistribution:
     """What the head drafts after one context, in the form `implied_acceptance` takes; float64.
 
@@ -55,7 +59,7 @@ def head_draft(
 
 @torch.no_grad()
 def held_out_survival(
-    lm: Any, head: CPHead, tokens: Int[Tensor, "rows length"]
+    lm: HiddenStateLanguageModel, head: CPHead, tokens: Int[Tensor, "rows length"]
 ) -> Float[Tensor, "rows horizon"]:
     """Survival under block verification, first token from the target, averaged over each row's
     positions.
@@ -73,7 +77,7 @@ def held_out_survival(
 
 
 def waterfall(
-    lm: Any,
+    lm: HiddenStateLanguageModel,
     heads: Sequence[CPHead],
     contexts: Mapping[str, Int[Tensor, " _"]],
     *,
@@ -147,7 +151,7 @@ def rank_ceilings(
 
 
 def learned_scores(
-    lm: Any,
+    lm: HiddenStateLanguageModel,
     head: CPHead,
     context: Int[Tensor, " time"],
     joint: JointDistribution,

@@ -135,13 +135,6 @@ def column_descriptions(longest_horizon: int = 3) -> dict[str, str]:
     }
 
 
-def table_columns(settings: StudySettings) -> list[str]:
-    """Names of the table's columns, in order; units are the suffixes, probabilities and counts have
-    none.
-    """
-    return table_schema(settings).names
-
-
 def table_schema(settings: StudySettings) -> pa.Schema:
     """Names, types and descriptions of the table's columns."""
     return _schema(max(settings.horizons))

@@ -21,7 +21,11 @@ from tqdm.auto import tqdm
 
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.heads.losses import OBJECTIVES, HeadLoss, head_loss
-from cpmtp.language_model import sample_sequences
+from cpmtp.language_model import (
+    HiddenStateLanguageModel,
+    TextLanguageModel,
+    sample_sequences,
+)
 from cpmtp.training.loop import Batch, Run, Schedule, drawn_windows, train
 from cpmtp.training.muon import Muon
 from cpmtp.training.new_models import locally_seeded
@@ -94,7 +98,7 @@ class HeadTrainingSettings:
 
 
 def train_head(
-    lm: Any,
+    lm: HiddenStateLanguageModel,
     settings: HeadTrainingSettings = HeadTrainingSettings(),
     *,
     out: str | Path | None = None,
@@ -145,7 +149,7 @@ def train_head(
 
 
 def train_heads(
-    lm: Any,
+    lm: HiddenStateLanguageModel,
     settings: Sequence[HeadTrainingSettings],
     folders: Sequence[Path] | None = None,
     *,
@@ -199,7 +203,9 @@ def train_heads(
     return [_finished(run, setting) for run, setting in zip(runs, settings, strict=True)]
 
 
-def windows_of_text(lm: Any, texts: Sequence[str], length: int) -> Int[Tensor, "count length"]:
+def windows_of_text(
+    lm: TextLanguageModel, texts: Sequence[str], length: int
+) -> Int[Tensor, "count length"]:
     """Texts cut into windows of `length` tokens; what is left at a text's end is dropped."""
     parts = [
         ids[: len(ids) // length * length].view(-1, length)

@@ -14,14 +14,14 @@ import torch
 import transformers
 from scipy.stats import kstest
 
+from cpmtp.decoding.stats import STAGES
 from cpmtp.latency import LatencyModel
 from cpmtp.report.blocks import Figure, Section, Table, Text
 from cpmtp.report.document import Report
 from cpmtp.report.plots import plot_forecast, plot_step_times
+from cpmtp.validation.measurements import SHAPE
 from cpmtp.validation.stages import Workplace, fit_latency
 from cpmtp.whole_files import write_parquet, write_text
-
-_STAGES = ("target", "draft", "verification", "rest")
 
 
 def write_results(tables: dict[str, pd.DataFrame], place: Workplace) -> None:
@@ -45,13 +45,11 @@ def write_results(tables: dict[str, pd.DataFrame], place: Workplace) -> None:
 def decoded_cells(tables: dict[str, pd.DataFrame], latency: LatencyModel) -> pd.DataFrame:
     """One row per head, temperature and batch: forecast, measurement, times, throughput."""
     keys = ["base", "head", "temperature"]
-    forecast = tables["forecast"].drop(
-        columns=["part_seconds", "horizon", "rank", "anchored", "head_parameters"]
-    )
-    measured = tables["acceptance"].drop(columns="part_seconds")
-    cells = (
-        tables["decoding"].merge(forecast, on=keys, how="left").merge(measured, on=keys, how="left")
-    )
+    cells = tables["decoding"]
+    for name in ("forecast", "acceptance"):
+        # What a head is stands in every table.
+        more = tables[name].drop(columns=["part_seconds", *SHAPE])
+        cells = cells.merge(more, on=keys, how="left")
     seconds = [
         latency.call_seconds(int(row.horizon), int(row.rank))
         if row.horizon == row.horizon
@@ -61,7 +59,7 @@ def decoded_cells(tables: dict[str, pd.DataFrame], latency: LatencyModel) -> pd.
     cells["predicted_tokens_per_second"] = cells["forecast"] / np.array(seconds)
     cells["forecast_error"] = cells["forecast"] / cells["measured"] - 1
     cells["plain_forecast_error"] = cells["plain_forecast"] / cells["measured"] - 1
-    spent = cells[[f"{name}_seconds" for name in _STAGES]]
+    spent = cells[[f"{name}_seconds" for name in STAGES]]
     cells["draft_and_verification_share"] = 1 - spent["target_seconds"] / spent.sum(axis=1)
     return cells.drop(columns="part_seconds")
 
@@ -124,7 +122,7 @@ def sections(tables: dict[str, pd.DataFrame], cells: pd.DataFrame, found: dict) 
     warmest = one[one["temperature"] == one["temperature"].max()]
     warmest = warmest.assign(rank=warmest["rank"].astype(int))
     told = warmest[warmest["anchored"].astype(bool)]
-    steps = told[[f"{name}_seconds" for name in _STAGES]]
+    steps = told[[f"{name}_seconds" for name in STAGES]]
     steps.insert(
         0, "label", [f"n{n:.0f} r{r}" for n, r in zip(told["horizon"], told["rank"], strict=True)]
     )

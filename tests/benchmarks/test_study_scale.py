@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from command_line import process
 
 from cpmtp.study.running import read_study, run_study
 from cpmtp.study.settings import StudySettings
@@ -23,7 +24,7 @@ from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import FIRST_TOKENS, RULES
 from cpmtp.study.rows import _row
 
-settings = StudySettings(models=("tiny_models:bigram",), contexts=2800, context_length=64,
+settings = StudySettings(models=("samples:bigram",), contexts=2800, context_length=64,
     horizons=(2, 3), ranks=(1, 2, 4, 8, 16, 32), methods=("als", "em", "gradient"))
 imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -136,16 +137,7 @@ def test_a_small_real_model_is_studied_unattended_on_two_domains_in_ten_minutes(
         (tmp_path / domain).mkdir()
         for i, text in enumerate(documents):
             (tmp_path / domain / f"{i}.txt").write_text(text, "utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "cpmtp.cli",
-        "study",
-        "--model",
-        str(stories),
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    command = process("study", "--model", stories, "--out", tmp_path / "out")
     command += [part for domain in texts for part in ("--domain", f"{domain}={tmp_path / domain}")]
     begun = time.perf_counter()
     done = subprocess.run(

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_drafts import FORMS, WIDTH, random_draft, random_form
+from random_forms import FORMS, WIDTH, random_form
 from reference_drafts import naive_tensor
 from rounding import rounding
+from samples import random_draft
 from scipy.stats import chi2
 from unchecked import unchecked
 

@@ -78,6 +78,15 @@ one = torch.ones(1)
             lambda: Support.of(torch.zeros(3, 2, 2, dtype=torch.long), vocab_size=4, positions=2),
             "expected (size,)",
         ),
+        (
+            lambda: Support.of(
+                torch.zeros(3, 2, 1, dtype=torch.long),
+                vocab_size=4,
+                positions=2,
+                batch_shape=(2,),
+            ),
+            "expected (size,)",
+        ),
         (lambda: Support.of([torch.tensor([1])], vocab_size=4, positions=2), "expected 2"),
         (
             lambda: CPDistribution(

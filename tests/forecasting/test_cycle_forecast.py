@@ -9,11 +9,11 @@ from functools import cache
 
 import pytest
 import torch
-from random_drafts import random_draft
+from reference import verify
 from rounding import rounding
+from samples import random_draft
 from unchecked import unchecked
 
-from cpmtp.acceptance.verification import verify
 from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.forecasting.cycles import (
     forecast_cycles,

@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,7 +13,9 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from command_line import process
 from rounding import kl_rounding, rounding
+from samples import tiny_study, without_times
 
 from cpmtp.decomposition.fitting import fit_path
 from cpmtp.joint_distribution import exact_joint
@@ -22,21 +23,9 @@ from cpmtp.ranking.parts import best_fits
 from cpmtp.report.document import write_report
 from cpmtp.study.plan import estimate_study, open_language_model, plan_study
 from cpmtp.study.running import read_study, run_study
-from cpmtp.study.settings import StudySettings
-from cpmtp.study.table import KEY_COLUMNS, SCHEMA_VERSION, TIMING_COLUMNS, table_columns
+from cpmtp.study.table import KEY_COLUMNS, SCHEMA_VERSION, TIMING_COLUMNS, column_descriptions
 
-TINY = StudySettings(
-    models=("tiny_models:bigram",),
-    horizons=(2, 3),
-    ranks=(1, 2, 4),
-    methods=("als", "em"),
-    contexts=3,
-    context_length=4,
-)
-
-
-def without_times(table: pd.DataFrame) -> pd.DataFrame:
-    return table.drop(columns=list(TIMING_COLUMNS))
+TINY = tiny_study(horizons=(2, 3), ranks=(1, 2, 4), methods=("als", "em"), contexts=3)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +36,7 @@ def table(tmp_path_factory):
 def test_there_is_one_row_per_cell(table):
     assert len(table) == 3 * 2 * 3 * 2 == estimate_study(TINY).cells
     assert not table.duplicated(list(KEY_COLUMNS)).any()
-    assert list(table.columns) == table_columns(TINY)
+    assert list(table.columns) == list(column_descriptions(3))
     assert (table["status"] != "failed").all()
 
 
@@ -77,7 +66,7 @@ def test_a_failed_fit_is_never_the_best(tmp_path, monkeypatch):
 def test_a_table_of_an_earlier_version_is_read_with_this_versions_columns(root, name):
     stored, manifest = read_study(root / "data" / "studies" / name)
     assert stored["schema_version"].unique() == [1] and manifest["schema_version"] == 1
-    assert list(stored.columns) == table_columns(replace(TINY, horizons=(2, 3)))
+    assert list(stored.columns) == list(column_descriptions(3))
     pd.testing.assert_frame_equal(stored[stored["best"]], best_fits(stored))
     assert not stored["anchored"].any() and set(stored["joint"]) == {"dense"}
     for column in ("tokens_per_call_block_target", "tokens_per_call_coupling_draft"):
@@ -149,15 +138,13 @@ def test_the_manifest_names_versions_settings_and_models(tmp_path):
     _, manifest = read_study(tmp_path)
     assert manifest["settings"]["ranks"] == [1]
     assert manifest["versions"]["torch"]
-    assert manifest["models"]["tiny_models:bigram"]["vocab_size"] == 6
+    assert manifest["models"]["samples:bigram"]["vocab_size"] == 6
 
 
 def test_contexts_are_cut_from_a_corpus_document_by_document(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(name * 50)
-    settings = replace(
-        TINY, models=("tiny_models:characters",), corpus=(str(tmp_path),), contexts=5
-    )
+    settings = replace(TINY, models=("samples:characters",), corpus=(str(tmp_path),), contexts=5)
     units, identity = plan_study(settings)
     assert len({u.document for u in units}) == 3
     assert all(len(set(u.token_ids)) == 1 and len(u.token_ids) == 4 for u in units)
@@ -201,20 +188,20 @@ def test_a_joint_that_is_too_large_becomes_a_tree_with_bounds(tmp_path):
         and tree["kl_floor_nats"].isna().all()
     )
     assert (tree["tokens_per_call_block_target"] < tree["tokens_per_call_upper_block_target"]).all()
-    assert read_study(tmp_path)[1]["models"]["tiny_models:bigram"]["truncated_horizons"] == [3]
+    assert read_study(tmp_path)[1]["models"]["samples:bigram"]["truncated_horizons"] == [3]
     assert len(found) == estimate_study(settings).cells
     write_report(*read_study(tmp_path), tmp_path / "report.html")
 
 
 def test_domains_stand_side_by_side_with_their_bits_per_byte(tmp_path):
-    import tiny_models
+    import samples
 
     for name, letters in (("one", "abcdef"), ("two", "aaab")):
         (tmp_path / f"{name}.txt").write_text(letters * 30)
     domains = {"one": tmp_path / "one.txt", "two": tmp_path / "two.txt"}
     settings = replace(
         TINY,
-        models=("tiny_models:characters",),
+        models=("samples:characters",),
         domains=domains,
         methods=("em",),
         ranks=(1,),
@@ -222,7 +209,7 @@ def test_domains_stand_side_by_side_with_their_bits_per_byte(tmp_path):
     )
     found = run_study(settings, tmp_path / "out", workers=1)
     assert found.groupby("domain")["context"].nunique().to_dict() == {"one": 2, "two": 2}
-    lm = tiny_models.characters()
+    lm = samples.characters()
     for domain in domains:
         units = [u for u in plan_study(settings)[0] if u.domain == domain]
         nats = 0.0
@@ -327,9 +314,9 @@ def test_bad_settings_are_refused_at_once(change, said):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"models": ("tiny_models:broken",)}, "NaN"),
-        ({"models": ("tiny_models:not_a_model",)}, "expected vocab_size and next_token_log_probs"),
-        ({"models": ("tiny_models:nothing_there",)}, "nothing_there"),
+        ({"models": ("samples:broken",)}, "NaN"),
+        ({"models": ("samples:not_a_model",)}, "expected vocab_size and next_token_log_probs"),
+        ({"models": ("samples:nothing_there",)}, "nothing_there"),
         ({"models": ("no_such_module:factory",)}, "no_such_module"),
         ({"models": ("no/such-model",)}, "unknown model 'no/such-model'"),
         ({"horizons": (30,)}, "truncated_joint"),
@@ -345,26 +332,10 @@ def test_what_cannot_be_studied_is_refused_before_any_work(change, said, tmp_pat
 
 
 def test_a_study_killed_half_way_finishes_with_the_same_table(tmp_path, root):
-    command = [
-        sys.executable,
-        "-m",
-        "cpmtp.cli",
-        "study",
-        "--model",
-        "tiny_models:hidden_markov",
-        "--contexts",
-        "8",
-    ]
-    command += [
-        "--context-length",
-        "4",
-        "--ranks",
-        "1,2,4,8",
-        "--methods",
-        "als,em",
-        "--workers",
-        "1",
-    ]
+    command = process(
+        "study --model samples:hidden_markov --contexts 8 --context-length 4 --ranks 1,2,4,8 "
+        "--methods als,em --workers 1"
+    )
     environment = os.environ | {"PYTHONPATH": str(root / "tests"), "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen([*command, "--out", tmp_path / "killed"], cwd=root, env=environment)
     parts = tmp_path / "killed" / "parts"
@@ -379,9 +350,7 @@ def test_a_study_killed_half_way_finishes_with_the_same_table(tmp_path, root):
         done = subprocess.run(
             [*command, "--out", tmp_path / folder], cwd=root, env=environment, capture_output=True
         )
-        assert done.returncode in (
-            0,
-            1,
-        )  # 1: least squares above the true rank is singular, and said to be
+        # 1: least squares above the true rank is singular, and said to be
+        assert done.returncode in (0, 1)
     killed, whole = (read_study(tmp_path / folder)[0] for folder in ("killed", "whole"))
     pd.testing.assert_frame_equal(without_times(killed), without_times(whole))

@@ -18,25 +18,15 @@ from dataclasses import replace
 import pandas as pd
 import psutil
 import pytest
+from command_line import process, run, words
+from samples import tiny_study, without_times
 
 from cpmtp.study.folder import StudyFolder
 from cpmtp.study.plan import plan_study
 from cpmtp.study.running import read_study, run_study
-from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import KEY_COLUMNS, TIMING_COLUMNS
 
-TINY = StudySettings(
-    models=("tiny_models:bigram",),
-    horizons=(2,),
-    ranks=(1, 2),
-    methods=("em",),
-    contexts=4,
-    context_length=4,
-)
-
-
-def without_times(table: pd.DataFrame) -> pd.DataFrame:
-    return table.drop(columns=list(TIMING_COLUMNS))
+TINY = tiny_study()
 
 
 @pytest.fixture(scope="module")
@@ -120,33 +110,16 @@ def test_a_part_that_cannot_be_written_is_in_the_table_all_the_same(table, tmp_p
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux's")
 def test_a_full_disk_is_one_line_and_status_one(monkeypatch, capsys, tmp_path):
-    from cpmtp.cli import main
-
     def full(path, table, **_):
         with open("/dev/full", "w") as file:
             file.write("x" * 100_000)
 
     monkeypatch.setattr("cpmtp.study.table.write_parquet", full)
     monkeypatch.setattr("cpmtp.study.folder.write_parquet", full)
-    arguments = [
-        "cpmtp",
-        "study",
-        "--model",
-        "tiny_models:bigram",
-        "--contexts",
-        "2",
-        "--context-length",
-        "4",
-        "--ranks",
-        "1",
-    ]
-    monkeypatch.setattr(
-        "sys.argv", [*arguments, "--methods", "em", "--workers", "1", "--out", str(tmp_path)]
-    )
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 1
-    assert "No space left on device" in capsys.readouterr().err
+    line = "study --model samples:bigram --contexts 2 --context-length 4 --ranks 1 --methods em"
+    more = ("--workers", 1, "--out", tmp_path)
+    status, _, err = run(monkeypatch, capsys, *words(line), *more)
+    assert status == 1 and "No space left on device" in err
 
 
 class Forgetful(ThreadPoolExecutor):
@@ -231,9 +204,7 @@ def test_a_folder_is_free_again_when_the_process_that_used_it_is_killed(tmp_path
 def test_another_text_under_the_same_name_is_another_study(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abcdef" * 20)
-    settings = replace(
-        TINY, models=("tiny_models:characters",), domains={"letters": text}, contexts=2
-    )
+    settings = replace(TINY, models=("samples:characters",), domains={"letters": text}, contexts=2)
     run_study(settings, tmp_path / "out", workers=1)
     text.write_text("fedcba" * 20)
     with pytest.raises(ValueError, match="the texts of domain 'letters' itself"):
@@ -241,39 +212,23 @@ def test_another_text_under_the_same_name_is_another_study(tmp_path):
 
 
 def test_another_model_under_the_same_name_is_another_study(tmp_path, monkeypatch):
-    import tiny_models
+    import samples
 
     from cpmtp.study.plan import open_language_model
 
     run_study(TINY, tmp_path, workers=1)
-    monkeypatch.setattr(tiny_models, "bigram", lambda: tiny_models.BigramTable(seed=5))
+    monkeypatch.setattr(samples, "bigram", lambda: samples.BigramTable(seed=5))
     open_language_model.cache_clear()
-    with pytest.raises(ValueError, match="the model 'tiny_models:bigram' itself"):
+    with pytest.raises(ValueError, match="the model 'samples:bigram' itself"):
         run_study(TINY, tmp_path, workers=1)
     open_language_model.cache_clear()
 
 
-COMMAND = [
-    sys.executable,
-    "-m",
-    "cpmtp.cli",
-    "study",
-    "--model",
-    "tiny_models:hidden_markov",
-    "--contexts",
-    "400",  # enough that the signal comes before the end, however slow the machine
-    "--context-length",
-    "4",
-    "--horizons",
-    "2",
-    "--ranks",
-    "1,2",
-    "--methods",
-    "em",
-    "--quiet",
-    "--workers",
-    "2",
-]
+# So many contexts that the signal comes before the end, however slow the machine.
+COMMAND = process(
+    "study --model samples:hidden_markov --contexts 400 --context-length 4 --horizons 2 "
+    "--ranks 1,2 --methods em --quiet --workers 2"
+)
 
 
 def started(root, out, **options):
@@ -310,7 +265,7 @@ def test_ctrl_c_is_one_line_and_leaves_nobody_behind(tmp_path, root):
     assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
-LONGER = replace(TINY, models=("tiny_models:hidden_markov",), contexts=24)
+LONGER = replace(TINY, models=("samples:hidden_markov",), contexts=24)
 
 
 def run_in_a_process(out, workers: int):
@@ -405,7 +360,7 @@ def test_a_dask_cluster_that_loses_a_worker_gives_the_same_table(table, tmp_path
     ]
     worker = [*base[:2], "distributed.cli.dask_worker", *options, "--nthreads", "1", "--no-nanny"]
     running = [subprocess.Popen(command, **quiet) for command in (scheduler, worker, worker)]
-    settings = replace(TINY, models=("tiny_models:hidden_markov",), horizons=(2, 3), contexts=24)
+    settings = replace(TINY, models=("samples:hidden_markov",), horizons=(2, 3), contexts=24)
     expected = run_study(settings, tmp_path / "local", workers=1)
     try:
         with distributed.Client(

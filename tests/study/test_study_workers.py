@@ -10,24 +10,18 @@ import time
 
 import psutil
 import pytest
+from samples import tiny_study
 
-from cpmtp.study.plan import StudySettings, plan_study
+from cpmtp.study.plan import plan_study
 from cpmtp.study.running import run_study
 
-TINY = StudySettings(
-    models=("watched:model",),
-    horizons=(2,),
-    ranks=(1, 2),
-    methods=("em",),
-    contexts=5,
-    context_length=4,
-)
+TINY = tiny_study(models=("watched:model",), contexts=5)
 
 # In a worker it insists on the worker's settings, takes its time, and dies of one context.
 MODEL = """
 import os, signal, time
 import torch
-from tiny_models import BigramTable
+from samples import BigramTable
 
 IN_WORKER = os.getpid() != int(os.environ.get("CALLER", os.getpid()))
 

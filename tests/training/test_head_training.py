@@ -10,9 +10,10 @@ import sys
 
 import pytest
 import torch
-from reference_joint import brute_force_survival
+from reference import brute_force_survival
 from rounding import rounding
 from safetensors.torch import load_file
+from samples import CharacterTable
 
 from cpmtp.acceptance.implied import implied_acceptance
 from cpmtp.decomposition.fitting import fit
@@ -229,7 +230,7 @@ def test_settings_out_of_range_are_refused(lm, bad):
 
 
 def test_text_is_cut_into_windows():
-    class Letters:
+    class Letters(CharacterTable):
         def encode_document(self, text):
             return torch.tensor([ord(c) for c in text])
 

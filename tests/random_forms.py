@@ -1,4 +1,4 @@
-"""Drafts without a model behind them."""
+"""Drafts of every form without a model behind them, over all tokens or over some."""
 
 from __future__ import annotations
 
@@ -10,16 +10,6 @@ from cpmtp.drafts.markov_mixture import MarkovMixture
 from cpmtp.drafts.support import Support
 
 WIDTH = 2  # transition rank
-
-
-def random_draft(
-    vocab: int, horizon: int, rank: int, seed: int, batch: tuple[int, ...] = ()
-) -> CPDistribution:
-    numbers = _numbers(seed)
-    weights = numbers(*batch, rank).softmax(-1)
-    return CPDistribution(
-        weights, [numbers(*batch, vocab, rank).softmax(-2) for _ in range(horizon)]
-    )
 
 
 def _numbers(seed: int):
