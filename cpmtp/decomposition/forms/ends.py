@@ -10,9 +10,29 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cpmtp.decomposition.quasi_newton import Minima
+from cpmtp.decomposition.restarts import Plan
 
 # Parameters of many runs: selected by index, joined from a list.
 P = TypeVar("P")
+
+
+@dataclass(frozen=True)
+class Plans:
+    """How a form is fitted, and what it contains.
+
+    Attributes
+    ----------
+    form : Plan
+        Of the form itself.
+    cp : Plan
+        Of the CP distributions of its rank, as they are fitted by themselves.
+    chain : Plan
+        Of one chain, as it is fitted by itself.
+    """
+
+    form: Plan
+    cp: Plan
+    chain: Plan
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cpmtp.decomposition.fit_result import FitResult
 from cpmtp.decomposition.forms.chains import IMPOSSIBLE, Chains
-from cpmtp.decomposition.forms.ends import Ends
+from cpmtp.decomposition.forms.ends import Ends, Plans
 from cpmtp.decomposition.forms.groups import Groups
 from cpmtp.decomposition.forms.hmm import solve_hidden
 from cpmtp.decomposition.forms.solving import Shape, solve_markov
@@ -28,6 +28,8 @@ _NEVER = IMPOSSIBLE / 2
 # Passes over a joint: on its noticeable tokens where it is large (a quarter of them on all), and in
 # all where it is small.
 _PASSES = {"em": (20, 400), "gradient": (60, 1000), "acceptance": (80, 240)}
+# One chain needs no walk over the joint: its passes are cheap.
+_PASSES_OF_ONE = {"em": (100, 400), "gradient": (100, 1000), "acceptance": (80, 240)}
 _SMALL_JOINT = 50_000
 
 
@@ -151,12 +153,15 @@ def fit_form(
     goal = replace(plan.goal, first_token="draft") if anchored else plan.goal
     # What a form contains is fitted as it would be by itself.
     of_cp = replace(plan, goal=goal)
-    plan = replace(of_cp, max_iterations=passes)
+    single = _PASSES_OF_ONE[plan.method][small] if effort is None else effort
+    plans = Plans(
+        replace(of_cp, max_iterations=passes), of_cp, replace(of_cp, max_iterations=single)
+    )
     results: list[FitResult] = []
     below: list[Ends] | None = None
     for rank in ranks:
         started = time.perf_counter()
-        below = problem.solved(form, rank, (plan, of_cp), below)
+        below = problem.solved(form, rank, plans, below)
         results.append(problem.result(below, form, plan.method, started))
     return results
 
@@ -199,9 +204,7 @@ class _Problem:
         marginals = stacked_marginals(given).unflatten(0, first.shape)
         return cls(tuple(parts), batch_shape, first, marginals)
 
-    def solved(
-        self, form: Form, rank: int, plans: tuple[Plan, Plan], below: list[Ends] | None
-    ) -> list[Ends]:
+    def solved(self, form: Form, rank: int, plans: Plans, below: list[Ends] | None) -> list[Ends]:
         """The best of every part; of a hidden Markov form every first token is by itself."""
         found = []
         for number, groups in enumerate(self.parts):

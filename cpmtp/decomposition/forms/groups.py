@@ -13,6 +13,7 @@ from cpmtp.decomposition.forms.likelihood import HalvedTargets
 from cpmtp.decomposition.restarts import noticeable_tokens
 from cpmtp.decomposition.starts import stacked_marginals
 from cpmtp.joint_distribution import JointDistribution
+from cpmtp.sampling_law import entropy
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,19 @@ class Groups:
     def negative_entropy(self) -> Float[Tensor, " groups"]:
         """Mean of the members' ``sum P log P``."""
         return -(self.mass * self.joint.entropy().reshape(self.mass.shape)).sum(1)  # (groups,)
+
+    @cached_property
+    def chain_floor(self) -> Float[Tensor, " groups"]:
+        """What no chain of one component is below, in nats: of a single member the divergence of
+        its conditionals ``sum_i I(x_{i+1}; x_{<i} | x_i)``, of several zero.
+        """
+        if self.mass.shape[1] > 1:
+            return torch.zeros_like(self.mass[:, 0])
+        singles = entropy(self.marginals[:, 0])  # (groups, positions)
+        pairs = entropy(self.pairs[:, 0].flatten(-2))  # (groups, steps)
+        chain = pairs.sum(1) - singles[:, 1:-1].sum(1)  # (groups,)
+        chain = singles[:, 0] if self.positions == 1 else chain
+        return (self.negative_entropy + chain).clamp_min(0.0)
 
     @cached_property
     def targets(self) -> HalvedTargets:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cpmtp.decomposition.forms.acceptance import climbed
 from cpmtp.decomposition.forms.chains import LOWEST_LOGIT
-from cpmtp.decomposition.forms.ends import Ends
+from cpmtp.decomposition.forms.ends import Ends, Plans
 from cpmtp.decomposition.forms.groups import Groups
 from cpmtp.decomposition.forms.likelihood import HalvedTargets
 from cpmtp.decomposition.forms.squarem import Sweeps, swept
@@ -241,9 +241,7 @@ def _normalised(counts: Tensor, before: Tensor) -> Tensor:
     return torch.where(total > 0, share.log().clamp_min(_LOWEST), before.log_softmax(-1))
 
 
-def solve_hidden(
-    groups: Groups, rank: int, plans: tuple[Plan, Plan], below: Ends | None = None
-) -> Ends:
+def solve_hidden(groups: Groups, rank: int, plans: Plans, below: Ends | None = None) -> Ends:
     """The best hidden Markov distribution of every group, which has one member each.
 
     Up to three tokens it is the CP distribution of its rank. Beyond, every restart begins from a CP
@@ -252,12 +250,11 @@ def solve_hidden(
 
     Parameters
     ----------
-    plans : (Plan, Plan)
-        For the form itself, and for the CP distributions that it contains.
+    plans : Plans
     below : Ends, optional
         The answer at a smaller rank.
     """
-    plan, of_cp = plans
+    plan, of_cp = plans.form, plans.cp
     items, probs = Items(groups.joint), groups.probs[:, 0]
     if groups.positions <= 3:
         best = solve(items, rank, of_cp).best

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from cpmtp.decomposition.forms import markov
 from cpmtp.decomposition.forms.acceptance import climbed
 from cpmtp.decomposition.forms.chains import PER_MEMBER, Chains, chains_of
-from cpmtp.decomposition.forms.ends import Ends
+from cpmtp.decomposition.forms.ends import Ends, Plans
 from cpmtp.decomposition.forms.groups import Groups
 from cpmtp.decomposition.forms.markov import Problem
 from cpmtp.decomposition.forms.starts import (
@@ -57,6 +58,14 @@ class Shape:
         """Whether the transitions can vanish."""
         return self.given is None or self.gated
 
+    def is_complete(self, vocab: int) -> bool:
+        """Whether every pair of tokens has a number of its own."""
+        return self.given is None and self.width >= vocab
+
+    def is_closed(self, groups: Groups) -> bool:
+        """Whether the best chain is known: the conditionals of a single member."""
+        return self.is_complete(groups.vocab) and groups.mass.shape[1] == 1 and self.rank == 1
+
     def free(self, vocab: int) -> tuple[str, ...]:
         """Names of what is fitted."""
         gate = ("gate",) if self.gated else ()
@@ -67,7 +76,9 @@ class Shape:
     def start(self, groups: Groups) -> Chains:
         """One chain per group to begin from."""
         if self.given is None:
-            return one_full_chain(groups) if self.width >= groups.vocab else self._padded(groups)
+            return (
+                one_full_chain(groups) if self.is_complete(groups.vocab) else self._padded(groups)
+            )
         left, right = (part.to(groups.probs) for part in self.given)
         count, width = len(groups.mass), left.shape[-1]
         return replace(
@@ -89,9 +100,7 @@ class Shape:
         return replace(self, given=(left[..., tokens, :], right[..., tokens]))
 
 
-def solve_markov(
-    groups: Groups, shape: Shape, plans: tuple[Plan, Plan], below: Ends | None = None
-) -> Ends:
+def solve_markov(groups: Groups, shape: Shape, plans: Plans, below: Ends | None = None) -> Ends:
     """The best Markov mixture of every group; never worse than the forms it contains.
 
     A mixture begins from the chain of its transition rank, whose components are disturbed copies.
@@ -103,8 +112,7 @@ def solve_markov(
     ----------
     groups : Groups
     shape : Shape
-    plans : (Plan, Plan)
-        For the form itself, and for the CP distributions that it contains.
+    plans : Plans
     below : Ends, optional
         The answer at a smaller rank and the same transition rank.
     """
@@ -115,12 +123,11 @@ def solve_markov(
             for row in rows
         ]
         return Ends.joined(parts)
-    plan = plans[0]
+    plan = plans.form if shape.rank > 1 else plans.chain
     by_kl = plan if plan.method != "acceptance" else replace(plan, method="em")
-    chain = _Chain.of(groups, replace(shape, rank=1), by_kl)
-    near = chain.full if shape.rank == 1 else chain.split(shape, by_kl)
+    near = _one_chain(groups, shape, by_kl) if shape.rank == 1 else _mixture(groups, shape, by_kl)
     found = near if by_kl is plan else _run(groups, shape, near.found, plan)
-    for parent in _parents(groups, shape, plans, chain, below):
+    for parent in _parents(groups, shape, plans, found.objective, below):
         if bool((parent.objective < found.objective).any()):
             share = 1 if by_kl is plan else _SHARE_AGAIN
             again = replace(plan, max_iterations=plan.max_iterations // share)
@@ -129,50 +136,46 @@ def solve_markov(
     return found
 
 
-@dataclass(frozen=True)
-class _Chain:
-    """The fits of one component: to all tokens, and to those that a large group is begun on.
+def _one_chain(groups: Groups, shape: Shape, plan: Plan) -> Ends:
+    """The best chain by the divergence: a complete one of a single member in closed form."""
+    core = _core(groups, shape)
+    if core is None:
+        start = shape.start(groups)
+        if not shape.is_closed(groups):
+            return _run(groups, shape, start, plan)
+        found = _run(groups, shape, start, replace(plan, max_iterations=0))
+        return replace(found, converged=torch.ones_like(found.converged))
+    tokens, some = core
+    narrow = shape.narrowed(tokens)
+    chains = _run(some, narrow, narrow.start(some), plan).found
+    return _run(groups, shape, _lifted(chains, groups, tokens, shape), plan)
 
-    Attributes
-    ----------
-    groups : Groups
-    full : Ends
-    core : (tokens, groups, chains), optional
-    """
 
-    groups: Groups
-    full: Ends
-    core: tuple[Tensor, Groups, Chains] | None
+def _mixture(groups: Groups, shape: Shape, plan: Plan) -> Ends:
+    """The best mixture by the divergence, from disturbed copies of a chain."""
+    core = _core(groups, shape)
+    if core is None:
+        chain = _one_chain(groups, replace(shape, rank=1), plan).found
+        copies = split(chain, shape.rank, groups, plan.restarts * _TRIALS, plan.seed)
+        brief = replace(plan, max_iterations=min(_TRIAL_PASSES, plan.max_iterations))
+        tried = Ends.of(*_descended(groups, shape, copies, brief), _TRIALS)
+        return _run(groups, shape, tried.found, plan)
+    tokens, some = core
+    narrow = shape.narrowed(tokens)
+    single = replace(narrow, rank=1)
+    chain = _run(some, single, single.start(some), plan).found
+    copies = split(chain, shape.rank, some, plan.restarts, plan.seed)
+    chains = _run(some, narrow, copies, plan).found
+    rest = replace(plan, max_iterations=plan.max_iterations // _SHARE_ON_ALL)
+    return _run(groups, shape, _lifted(chains, groups, tokens, shape), rest)
 
-    @classmethod
-    def of(cls, groups: Groups, shape: Shape, plan: Plan) -> _Chain:
-        """Of a shape of rank 1."""
-        complete = shape.given is None and shape.width >= groups.vocab
-        if complete and groups.mass.shape[1] == 1:  # in closed form
-            found = _run(groups, shape, shape.start(groups), replace(plan, max_iterations=0))
-            return cls(groups, replace(found, converged=found.converged | True), None)
-        if complete or groups.probs.numel() < CORE_FROM:
-            return cls(groups, _run(groups, shape, shape.start(groups), plan), None)
-        tokens = groups.noticeable
-        core = groups.narrowed(tokens)
-        narrow = shape.narrowed(tokens)
-        chains = _run(core, narrow, narrow.start(core), plan).found
-        start = _lifted(chains, groups, tokens, shape)
-        return cls(groups, _run(groups, shape, start, plan), (tokens, core, chains))
 
-    def split(self, shape: Shape, plan: Plan) -> Ends:
-        """Mixtures from disturbed copies of the chain, on the core first."""
-        if self.core is None:
-            count = plan.restarts * _TRIALS
-            copies = split(self.full.found, shape.rank, self.groups, count, plan.seed)
-            brief = replace(plan, max_iterations=min(_TRIAL_PASSES, plan.max_iterations))
-            tried = Ends.of(*_descended(self.groups, shape, copies, brief), _TRIALS)
-            return _run(self.groups, shape, tried.found, plan)
-        tokens, core, chains = self.core
-        copies = split(chains, shape.rank, core, plan.restarts, plan.seed)
-        ends = _run(core, shape.narrowed(tokens), copies, plan).found
-        rest = replace(plan, max_iterations=plan.max_iterations // _SHARE_ON_ALL)
-        return _run(self.groups, shape, _lifted(ends, self.groups, tokens, shape), rest)
+def _core(groups: Groups, shape: Shape) -> tuple[Tensor, Groups] | None:
+    """The tokens that a large group is begun on, and the group over them."""
+    if shape.is_complete(groups.vocab) or groups.probs.numel() < CORE_FROM:
+        return None
+    tokens = groups.noticeable
+    return tokens, groups.narrowed(tokens)
 
 
 def _lifted(chains: Chains, groups: Groups, tokens: Tensor, shape: Shape) -> Chains:
@@ -215,20 +218,21 @@ def _descended(groups: Groups, shape: Shape, start: Chains, plan: Plan) -> tuple
 def _parents(
     groups: Groups,
     shape: Shape,
-    plans: tuple[Plan, Plan],
-    chain: _Chain,
+    plans: Plans,
+    reached: Float[Tensor, " groups"],
     below: Ends | None,
 ) -> list[Ends]:
-    """What the mixtures contain, fitted by the same method, written as mixtures of this shape."""
-    plan, of_cp = plans
-    standing = replace(plan, max_iterations=0)
+    """What the mixtures contain, fitted by the same method, written as mixtures of this shape.
+
+    A chain is left out where what is `reached` is below all of them.
+    """
+    standing = replace(plans.form, max_iterations=0)
     found = []
     if shape.contains_cp:
-        found.append(_run(groups, shape, _cp_parent(groups, shape, of_cp), standing))
-    if shape.rank > 1:
-        one = chain.full.found
-        if plan.method == "acceptance":
-            one = solve_markov(groups, replace(shape, rank=1), plans).found
+        found.append(_run(groups, shape, _cp_parent(groups, shape, plans.cp), standing))
+    beaten = plans.form.method != "acceptance" and bool((reached <= groups.chain_floor).all())
+    if shape.rank > 1 and not beaten:
+        one = solve_markov(groups, replace(shape, rank=1), plans).found
         found.append(_run(groups, shape, repeated(one, shape.rank), standing))
     if below is not None:
         chains = grown(below.found, shape.rank)
