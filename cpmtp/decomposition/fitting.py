@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cpmtp.decomposition.descent.gradient import Goal
 from cpmtp.decomposition.fit_result import FitResult, pooled
 from cpmtp.decomposition.forms.entrance import Form, fit_form
-from cpmtp.decomposition.gradient import Goal
 from cpmtp.decomposition.mixtures import Mixtures, Runs, Solved
 from cpmtp.decomposition.restarts import (
     KL_METHODS,

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.decomposition.als import Solver, squared_error_runs
+from cpmtp.decomposition.descent.gradient import Goal, acceptance_runs, gradient_runs
 from cpmtp.decomposition.em import (
     CountingTargets,
     Targets,
@@ -19,7 +20,6 @@ from cpmtp.decomposition.em import (
     expected_counts,
     promising,
 )
-from cpmtp.decomposition.gradient import Goal, acceptance_runs, gradient_runs
 from cpmtp.decomposition.mixtures import Mixtures, Runs, Solved
 from cpmtp.decomposition.sparse_em import TreeTargets
 from cpmtp.decomposition.starts import (

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.acceptance.implied import acceptance_profiles
+from cpmtp.decomposition.descent.gradient import AT_ONCE, Goal
+from cpmtp.decomposition.descent.quasi_newton import Minima, minimise
 from cpmtp.decomposition.forms.groups import Groups
-from cpmtp.decomposition.gradient import AT_ONCE, Goal
-from cpmtp.decomposition.quasi_newton import Minima, minimise
 from cpmtp.joint_distribution import JointDistribution
 
 # (runs, vectors, members) -> probabilities (runs, members, vocab, …, vocab), differentiable.

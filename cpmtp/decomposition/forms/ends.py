@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cpmtp.decomposition.quasi_newton import Minima
+from cpmtp.decomposition.descent.quasi_newton import Minima
 from cpmtp.decomposition.restarts import Plan
 
 # Parameters of many runs: selected by index, joined from a list.

@@ -9,14 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cpmtp.decomposition.descent.quasi_newton import Minima, minimise
+from cpmtp.decomposition.descent.squarem import Sweeps, swept
 from cpmtp.decomposition.forms.acceptance import climbed
 from cpmtp.decomposition.forms.chains import LOWEST_LOGIT
 from cpmtp.decomposition.forms.ends import Ends, Plans
 from cpmtp.decomposition.forms.groups import Groups
 from cpmtp.decomposition.forms.likelihood import HalvedTargets
-from cpmtp.decomposition.forms.squarem import Sweeps, swept
 from cpmtp.decomposition.mixtures import Mixtures
-from cpmtp.decomposition.quasi_newton import Minima, minimise
 from cpmtp.decomposition.restarts import CORE_FROM, Items, Plan, all_runs, solve
 from cpmtp.decomposition.starts import random_starts
 

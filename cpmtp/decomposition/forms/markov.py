@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cpmtp.decomposition.descent.quasi_newton import Minima, minimise
+from cpmtp.decomposition.descent.squarem import Sweeps, swept
 from cpmtp.decomposition.forms.chains import (
     IMPOSSIBLE,
     LOWEST_LOGIT,
@@ -19,8 +21,6 @@ from cpmtp.decomposition.forms.chains import (
     surprise,
 )
 from cpmtp.decomposition.forms.groups import Groups
-from cpmtp.decomposition.forms.squarem import Sweeps, swept
-from cpmtp.decomposition.quasi_newton import Minima, minimise
 
 # Evaluations of the softmax regressions in every M step.
 _INNER_PASSES = 5

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cpmtp.decomposition.descent.quasi_newton import Minima
 from cpmtp.decomposition.forms import markov
 from cpmtp.decomposition.forms.acceptance import climbed
 from cpmtp.decomposition.forms.chains import PER_MEMBER, Chains, chains_of
@@ -22,7 +23,6 @@ from cpmtp.decomposition.forms.starts import (
     repeated,
     split,
 )
-from cpmtp.decomposition.quasi_newton import Minima
 from cpmtp.decomposition.restarts import CORE_FROM, Items, Plan, solve, solve_rank_one
 
 # Of an acceptance fit that a parent's beats: the share of its passes that it gets from there.

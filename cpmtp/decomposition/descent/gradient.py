@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.acceptance.implied import acceptance_profiles
+from cpmtp.decomposition.descent.quasi_newton import Minima, minimise
 from cpmtp.decomposition.em import Targets, expected_counts
 from cpmtp.decomposition.mixtures import Mixtures, Runs
-from cpmtp.decomposition.quasi_newton import Minima, minimise
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import JointDistribution
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cpmtp.decomposition.descent.quasi_newton import Minima
 from cpmtp.decomposition.mixtures import descend
-from cpmtp.decomposition.quasi_newton import Minima
 
 # Sweeps before the first extrapolation, and the longest that is tried first.
 _BURN_IN = 2

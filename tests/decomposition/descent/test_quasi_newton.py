@@ -11,7 +11,7 @@ from rounding import rounding
 from scipy import optimize
 from torch import Tensor
 
-from cpmtp.decomposition.quasi_newton import minimise
+from cpmtp.decomposition.descent.quasi_newton import minimise
 
 
 def bowl(condition: float, size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
