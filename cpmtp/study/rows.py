@@ -257,12 +257,13 @@ def _joint_facts(joint: JointDistribution | PrefixTree) -> dict:
 
 
 def _fit_facts(result: FitResult) -> dict:
+    draft = result.distribution
     return {
         "status": result.status,
         "message": result.message,
         "converged": float(result.converged),
         "iterations": float(result.iterations),
-        "parameters": float(result.distribution.parameter_count),
+        "parameters": float(draft.free_numbers * math.prod(draft.batch_shape)),
         "objective": float(result.objective),
         "raw_relative_error": float(result.raw_relative_error),
         "negative_mass": float(result.negative_mass),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import no_type_check
 
-from cpmtp.decomposition.fitting import METHODS
+from cpmtp.decomposition.restarts import METHODS
 from cpmtp.sampling_law import SamplingLaw
 
 OWN_SAMPLES, CORPUS = "own samples", "corpus"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rounding import rounding
 
-from cpmtp.decomposition import gradient as gradient_fits
+from cpmtp.decomposition.descent import gradient as gradient_fits
 from cpmtp.decomposition.em import Targets
 from cpmtp.decomposition.fitting import fit
 from cpmtp.decomposition.starts import random_starts
