@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cpmtp.acceptance.verification import VERIFIED, accepted_lengths, check_rule, residual_law
 from cpmtp.decoding.audit import Audit, finished
+from cpmtp.decoding.endings import Endings
 from cpmtp.decoding.stats import GenerationStats, Recorder
 from cpmtp.decoding.trials import CALLS, PREFIXES, open_target
 from cpmtp.drafts.blocks import Block, CPBlock
@@ -69,8 +70,8 @@ def speculative_generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    eos_token_id: int | None = None,
-    stop_strings: Sequence[str] = (),
+    eos_token_id: int | Sequence[int] | str | None = None,
+    stop_strings: str | Sequence[str] = (),
     callback: Callable[[int, Tensor], bool | None] | None = None,
     monitor: str | Path | None = None,
     audit: bool = False,
@@ -93,9 +94,9 @@ def speculative_generate(
         ``greedy`` needs ``temperature=0``.
     temperature, top_k, top_p
         The target's law; the draft's next-token laws are put through the same.
-    eos_token_id : int, optional
-        A row ends with it; default: none.
-    stop_strings : sequence of str
+    eos_token_id : int, several, or "model", optional
+        A row ends with it; default: none. ``"model"``: those that the model's own files name.
+    stop_strings : str or sequence of str
         A row ends with the token that completes one of them.
     callback : callable, optional
         Called with (row, new tokens) before a block is released; returning False withholds it and
@@ -110,7 +111,8 @@ def speculative_generate(
     ------
     ValueError
         If a prompt is empty or runs past the model's window, a name is unknown, ``greedy`` comes
-        with a temperature above 0, or the head belongs to another model.
+        with a temperature above 0, an end of text is no token or string of the model's, or the head
+        belongs to another model.
 
     References
     ----------
@@ -134,7 +136,7 @@ def speculative_generate(
     _check(lm, prompts, rule, law, max_new_tokens)
     if isinstance(draft, CPHead):
         draft.attach(lm)
-    endings = _Endings(lm, eos_token_id, tuple(stop_strings), callback)
+    endings = Endings.of(lm, eos_token_id, stop_strings, callback)
     plan = _Plan(law, "token" if rule == "greedy" else rule, seed, max_new_tokens, endings)
     started = time.perf_counter()
     with torch.inference_mode():
@@ -150,27 +152,6 @@ def speculative_generate(
 
 
 @dataclass(frozen=True)
-class _Endings:
-    """Where a row ends early."""
-
-    lm: Any = None
-    eos_token_id: int | None = None
-    stop_strings: tuple[str, ...] = ()
-    callback: Callable[[int, Tensor], bool | None] | None = None
-
-    def cut(self, before: list[int], block: list[int]) -> tuple[list[int], bool]:
-        """The part of a block that is still wanted, and whether the row ends with it."""
-        for k, token in enumerate(block):
-            if token == self.eos_token_id:
-                return block[: k + 1], True
-            if self.stop_strings:
-                text = self.lm.decode(torch.tensor(before + block[: k + 1]))
-                if any(stop in text for stop in self.stop_strings):
-                    return block[: k + 1], True
-        return block, False
-
-
-@dataclass(frozen=True)
 class _Plan:
     """What stays the same from cycle to cycle."""
 
@@ -178,7 +159,7 @@ class _Plan:
     rule: str
     seed: int
     limit: int
-    endings: _Endings
+    endings: Endings
 
 
 class _Run:

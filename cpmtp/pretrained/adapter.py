@@ -19,6 +19,7 @@ from cpmtp.pretrained.identity import (
     weights_fingerprint,
 )
 from cpmtp.pretrained.parts import head_only, in_float32, trunk_name, with_tree_attention
+from cpmtp.pretrained.text import document_ids, end_tokens_of, prompt_ids
 from cpmtp.pretrained.trials import (
     FAILURES,
     Trials,
@@ -92,6 +93,11 @@ class HuggingFaceLanguageModel:
     def text_config(self) -> Any:
         """The configuration of the part that reads and writes text."""
         return self.model.config.get_text_config()
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text: the generation configuration's, or else the tokenizer's."""
+        return end_tokens_of(self.model, self.tokenizer)
 
     @property
     def unembedding(self) -> Float[Tensor, "vocab d"]:
@@ -192,14 +198,14 @@ class HuggingFaceLanguageModel:
             )
 
     def encode(self, text: str) -> Int[Tensor, " time"]:
-        """Token ids of a text, with the special tokens the tokenizer adds by itself."""
-        return torch.tensor(self._tokenizer().encode(text), dtype=torch.long)
+        """Token ids of a text to go on from, with the tokens the tokenizer puts before it."""
+        return torch.tensor(
+            prompt_ids(self._tokenizer(), text, self.eos_token_ids), dtype=torch.long
+        )
 
     def encode_document(self, text: str) -> Int[Tensor, " time"]:
         """Token ids of a text without special tokens: what windows are cut from."""
-        return torch.tensor(
-            self._tokenizer().encode(text, add_special_tokens=False), dtype=torch.long
-        )
+        return torch.tensor(document_ids(self._tokenizer(), text), dtype=torch.long)
 
     def decode(self, token_ids: Int[Tensor, " time"]) -> str:
         """The text of token ids."""
