@@ -9,11 +9,11 @@ import sys
 
 import pytest
 from command_line import run
-from tiny_models import random_llama_folder
+from samples import random_llama_folder
 
 SMALL = (
     "--model",
-    "tiny_models:bigram",
+    "samples:bigram",
     "--contexts",
     2,
     "--context-length",
@@ -101,7 +101,7 @@ def test_bytes_that_are_no_utf8_are_counted_and_told(monkeypatch, capsys, tmp_pa
     (tmp_path / "text.txt").write_bytes(b"abc\xff\xfedef" * 20)
     model = (
         "--model",
-        "tiny_models:characters",
+        "samples:characters",
         "--domain",
         f"odd={tmp_path / 'text.txt'}",
         "--ranks",
@@ -145,9 +145,9 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(monkeypatch, capsy
     cells = 2 * len(StudySettings().ranks)  # contexts times ranks, one method
     assert re.search(rf"cells +{cells}\b", out) and "memory" in out and "time" in out
     assert not (tmp_path / "s").exists() and "truncated" not in out
-    wide = ("study", "--model", "tiny_models:wide", "--horizons", "2,3", "--dry-run")
+    wide = ("study", "--model", "samples:wide", "--horizons", "2,3", "--dry-run")
     out = run(monkeypatch, capsys, *wide)[1]
-    assert "truncated       tiny_models:wide, horizon 3: tokens per call will be lower" in out
+    assert "truncated       samples:wide, horizon 3: tokens per call will be lower" in out
     assert "horizon 2:" not in out
 
 
@@ -199,7 +199,7 @@ def test_the_version_and_help_are_shown(monkeypatch, capsys):
         (("study", *SMALL, "--corpus", "nowhere.txt"), "no such file"),
         (("study", *SMALL, "--unknown"), "--unknown"),
         (("study", "--model", "no/such-model"), "unknown model"),
-        (("study", "--model", "tiny_models:broken", "--context-length", "4"), "NaN"),
+        (("study", "--model", "samples:broken", "--context-length", "4"), "NaN"),
         (("report", "nowhere"), "no finished study"),
         (("train-base", "poetry"), "code, prose"),
         (("train-base", "code", "--steps", "0"), "--steps 0"),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_joint import brute_force_joint
+from reference import brute_force_joint
 from rounding import FORWARD, rounding
-from tiny_models import BigramTable, BrokenModel, RecurrentModel
+from samples import BigramTable, BrokenModel, RecurrentModel
 from unchecked import unchecked
 
 from cpmtp.joint_distribution import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from rounding import rounding
-from tiny_models import BigramTable, RecurrentModel
+from samples import BigramTable, RecurrentModel
 
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.language_model import LanguageModel, MarkovLanguageModel, sample_sequences, separated_hmm

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rounding import FORWARD, rounding
-from tiny_models import BigramTable, BrokenModel, RecurrentModel
+from samples import BigramTable, BrokenModel, RecurrentModel
 
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.language_model import MarkovLanguageModel

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from reference_joint import full_pass_joint
+from reference import full_pass_joint
 from rounding import FORWARD, rounding
 from safetensors.torch import load_file, save_file
 from transformers import (

@@ -18,6 +18,7 @@ from cpmtp.heads.evaluation import head_draft
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.pretrained import HuggingFaceLanguageModel
 from cpmtp.training.new_models import new_llama
+from cpmtp.validation.measurements import peak_memory
 from cpmtp.validation.presets import BasePlan
 from cpmtp.validation.stages import Workplace
 
@@ -106,13 +107,13 @@ def time_width(place: Workplace, width: int) -> list[dict]:
     head = head.to(lm.device).attach(lm).requires_grad_(False)
     prompt = torch.arange(preset.prompt)
     speculative_generate(lm, head, prompt, max_new_tokens=8)
-    place.peak_memory()
+    peak_memory(lm.device)
     stats = speculative_generate(lm, head, prompt, max_new_tokens=_TIMED_TOKENS, seed=1).stats
     cycles = max(stats.calls - 1, 1)
     row = {
         "width": width,
         "parameters": sum(w.numel() for w in model.parameters()),
-        "peak_bytes": place.peak_memory(),
+        "peak_bytes": peak_memory(lm.device),
     }
     row |= {f"{name}_seconds": seconds / cycles for name, seconds in stats.stage_seconds.items()}
     whole = sum(stats.stage_seconds.values())

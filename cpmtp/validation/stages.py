@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,6 @@ from cpmtp.corpora import (
     standard_library_documents,
 )
 from cpmtp.decoding.speculative import speculative_generate
-from cpmtp.forecasting.cycles import forecast_cycles
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.heads.losses import head_loss
 from cpmtp.latency import LatencyModel
@@ -32,6 +32,13 @@ from cpmtp.pretrained import HuggingFaceLanguageModel, load_language_model
 from cpmtp.training.base_models import train_base_on
 from cpmtp.training.heads import HeadTrainingSettings, train_heads
 from cpmtp.training.new_models import train_byte_tokenizer
+from cpmtp.validation.measurements import (
+    decode_beside_forecast,
+    decode_in_turns,
+    head_shape,
+    peak_memory,
+    plain_texts,
+)
 from cpmtp.validation.presets import BasePlan, Preset
 from cpmtp.whole_files import write_tensors
 
@@ -75,16 +82,6 @@ class Workplace:
                 CPHead.from_pretrained(folder).to(lm.device).attach(lm).requires_grad_(False),
             )
 
-    def peak_memory(self) -> float:
-        """Bytes allocated at most since the last call; not a number where a device does not count
-        them.
-        """
-        if self.preset.device != "cuda":
-            return float("nan")
-        peak = float(torch.cuda.max_memory_allocated())
-        torch.cuda.reset_peak_memory_stats()
-        return peak
-
 
 def train_base_model(place: Workplace, plan: BasePlan) -> list[dict]:
     """Train a base model where it is not an embedded one; keep windows of its text for the later
@@ -122,7 +119,11 @@ def train_base_model(place: Workplace, plan: BasePlan) -> list[dict]:
     parameters = sum(weight.numel() for weight in lm.model.parameters())
     return [
         row
-        | {"parameters": parameters, "vocab_size": lm.vocab_size, "peak_bytes": place.peak_memory()}
+        | {
+            "parameters": parameters,
+            "vocab_size": lm.vocab_size,
+            "peak_bytes": peak_memory(lm.device),
+        }
     ]
 
 
@@ -144,7 +145,7 @@ def train_all_heads(place: Workplace, plan: BasePlan) -> list[dict]:
     heads = train_heads(lm, second, folders, tokens=tokens, starts=first)
     return [
         {"base": plan.name, "head": folder.name}
-        | _shape(head)
+        | head_shape(head)
         | _step_cost(place, lm, head, tokens)
         for folder, head in zip(folders, heads, strict=True)
     ]
@@ -179,7 +180,7 @@ def time_calls(place: Workplace, plan: BasePlan) -> list[dict]:
         seconds = sum(stats.stage_seconds.values()) / max(stats.calls - 1, 1)
         rows.append(
             {"base": plan.name, "head": name, "call_seconds": seconds}
-            | (_shape(head) if head else {})
+            | (head_shape(head) if head else {})
         )
     return rows
 
@@ -199,23 +200,19 @@ def forecast_tokens(place: Workplace, plan: BasePlan, temperature: float) -> lis
     """
     preset, lm = place.preset, place.load(plan)
     prompts = list(place.text(plan, "held_out")[: preset.prompts])
-    out = speculative_generate(
-        lm, None, prompts, max_new_tokens=preset.new_tokens, temperature=temperature, seed=1
-    )
-    texts, rows = torch.stack(out.sequences), []
-    for name, head in place.heads(plan, lm):
-        found = forecast_cycles(lm, head, texts, start=preset.prompt, temperature=temperature)
-        rows.append(
-            {"base": plan.name, "head": name, "temperature": temperature}
-            | _shape(head)
-            | {
-                "forecast": found.tokens_per_call,
-                "forecast_low": found.interval[0],
-                "forecast_high": found.interval[1],
-            }
-            | {"plain_forecast": found.unweighted}
-        )
-    return rows
+    how: dict[str, Any] = {"new_tokens": preset.new_tokens, "temperature": temperature}
+    texts = plain_texts(lm, prompts, seed=1, **how)
+    rows = decode_beside_forecast(lm, place.heads(plan, lm), texts=texts, **how)
+    return [{"base": plan.name, "temperature": temperature} | row for row in rows]
+
+
+def measure_acceptance(place: Workplace, plan: BasePlan, temperature: float) -> list[dict]:
+    """Tokens per call of every head over all prompts the forecast has not seen, in one batch."""
+    preset, lm = place.preset, place.load(plan)
+    prompts = list(place.text(plan, "held_out")[preset.prompts :])
+    how: dict[str, Any] = {"new_tokens": preset.new_tokens, "temperature": temperature}
+    rows = decode_beside_forecast(lm, place.heads(plan, lm), prompts=prompts, seed=2, **how)
+    return [{"base": plan.name, "temperature": temperature} | row for row in rows]
 
 
 def decode(place: Workplace, plan: BasePlan, temperature: float, batch: int) -> list[dict]:
@@ -223,93 +220,12 @@ def decode(place: Workplace, plan: BasePlan, temperature: float, batch: int) -> 
     held-out prompts.
     """
     preset, lm = place.preset, place.load(plan)
-    prompts = list(place.text(plan, "held_out")[preset.prompts :])
-    heads: dict[str, CPHead | None] = {"plain": None} | dict(place.heads(plan, lm))
-    runs: dict[str, list[dict]] = {name: [] for name in ("transformers", *heads)}
-    for turn in range(preset.rounds + 1):
-        # The first turn warms up; each later one takes the next prompts.
-        chosen = [prompts[(turn * batch + k) % len(prompts)] for k in range(batch)]
-        for name in runs:
-            place.peak_memory()
-            if name == "transformers":
-                run = _by_transformers(lm, chosen, preset.new_tokens, temperature)
-            else:
-                run = _by_cycles(lm, heads[name], chosen, preset.new_tokens, temperature, seed=turn)
-            if turn:
-                runs[name].append(run | {"peak_bytes": place.peak_memory()})
-    plain = statistics.median(run["tokens_per_second"] for run in runs["plain"])
-    rows = []
-    for name, found in runs.items():
-        row = {
-            "base": plan.name,
-            "head": name,
-            "temperature": temperature,
-            "batch": batch,
-            "rounds": len(found),
-        }
-        row |= _shape(head) if (head := heads.get(name)) else {}
-        row |= {key: statistics.median(run[key] for run in found) for key in found[0]}
-        rows.append(row | {"speedup": row["tokens_per_second"] / plain})
-    return rows
-
-
-def measure_acceptance(place: Workplace, plan: BasePlan, temperature: float) -> list[dict]:
-    """Tokens per call of every head over all prompts the forecast has not seen, in one batch."""
-    preset, lm = place.preset, place.load(plan)
-    prompts = list(place.text(plan, "held_out")[preset.prompts :])
-    rows = []
-    for name, head in place.heads(plan, lm):
-        stats = speculative_generate(
-            lm, head, prompts, max_new_tokens=preset.new_tokens, temperature=temperature, seed=2
-        ).stats
-        half = 1.96 * float(np.std(stats.tokens_per_call_by_row, ddof=1)) / len(prompts) ** 0.5
-        measured = stats.tokens_per_call
-        rows.append(
-            {"base": plan.name, "head": name, "temperature": temperature}
-            | {
-                "measured": measured,
-                "measured_low": measured - half,
-                "measured_high": measured + half,
-            }
-        )
-    return rows
-
-
-def _by_transformers(lm, prompts: list[Tensor], count: int, temperature: float) -> dict[str, float]:
-    tokens = torch.stack(prompts).to(lm.device)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0}
-        if temperature
-        else {"do_sample": False}
-    )
-    begun = time.perf_counter()
-    out = lm.model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=count,
-        eos_token_id=None,
-        pad_token_id=0,
-        **sampling,
-    )
-    new = (out.shape[1] - tokens.shape[1]) * len(prompts)
-    out.cpu()  # what is on a device is done when it is here
-    return {"tokens_per_second": new / (time.perf_counter() - begun)}
-
-
-def _by_cycles(
-    lm, head: CPHead | None, prompts: list[Tensor], count: int, temperature: float, seed: int
-) -> dict[str, float]:
-    stats = speculative_generate(
-        lm, head, prompts, max_new_tokens=count, temperature=temperature, seed=seed
-    ).stats
-    cycles = max(stats.calls - 1, 1)
-    stages = {f"{name}_seconds": seconds / cycles for name, seconds in stats.stage_seconds.items()}
-    times = {"latency_p50": stats.latency(0.5), "latency_p95": stats.latency(0.95)}
-    return (
-        {"tokens_per_second": stats.tokens_per_second, "tokens_per_call": stats.tokens_per_call}
-        | times
-        | stages
-    )
+    prompts = itertools.cycle(place.text(plan, "held_out")[preset.prompts :])
+    turns = [list(itertools.islice(prompts, batch)) for _ in range(preset.rounds + 1)]
+    how: dict[str, Any] = {"new_tokens": preset.new_tokens, "temperature": temperature}
+    rows = decode_in_turns(lm, dict(place.heads(plan, lm)), turns, **how)
+    key = {"base": plan.name, "temperature": temperature, "batch": batch}
+    return [key | row for row in rows]
 
 
 def _step_cost(
@@ -322,23 +238,14 @@ def _step_cost(
     hidden, times = lm.hidden_states(batch).float(), []
     head.requires_grad_(True)
     for _ in range(repeats):
-        place.peak_memory()
+        peak_memory(lm.device)
         begun = time.perf_counter()
         head_loss(head, hidden, batch, lm.unembed).loss.backward()
-        peak = place.peak_memory()
+        peak = peak_memory(lm.device)
         head.zero_grad(set_to_none=True)
         times.append(time.perf_counter() - begun)
     head.requires_grad_(False)
     return {"step_seconds": statistics.median(times), "step_peak_bytes": peak}
-
-
-def _shape(head: CPHead) -> dict:
-    return {
-        "horizon": head.horizon,
-        "rank": head.rank,
-        "anchored": head.anchored,
-        "head_parameters": sum(weight.numel() for weight in head.parameters()),
-    }
 
 
 def _own_samples(place: Workplace, plan: BasePlan, lm: HuggingFaceLanguageModel) -> Tensor:

@@ -18,6 +18,7 @@ from cpmtp.latency import LatencyModel
 from cpmtp.report.blocks import Figure, Section, Table, Text
 from cpmtp.report.document import Report
 from cpmtp.report.plots import plot_forecast, plot_step_times
+from cpmtp.validation.measurements import SHAPE
 from cpmtp.validation.stages import Workplace, fit_latency
 from cpmtp.whole_files import write_parquet, write_text
 
@@ -45,13 +46,11 @@ def write_results(tables: dict[str, pd.DataFrame], place: Workplace) -> None:
 def decoded_cells(tables: dict[str, pd.DataFrame], latency: LatencyModel) -> pd.DataFrame:
     """One row per head, temperature and batch: forecast, measurement, times, throughput."""
     keys = ["base", "head", "temperature"]
-    forecast = tables["forecast"].drop(
-        columns=["part_seconds", "horizon", "rank", "anchored", "head_parameters"]
-    )
-    measured = tables["acceptance"].drop(columns="part_seconds")
-    cells = (
-        tables["decoding"].merge(forecast, on=keys, how="left").merge(measured, on=keys, how="left")
-    )
+    cells = tables["decoding"]
+    for name in ("forecast", "acceptance"):
+        # What a head is stands in every table.
+        more = tables[name].drop(columns=["part_seconds", *SHAPE])
+        cells = cells.merge(more, on=keys, how="left")
     seconds = [
         latency.call_seconds(int(row.horizon), int(row.rank))
         if row.horizon == row.horizon

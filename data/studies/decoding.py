@@ -18,11 +18,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from cpmtp.decoding.speculative import speculative_generate
-from cpmtp.forecasting.cycles import forecast_cycles
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.language_model import sample_sequences
 from cpmtp.pretrained import load_language_model
+from cpmtp.validation.measurements import decode_beside_forecast, plain_texts
 
 PROMPTS, PROMPT, NEW_TOKENS, RULES = 192, 64, 160, ("block", "token")
 
@@ -30,33 +29,12 @@ PROMPTS, PROMPT, NEW_TOKENS, RULES = 192, 64, 160, ("block", "token")
 def rows_of(lm, folder: Path, prompts: list[torch.Tensor], texts: torch.Tensor) -> list[dict]:
     """One head: a row per rule."""
     head = CPHead.from_pretrained(folder).attach(lm)
-    key = {
-        "model": lm.name,
-        "head": folder.name,
-        "rank": head.rank,
-        "anchored": head.anchored,
-        "horizon": head.horizon,
-    }
+    how = {"texts": texts, "prompts": prompts, "new_tokens": NEW_TOKENS, "seed": 5}
     rows = []
     for rule in RULES:
-        forecast = forecast_cycles(lm, head, texts, start=PROMPT, rule=rule)
-        stats = speculative_generate(
-            lm, head, prompts, max_new_tokens=NEW_TOKENS, rule=rule, seed=5
-        ).stats
-        half = 1.96 * float(torch.tensor(stats.tokens_per_call_by_row).std()) / PROMPTS**0.5
-        measured = (stats.tokens_per_call - half, stats.tokens_per_call + half)
-        rows.append(
-            key
-            | {"rule": rule}
-            | _columns("plain_forecast", forecast.unweighted, forecast.unweighted_interval)
-            | _columns("forecast", forecast.tokens_per_call, forecast.interval)
-            | _columns("measured", stats.tokens_per_call, measured)
-        )
+        (row,) = decode_beside_forecast(lm, [(folder.name, head)], rule=rule, **how)
+        rows.append({"model": lm.name, "rule": rule} | row)
     return rows
-
-
-def _columns(name: str, mean: float, interval: tuple[float, float]) -> dict[str, float]:
-    return {name: mean, f"{name}_low": interval[0], f"{name}_high": interval[1]}
 
 
 def main(out: Path, heads: Path, only: str | None = None) -> None:
@@ -66,9 +44,7 @@ def main(out: Path, heads: Path, only: str | None = None) -> None:
     for name in sorted(folder.name for folder in heads.iterdir()) if only is None else [only]:
         lm = load_language_model(name)
         prompts = list(sample_sequences(lm, PROMPTS, PROMPT, seed=11))
-        texts = torch.stack(
-            speculative_generate(lm, None, prompts, max_new_tokens=NEW_TOKENS, seed=101).sequences
-        )
+        texts = plain_texts(lm, prompts, new_tokens=NEW_TOKENS, seed=101)
         for folder in sorted(path.parent for path in (heads / name).glob("*/config.json")):
             part = out / "decoding" / f"{name}-{folder.name}.parquet"
             if not part.exists():

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from chances import assert_share
-from random_drafts import random_draft
-from reference_joint import brute_force_survival
+from reference import brute_force_survival
 from rounding import FORWARD, rounding
-from tiny_models import BigramTable, RecurrentModel
+from samples import BigramTable, RecurrentModel, random_draft
 
 from cpmtp.acceptance.sampled import estimate_acceptance
 from cpmtp.drafts.cp_distribution import CPDistribution

@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_drafts import random_draft
-from reference_joint import brute_force_survival
+from reference import brute_force_survival
 from rounding import FORWARD, rounding
-from tiny_models import BigramTable, RecurrentModel
+from samples import BigramTable, RecurrentModel, random_draft
 
 from cpmtp.acceptance.implied import implied_acceptance
 from cpmtp.acceptance.truncated import certified_acceptance

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_drafts import random_draft
-from reference_acceptance import emitted_law, random_joint, survival
+from reference import brute_force_survival, emitted_law
 from rounding import rounding
+from samples import random_draft, random_joint
 from unchecked import unchecked
 
 from cpmtp.acceptance.verification import VERIFIED, residual_law, verify
@@ -68,7 +68,7 @@ def test_accepted_lengths_have_the_survival_that_is_implied(rule):
         _, lengths = emitted_law(target, draft, rule)
         reached = 1 - lengths.cumsum(0)[:-1]
         torch.testing.assert_close(
-            reached, survival(target.sum(-1), draft, rule), atol=allowed(target), rtol=0
+            reached, brute_force_survival(target.sum(-1), draft, rule), atol=allowed(target), rtol=0
         )
 
 
@@ -88,7 +88,7 @@ def _with(monkeypatch, change):
     def lossy(p, q, path, rule):
         return change(p, q, path, verify(p, q, path, rule), rule)
 
-    monkeypatch.setattr("reference_acceptance.verify", lossy)
+    monkeypatch.setattr("reference.verify", lossy)
 
 
 def _correction_from_the_target(p, q, path, outcome, rule):

@@ -19,9 +19,11 @@ from pathlib import Path
 import torch
 
 from cpmtp.decoding.speculative import speculative_generate
+from cpmtp.decoding.stats import STAGES
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.language_model import sample_sequences
 from cpmtp.pretrained import load_language_model
+from cpmtp.validation.measurements import decode_beside_forecast, decode_in_turns
 
 
 def prompts_of(lm, count: int, length: int, shifted: Path | None = None) -> list[torch.Tensor]:
@@ -33,75 +35,30 @@ def prompts_of(lm, count: int, length: int, shifted: Path | None = None) -> list
     return [ids[s : s + length] for s in starts]
 
 
-def hugging_face(lm, prompt: torch.Tensor, count: int, temperature: float) -> float:
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0}
-        if temperature
-        else {"do_sample": False}
-    )
-    torch.manual_seed(0)
-    begun = time.perf_counter()
-    out = lm.model.generate(
-        prompt[None],
-        attention_mask=torch.ones(1, len(prompt)),
-        max_new_tokens=count,
-        eos_token_id=None,
-        pad_token_id=0,
-        **sampling,
-    )
-    return (out.shape[1] - len(prompt)) / (time.perf_counter() - begun)
+def head_of(lm, folder: Path) -> CPHead:
+    return CPHead.from_pretrained(folder).attach(lm).eval().requires_grad_(False)
 
 
 def speed(lm, folders: list[Path], *, rounds: int, count: int) -> None:
     """A table: rows heads and rules, columns tokens per second and the ratios that are asked of
     them.
     """
-    heads = {
-        folder.name: CPHead.from_pretrained(folder).attach(lm).eval().requires_grad_(False)
-        for folder in folders
-    }
-    prompts = prompts_of(lm, rounds + 1, 32)
+    heads = {folder.name: head_of(lm, folder) for folder in folders}
+    turns = [[prompt] for prompt in prompts_of(lm, rounds + 1, 32)]
     for temperature, rules in ((1.0, ("token", "block")), (0.0, ("greedy",))):
-        ways = {("generate", ""): None, ("off", ""): None} | {
-            (name, rule): head for name, head in heads.items() for rule in rules
-        }
-        rates: dict[tuple, list[float]] = {way: [] for way in ways}
-        ratio: dict[tuple, list[float]] = {way: [] for way in ways}
-        calls: dict[tuple, list[float]] = {way: [] for way in ways}
-        for k, prompt in enumerate(prompts):
-            for (name, rule), head in ways.items():
-                if name == "generate":
-                    rate = hugging_face(lm, prompt, count, temperature)
-                else:
-                    out = speculative_generate(
-                        lm,
-                        head,
-                        prompt,
-                        max_new_tokens=count,
-                        rule=rule or "token",
-                        temperature=temperature,
-                        seed=k,
-                    )
-                    rate = out.stats.tokens_per_second
-                    stages = out.stats.stage_seconds
-                    if k:
-                        ratio[name, rule].append(
-                            sum(stages.values()) / (stages["target"] + stages["draft"])
-                        )
-                        calls[name, rule].append(out.stats.tokens_per_call)
-                if k:  # the first round warms up
-                    rates[name, rule].append(rate)
-        base, off = (statistics.median(rates[name, ""]) for name in ("generate", "off"))
-        for way, values in rates.items():
-            rate = statistics.median(values)
-            more = (
-                f"{statistics.median(ratio[way]):.3f} {statistics.mean(calls[way]):.3f}"
-                if ratio[way]
-                else ""
-            )
+        how = {"new_tokens": count, "rules": rules, "temperature": temperature}
+        rows = decode_in_turns(lm, heads, turns, **how)
+        generate = rows[0]["tokens_per_second"]
+        for row in rows:
+            more = ""
+            if row["head"] in heads:
+                stages = sum(row[f"{name}_seconds"] for name in STAGES)
+                share = stages / (row["target_seconds"] + row["draft_seconds"])
+                more = f"{share:.3f} {row['tokens_per_call']:.3f}"
             print(
-                f"T={temperature:g} {way[0]:14} {way[1]:6} {rate:7.1f} {rate / base:6.2f} "
-                f"{rate / off:6.2f} {more}",
+                f"T={temperature:g} {row['head']:14} {row['rule'] or '':6} "
+                f"{row['tokens_per_second']:7.1f} {row['tokens_per_second'] / generate:6.2f} "
+                f"{row['speedup']:6.2f} {more}",
                 flush=True,
             )
 
@@ -113,7 +70,7 @@ def cycle_cost(lm, folders: list[Path], *, repeats: int = 200) -> None:
     from transformers import DynamicCache
 
     for folder in folders:
-        head = CPHead.from_pretrained(folder).attach(lm).eval().requires_grad_(False)
+        head = head_of(lm, folder)
         prompt = prompts_of(lm, 1, 128)[0]
         out = speculative_generate(lm, head, prompt, max_new_tokens=300, seed=1)
         cycles = sum(out.stats.stage_seconds.values()) / (out.stats.calls - 1)
@@ -145,17 +102,14 @@ def acceptance(
     lm, folders: list[Path], *, rows: int, count: int, shifted: Path | None, temperature: float
 ) -> None:
     prompts = prompts_of(lm, rows, 64, shifted)
-    for folder in folders:
-        head = CPHead.from_pretrained(folder).attach(lm).eval().requires_grad_(False)
-        for rule in ("token", "block"):
-            out = speculative_generate(
-                lm, head, prompts, max_new_tokens=count, rule=rule, temperature=temperature, seed=5
-            )
-            by_row = torch.tensor(out.stats.tokens_per_call_by_row)
-            half = 1.96 * float(by_row.std()) / rows**0.5
+    heads = [(folder.name, head_of(lm, folder)) for folder in folders]
+    how = {"prompts": prompts, "new_tokens": count, "temperature": temperature, "seed": 5}
+    for rule in ("token", "block"):
+        for row in decode_beside_forecast(lm, heads, rule=rule, **how):
+            half = row["measured_high"] - row["measured"]
             print(
-                f"{folder.name:14} {rule:6} {out.stats.tokens_per_call:.4f} +- {half:.4f} "
-                f"({half / out.stats.tokens_per_call:.1%})",
+                f"{row['head']:14} {rule:6} {row['measured']:.4f} +- {half:.4f} "
+                f"({half / row['measured']:.1%})",
                 flush=True,
             )
 

@@ -26,6 +26,7 @@ from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import sample_sequences, separated_hmm
 from cpmtp.prefix_tree import truncated_joint
 from cpmtp.pretrained import HuggingFaceLanguageModel, load_language_model
+from cpmtp.resampling import normal_half_width
 from cpmtp.training.new_models import new_llama
 
 CONTEXTS_PER_MODEL = 8
@@ -166,7 +167,7 @@ def test_tokens_per_call_by_method_paired_over_contexts(benchmark, joints, rank)
             gain = best - torch.tensor(
                 [tokens(joint, fit(joint, rank, method).distribution) for joint in joints]
             )
-            half = 1.96 * gain.std() / len(gain) ** 0.5
+            half = normal_half_width(float(gain.std()) / len(gain) ** 0.5)
             line += f" | over {method} {gain.mean():+.4f} ± {half:.4f} (worst {gain.min():+.4f})"
         print(line)
 

@@ -23,7 +23,7 @@ from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import FIRST_TOKENS, RULES
 from cpmtp.study.rows import _row
 
-settings = StudySettings(models=("tiny_models:bigram",), contexts=2800, context_length=64,
+settings = StudySettings(models=("samples:bigram",), contexts=2800, context_length=64,
     horizons=(2, 3), ranks=(1, 2, 4, 8, 16, 32), methods=("als", "em", "gradient"))
 imported = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from command_line import run
-from tiny_models import random_llama_folder
+from samples import random_llama_folder
 
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.pretrained import embedded_models

@@ -5,8 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from rounding import kl_rounding
-from samples import peaked_joint
-from tiny_models import RecurrentModel
+from samples import RecurrentModel, peaked_joint
 
 from cpmtp.acceptance.implied import implied_acceptance
 from cpmtp.decomposition import fitting, restarts

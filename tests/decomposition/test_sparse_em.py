@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from rounding import FORWARD, kl_rounding, rounding
-from tiny_models import RecurrentModel
+from samples import RecurrentModel
 
 from cpmtp.decomposition.fitting import fit
 from cpmtp.decomposition.sparse_em import tree_cells

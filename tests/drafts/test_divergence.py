@@ -5,33 +5,16 @@ import math
 import pytest
 import torch
 from rounding import kl_rounding, rounding
+from samples import peaked_joint, random_draft
 
-from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution
-
-
-def random_simplex(*shape: int, seed: int, dim: int = -1) -> torch.Tensor:
-    values = torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return values / values.sum(dim, keepdim=True)
 
 
 def random_joint(
     vocab: int, horizon: int, seed: int, batch: tuple[int, ...] = ()
 ) -> JointDistribution:
-    return JointDistribution(
-        random_simplex(*batch, vocab**horizon, seed=seed).reshape(*batch, *(vocab,) * horizon),
-        horizon,
-    )
-
-
-def random_cp(
-    vocab: int, horizon: int, rank: int, seed: int, batch: tuple[int, ...] = ()
-) -> CPDistribution:
-    factors = [
-        random_simplex(*batch, vocab, rank, seed=seed + 1 + i, dim=-2) for i in range(horizon)
-    ]
-    return CPDistribution(random_simplex(*batch, rank, seed=seed), tuple(factors))
+    return peaked_joint(vocab, horizon, seed, batch, power=1)
 
 
 def naive(p: torch.Tensor, q: torch.Tensor) -> list[float]:
@@ -48,7 +31,7 @@ def as_list(result) -> list[float]:
 
 @pytest.mark.parametrize("horizon", [1, 2, 3, 4])
 def test_divergences_equal_plain_sums(horizon):
-    joint, draft = random_joint(5, horizon, seed=1), random_cp(5, horizon, 3, seed=2)
+    joint, draft = random_joint(5, horizon, seed=1), random_draft(5, horizon, 3, seed=2)
     assert as_list(divergences(joint, draft)) == pytest.approx(
         naive(joint.probs, draft.to_tensor()), abs=2 * kl_rounding(5**horizon)
     )
@@ -62,7 +45,7 @@ def test_a_dense_draft_is_compared_as_it_is():
 
 
 def test_an_anchored_draft_takes_the_first_token_from_the_target():
-    joint, draft = random_joint(4, 3, seed=1), random_cp(4, 2, 2, seed=3, batch=(4,))
+    joint, draft = random_joint(4, 3, seed=1), random_draft(4, 2, 2, seed=3, batch=(4,))
     whole = joint.prefix_probs(1)[:, None, None] * draft.to_tensor()
     assert as_list(divergences(joint, draft)) == pytest.approx(
         naive(joint.probs, whole), abs=2 * kl_rounding(4**3)
@@ -77,9 +60,9 @@ def test_an_anchored_draft_takes_the_first_token_from_the_target():
 def test_a_batch_gives_what_its_entries_give_alone(anchored):
     joint = random_joint(4, 3, seed=1, batch=(2, 3))
     draft = (
-        random_cp(4, 2, 2, seed=3, batch=(2, 3, 4))
+        random_draft(4, 2, 2, seed=3, batch=(2, 3, 4))
         if anchored
-        else random_cp(4, 3, 2, seed=3, batch=(2, 3))
+        else random_draft(4, 3, 2, seed=3, batch=(2, 3))
     )
     together = torch.stack(as_list(divergences(joint, draft)), -1)
     for i in range(2):
@@ -89,7 +72,7 @@ def test_a_batch_gives_what_its_entries_give_alone(anchored):
 
 
 def test_the_target_itself_is_at_distance_zero():
-    draft = random_cp(5, 3, 2, seed=4)
+    draft = random_draft(5, 3, 2, seed=4)
     found = divergences(JointDistribution(draft.to_tensor()), draft)
     # Products of three and their sum of two, in another order, are all that differs.
     allowed = 2 * rounding(torch.float64, 2 + 3)
@@ -111,7 +94,7 @@ def test_zeros_never_give_nan():
 
 def test_total_variation_lies_between_its_hellinger_bounds_and_below_pinsker():
     for seed in range(20):
-        result = divergences(random_joint(5, 2, seed=seed), random_cp(5, 2, 2, seed=100 + seed))
+        result = divergences(random_joint(5, 2, seed=seed), random_draft(5, 2, 2, seed=100 + seed))
         assert result.hellinger**2 <= result.total_variation <= math.sqrt(2) * result.hellinger
         assert result.total_variation <= math.sqrt(result.kl_nats / 2)
 
@@ -119,9 +102,9 @@ def test_total_variation_lies_between_its_hellinger_bounds_and_below_pinsker():
 @pytest.mark.parametrize(
     ("draft", "words"),
     [
-        (random_cp(5, 3, 2, seed=0), "vocabular"),
-        (random_cp(4, 2, 2, seed=0), "horizon"),
-        (random_cp(4, 4, 2, seed=0), "horizon"),
+        (random_draft(5, 3, 2, seed=0), "vocabular"),
+        (random_draft(4, 2, 2, seed=0), "horizon"),
+        (random_draft(4, 4, 2, seed=0), "horizon"),
     ],
 )
 def test_a_draft_that_does_not_fit_is_refused_in_words(draft, words):

@@ -9,8 +9,8 @@ from functools import cache
 
 import pytest
 import torch
-from random_drafts import random_draft
 from rounding import rounding
+from samples import random_draft
 from unchecked import unchecked
 
 from cpmtp.acceptance.verification import verify

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference_joint import brute_force_survival
+from reference import brute_force_survival
 from rounding import rounding
 
 from cpmtp.heads import losses as head_objectives

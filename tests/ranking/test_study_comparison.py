@@ -127,7 +127,7 @@ def test_two_real_studies_are_compared_from_the_command_line(tmp_path, monkeypat
 
     (tmp_path / "a.txt").write_text("abcdefgh" * 40)
     settings = StudySettings(
-        models=("tiny_models:characters",),
+        models=("samples:characters",),
         domains={"letters": tmp_path / "a.txt"},
         horizons=(2,),
         ranks=(1, 2),

@@ -26,7 +26,7 @@ from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import KEY_COLUMNS, SCHEMA_VERSION, TIMING_COLUMNS, table_columns
 
 TINY = StudySettings(
-    models=("tiny_models:bigram",),
+    models=("samples:bigram",),
     horizons=(2, 3),
     ranks=(1, 2, 4),
     methods=("als", "em"),
@@ -149,15 +149,13 @@ def test_the_manifest_names_versions_settings_and_models(tmp_path):
     _, manifest = read_study(tmp_path)
     assert manifest["settings"]["ranks"] == [1]
     assert manifest["versions"]["torch"]
-    assert manifest["models"]["tiny_models:bigram"]["vocab_size"] == 6
+    assert manifest["models"]["samples:bigram"]["vocab_size"] == 6
 
 
 def test_contexts_are_cut_from_a_corpus_document_by_document(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(name * 50)
-    settings = replace(
-        TINY, models=("tiny_models:characters",), corpus=(str(tmp_path),), contexts=5
-    )
+    settings = replace(TINY, models=("samples:characters",), corpus=(str(tmp_path),), contexts=5)
     units, identity = plan_study(settings)
     assert len({u.document for u in units}) == 3
     assert all(len(set(u.token_ids)) == 1 and len(u.token_ids) == 4 for u in units)
@@ -201,20 +199,20 @@ def test_a_joint_that_is_too_large_becomes_a_tree_with_bounds(tmp_path):
         and tree["kl_floor_nats"].isna().all()
     )
     assert (tree["tokens_per_call_block_target"] < tree["tokens_per_call_upper_block_target"]).all()
-    assert read_study(tmp_path)[1]["models"]["tiny_models:bigram"]["truncated_horizons"] == [3]
+    assert read_study(tmp_path)[1]["models"]["samples:bigram"]["truncated_horizons"] == [3]
     assert len(found) == estimate_study(settings).cells
     write_report(*read_study(tmp_path), tmp_path / "report.html")
 
 
 def test_domains_stand_side_by_side_with_their_bits_per_byte(tmp_path):
-    import tiny_models
+    import samples
 
     for name, letters in (("one", "abcdef"), ("two", "aaab")):
         (tmp_path / f"{name}.txt").write_text(letters * 30)
     domains = {"one": tmp_path / "one.txt", "two": tmp_path / "two.txt"}
     settings = replace(
         TINY,
-        models=("tiny_models:characters",),
+        models=("samples:characters",),
         domains=domains,
         methods=("em",),
         ranks=(1,),
@@ -222,7 +220,7 @@ def test_domains_stand_side_by_side_with_their_bits_per_byte(tmp_path):
     )
     found = run_study(settings, tmp_path / "out", workers=1)
     assert found.groupby("domain")["context"].nunique().to_dict() == {"one": 2, "two": 2}
-    lm = tiny_models.characters()
+    lm = samples.characters()
     for domain in domains:
         units = [u for u in plan_study(settings)[0] if u.domain == domain]
         nats = 0.0
@@ -327,9 +325,9 @@ def test_bad_settings_are_refused_at_once(change, said):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"models": ("tiny_models:broken",)}, "NaN"),
-        ({"models": ("tiny_models:not_a_model",)}, "expected vocab_size and next_token_log_probs"),
-        ({"models": ("tiny_models:nothing_there",)}, "nothing_there"),
+        ({"models": ("samples:broken",)}, "NaN"),
+        ({"models": ("samples:not_a_model",)}, "expected vocab_size and next_token_log_probs"),
+        ({"models": ("samples:nothing_there",)}, "nothing_there"),
         ({"models": ("no_such_module:factory",)}, "no_such_module"),
         ({"models": ("no/such-model",)}, "unknown model 'no/such-model'"),
         ({"horizons": (30,)}, "truncated_joint"),
@@ -351,7 +349,7 @@ def test_a_study_killed_half_way_finishes_with_the_same_table(tmp_path, root):
         "cpmtp.cli",
         "study",
         "--model",
-        "tiny_models:hidden_markov",
+        "samples:hidden_markov",
         "--contexts",
         "8",
     ]

@@ -26,7 +26,7 @@ from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import KEY_COLUMNS, TIMING_COLUMNS
 
 TINY = StudySettings(
-    models=("tiny_models:bigram",),
+    models=("samples:bigram",),
     horizons=(2,),
     ranks=(1, 2),
     methods=("em",),
@@ -132,7 +132,7 @@ def test_a_full_disk_is_one_line_and_status_one(monkeypatch, capsys, tmp_path):
         "cpmtp",
         "study",
         "--model",
-        "tiny_models:bigram",
+        "samples:bigram",
         "--contexts",
         "2",
         "--context-length",
@@ -231,9 +231,7 @@ def test_a_folder_is_free_again_when_the_process_that_used_it_is_killed(tmp_path
 def test_another_text_under_the_same_name_is_another_study(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("abcdef" * 20)
-    settings = replace(
-        TINY, models=("tiny_models:characters",), domains={"letters": text}, contexts=2
-    )
+    settings = replace(TINY, models=("samples:characters",), domains={"letters": text}, contexts=2)
     run_study(settings, tmp_path / "out", workers=1)
     text.write_text("fedcba" * 20)
     with pytest.raises(ValueError, match="the texts of domain 'letters' itself"):
@@ -241,14 +239,14 @@ def test_another_text_under_the_same_name_is_another_study(tmp_path):
 
 
 def test_another_model_under_the_same_name_is_another_study(tmp_path, monkeypatch):
-    import tiny_models
+    import samples
 
     from cpmtp.study.plan import open_language_model
 
     run_study(TINY, tmp_path, workers=1)
-    monkeypatch.setattr(tiny_models, "bigram", lambda: tiny_models.BigramTable(seed=5))
+    monkeypatch.setattr(samples, "bigram", lambda: samples.BigramTable(seed=5))
     open_language_model.cache_clear()
-    with pytest.raises(ValueError, match="the model 'tiny_models:bigram' itself"):
+    with pytest.raises(ValueError, match="the model 'samples:bigram' itself"):
         run_study(TINY, tmp_path, workers=1)
     open_language_model.cache_clear()
 
@@ -259,7 +257,7 @@ COMMAND = [
     "cpmtp.cli",
     "study",
     "--model",
-    "tiny_models:hidden_markov",
+    "samples:hidden_markov",
     "--contexts",
     "400",  # enough that the signal comes before the end, however slow the machine
     "--context-length",
@@ -310,7 +308,7 @@ def test_ctrl_c_is_one_line_and_leaves_nobody_behind(tmp_path, root):
     assert not psutil.wait_procs(workers, timeout=20)[1]
 
 
-LONGER = replace(TINY, models=("tiny_models:hidden_markov",), contexts=24)
+LONGER = replace(TINY, models=("samples:hidden_markov",), contexts=24)
 
 
 def run_in_a_process(out, workers: int):
@@ -405,7 +403,7 @@ def test_a_dask_cluster_that_loses_a_worker_gives_the_same_table(table, tmp_path
     ]
     worker = [*base[:2], "distributed.cli.dask_worker", *options, "--nthreads", "1", "--no-nanny"]
     running = [subprocess.Popen(command, **quiet) for command in (scheduler, worker, worker)]
-    settings = replace(TINY, models=("tiny_models:hidden_markov",), horizons=(2, 3), contexts=24)
+    settings = replace(TINY, models=("samples:hidden_markov",), horizons=(2, 3), contexts=24)
     expected = run_study(settings, tmp_path / "local", workers=1)
     try:
         with distributed.Client(

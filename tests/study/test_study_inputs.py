@@ -21,7 +21,7 @@ from cpmtp.study.table import column_descriptions
 from cpmtp.training.heads import HeadTrainingSettings
 
 SMALL = {
-    "models": ("tiny_models:bigram",),
+    "models": ("samples:bigram",),
     "horizons": (2,),
     "ranks": (1, 2),
     "methods": ("em",),
@@ -114,23 +114,23 @@ def test_a_study_and_a_head_are_alike_by_default():
 
 
 BAD_STUDIES = [
-    ({"models": ("tiny_models:broken",)}, "NaN"),
-    ({"models": ("tiny_models:not_a_model",)}, "expected vocab_size and next_token_log_probs"),
-    ({"models": ("tiny_models:nothing_there",)}, "nothing_there"),
-    ({"models": ("tiny_models:needs_an_argument",)}, "factory without arguments"),
-    ({"models": ("tiny_models:raises",)}, "no such file of weights"),
+    ({"models": ("samples:broken",)}, "NaN"),
+    ({"models": ("samples:not_a_model",)}, "expected vocab_size and next_token_log_probs"),
+    ({"models": ("samples:nothing_there",)}, "nothing_there"),
+    ({"models": ("samples:needs_an_argument",)}, "factory without arguments"),
+    ({"models": ("samples:raises",)}, "no such file of weights"),
     ({"models": ("no_such_module:factory",)}, "no_such_module"),
     ({"models": ("no/such-model",)}, "unknown model 'no/such-model'"),
-    ({"models": ("tiny_models:wide",), "horizons": (4,), "methods": ("als",)}, "only em fits"),
+    ({"models": ("samples:wide",), "horizons": (4,), "methods": ("als",)}, "only em fits"),
     ({"max_bytes": 8, "methods": ("gradient",)}, "only em fits"),
     (
-        {"models": ("tiny_models:wide",), "horizons": (3,), "ranks": (2000,), "anchored": (True,)},
+        {"models": ("samples:wide",), "horizons": (3,), "ranks": (2000,), "anchored": (True,)},
         "--anchored no) or ranks up to 1000",
     ),
     ({"corpus": ("nowhere/*.txt",)}, "no such file"),
     ({"domains": {"law": "nowhere"}}, "no such file"),
     ({"corpus": (__file__,)}, "encode_document"),
-    ({"models": ("tiny_models:characters",), "corpus": ("/dev/null",)}, "no such file"),
+    ({"models": ("samples:characters",), "corpus": ("/dev/null",)}, "no such file"),
 ]
 
 
@@ -157,7 +157,7 @@ def test_bad_calls_are_value_errors(call, said, tmp_path):
 
 BASE = (
     "--model",
-    "tiny_models:bigram",
+    "samples:bigram",
     "--contexts",
     "1",
     "--context-length",
@@ -197,7 +197,7 @@ BAD_COMMANDS = [
     (("study", *BASE, "--max-gigabytes", "nan"), "--max-gigabytes nan"),
     (("study", *BASE, "--dask", "tcp://127.0.0.1:1"), "--workers counts"),
     (("study", *BASE, "--unknown"), "--unknown"),
-    (("study", "--model", "tiny_models:bigram", "--dask", "nonsense"), "no scheduler"),
+    (("study", "--model", "samples:bigram", "--dask", "nonsense"), "no scheduler"),
     (("study", "--model", ""), "name is empty"),
     (("study", "--model", "no_such_module:f"), "no_such_module"),
     (("compare", "nowhere", "nowhere"), "no finished study"),

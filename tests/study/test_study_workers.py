@@ -27,7 +27,7 @@ TINY = StudySettings(
 MODEL = """
 import os, signal, time
 import torch
-from tiny_models import BigramTable
+from samples import BigramTable
 
 IN_WORKER = os.getpid() != int(os.environ.get("CALLER", os.getpid()))
 

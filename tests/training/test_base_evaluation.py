@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 from rounding import FORWARD
-from tiny_models import random_llama_folder
+from samples import random_llama_folder
 
 from cpmtp.corpora import Document
 from cpmtp.pretrained import load_language_model

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from reference_joint import brute_force_survival
+from reference import brute_force_survival
 from rounding import rounding
 from safetensors.torch import load_file
 

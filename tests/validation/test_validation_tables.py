@@ -90,7 +90,9 @@ def tables(**changes) -> dict[str, pd.DataFrame]:
         }
     ]
     measured = [
-        KEYS | {"measured": 2.5, "measured_low": 2.3, "measured_high": 2.7, "part_seconds": 1.0}
+        KEYS
+        | shape
+        | {"measured": 2.5, "measured_low": 2.3, "measured_high": 2.7, "part_seconds": 1.0}
     ]
     made = {"decoding": decoding, "forecast": forecast, "acceptance": measured} | changes
     return {name: pd.DataFrame(rows) for name, rows in made.items()}
