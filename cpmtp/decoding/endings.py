@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -44,8 +44,8 @@ class Endings:
     def of(
         cls,
         lm: Any,
-        eos_token_id: int | Sequence[int] | str | None,
-        stop_strings: str | Sequence[str],
+        eos_token_id: Any,
+        stop_strings: Any,
         callback: Callable[[int, Tensor], bool | None] | None,
     ) -> Endings:
         """From what a caller gives.
@@ -56,9 +56,7 @@ class Endings:
             If a token is none of the model's, a stop string is empty or no string, or the model
             cannot decode.
         """
-        return cls(
-            lm, end_tokens(lm, eos_token_id), _stop_strings(lm, stop_strings), callback
-        )
+        return cls(lm, end_tokens(lm, eos_token_id), _stop_strings(lm, stop_strings), callback)
 
     def cut(self, before: list[int], block: list[int]) -> tuple[list[int], bool]:
         """The part of a block that is still wanted, and whether the row ends with it."""
@@ -72,7 +70,7 @@ class Endings:
         return block, False
 
 
-def end_tokens(lm: Any, given: int | Sequence[int] | str | None) -> frozenset[int]:
+def end_tokens(lm: Any, given: Any) -> frozenset[int]:
     """Ids that end a text: one, several, none, or ``"model"``: those that its files name.
 
     Raises
@@ -105,7 +103,7 @@ def end_tokens(lm: Any, given: int | Sequence[int] | str | None) -> frozenset[in
     return frozenset(map(int, several))
 
 
-def _stop_strings(lm: Any, given: str | Sequence[str]) -> tuple[str, ...]:
+def _stop_strings(lm: Any, given: Any) -> tuple[str, ...]:
     stops = (given,) if isinstance(given, str) else tuple(given)
     for stop in stops:
         if not isinstance(stop, str) or not stop:

@@ -19,7 +19,12 @@ _KEPT |= {"eos_token_id", "pad_token_id", "num_return_sequences", "stop_strings"
 _WITHOUT_EFFECT = {"bos_token_id", "decoder_start_token_id", "is_assistant", "renormalize_logits"}
 _WITHOUT_EFFECT |= {"use_cache", "cache_implementation", "cache_config", "max_cache_len"}
 _WITHOUT_EFFECT |= {"compile_config", "disable_compile", "continuous_batching_config", "low_memory"}
-_WITHOUT_EFFECT |= {"prefill_chunk_size", "early_stopping", "length_penalty", "num_assistant_tokens"}
+_WITHOUT_EFFECT |= {
+    "prefill_chunk_size",
+    "early_stopping",
+    "length_penalty",
+    "num_assistant_tokens",
+}
 _WITHOUT_EFFECT |= {"num_assistant_tokens_schedule", "assistant_confidence_threshold"}
 _WITHOUT_EFFECT |= {"assistant_lookbehind", "target_lookbehind", "transformers_version"}
 # The value at which an option that is not kept to would change nothing; others: none, zero, empty.
@@ -65,7 +70,6 @@ def custom_generate(
         generation_config,
         logits_processor=(),
         stopping_criteria=(),
-        attention_mask: Tensor | None = None,
         **others,
     ) -> Tensor:
         config = generation_config
@@ -74,6 +78,7 @@ def custom_generate(
                 "the drafts are made for another model than this one: make custom_generate of the "
                 "model whose generate is called"
             )
+        mask = others.pop("attention_mask", None)
         _refuse(_unkept(config, logits_processor, stopping_criteria, others))
         stops = [stop_strings] if isinstance(stop_strings, str) else [*stop_strings]
         for criterion in stopping_criteria:
@@ -82,7 +87,7 @@ def custom_generate(
         out = speculative_generate(
             lm,
             draft,
-            _unpadded(input_ids, attention_mask),
+            _unpadded(input_ids, mask),
             max_new_tokens=config.max_length - input_ids.shape[1],
             rule=rule,
             temperature=(1.0 if config.temperature is None else config.temperature)
@@ -94,7 +99,9 @@ def custom_generate(
             eos_token_id=config.eos_token_id,
             stop_strings=stops,
         )
-        rows = [torch.cat([ids, new]) for ids, new in zip(input_ids.cpu(), out.token_ids, strict=True)]
+        rows = [
+            torch.cat([ids, new]) for ids, new in zip(input_ids.cpu(), out.token_ids, strict=True)
+        ]
         return torch.nn.utils.rnn.pad_sequence(  # (batch, longest)
             rows, batch_first=True, padding_value=_padding(config)
         ).to(input_ids.device)

@@ -52,6 +52,8 @@ def test_plain_decoding_needs_no_head_and_has_no_forecast(monkeypatch, capsys):
     assert status == 0 and out.startswith("def add(a, b):") and "tokens per call    1.000" in err
     status, out, err = run(monkeypatch, capsys, "generate", "--expect", STORED)
     assert (status, out) == (2, "") and "--expect without a head" in err
+    status, out, err = run(monkeypatch, capsys, "generate", "--compare")
+    assert (status, out) == (2, "") and "--compare without a head" in err
 
 
 def forecasts(path, **columns):
