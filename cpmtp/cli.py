@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -34,6 +35,9 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 def main() -> None:
     """Entry point: bad input is one line and exit status 2, an interruption status 130."""
+    # A file's name may hold bytes that are no text: they are shown by their numbers.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(standalone_mode=False) or 0
         # Some versions of typer make a status of an interruption.

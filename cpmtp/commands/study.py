@@ -49,6 +49,9 @@ def study(
             "side by side."
         ),
     ] = None,
+    text_field: Annotated[
+        str, typer.Option(help="The field of a line of JSON (.jsonl) that holds its text.")
+    ] = "text",
     temperatures: Annotated[
         str,
         typer.Option(
@@ -102,6 +105,7 @@ def study(
         models=tuple(model),
         corpus=tuple(corpus or ()),
         domains=tuple(pair("--domain", text) for text in domain or ()),
+        text_field=text_field,
         horizons=integers("--horizons", horizons),
         ranks=integers("--ranks", ranks),
         methods=tuple(part.strip() for part in methods.split(",") if part.strip()),

@@ -8,13 +8,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
-from cpmtp.corpora import corpus_hash, read_documents
+from cpmtp.corpora import Document, corpus_hash, read_corpus
 from cpmtp.joint_distribution import DEFAULT_MAX_BYTES, check_context, conditional_log_probs
 from cpmtp.language_model import LanguageModel, sample_sequences
 from cpmtp.pretrained import load_language_model
@@ -132,7 +133,10 @@ def plan_study(settings: StudySettings) -> tuple[list[StudyUnit], dict]:
     ValueError
         If a model or corpus cannot be used.
     """
-    corpora = {name: read_documents(patterns) for name, patterns in settings.corpora.items()}
+    corpora = {
+        name: read_corpus(patterns, field=settings.text_field)
+        for name, patterns in settings.corpora.items()
+    }
     units: list[StudyUnit] = []
     models: dict[str, dict] = {}
     for name in settings.models:
@@ -140,12 +144,11 @@ def plan_study(settings: StudySettings) -> tuple[list[StudyUnit], dict]:
         trees = tree_horizons(lm.vocab_size, settings)
         found = [
             unit
-            for domain, documents in corpora.items()
-            for unit in _cut_contexts(lm, name, domain, documents, settings)
+            for domain, corpus in corpora.items()
+            for unit in _cut_contexts(lm, name, domain, corpus.documents, settings)
         ]
         found = found or list(_sampled_contexts(lm, name, settings))
-        first = torch.tensor(found[0].token_ids)
-        check_context(lm, first, max(settings.horizons))
+        first = _first_possible(lm, found, max(settings.horizons))
         # One evaluation before any work: a model with broken weights is refused here, not in every
         # cell.
         probe = conditional_log_probs(lm, first, torch.empty(1, 0, dtype=torch.long), SamplingLaw())
@@ -166,19 +169,55 @@ def plan_study(settings: StudySettings) -> tuple[list[StudyUnit], dict]:
         "models": models,
         "corpora": {
             name: {
-                "sha256": corpus_hash(documents),
-                "documents": len(documents),
-                "replaced_bytes": sum(d.replaced_bytes for d in documents),
+                "sha256": corpus_hash(list(corpus.documents)),
+                "documents": len(corpus.documents),
+                "replaced_bytes": sum(d.replaced_bytes for d in corpus.documents),
+                "skipped": list(corpus.skipped),
             }
-            for name, documents in corpora.items()
+            for name, corpus in corpora.items()
         },
     }
     return units, identity
 
 
-@lru_cache(maxsize=2)
+def _first_possible(lm: LanguageModel, units: Sequence[StudyUnit], horizon: int) -> torch.Tensor:
+    """The first context that the model can take; one that it cannot is a failed row.
+
+    Raises
+    ------
+    ValueError
+        If it can take none: what is wrong with the first.
+    """
+    refused = None
+    for unit in units:
+        ids = torch.tensor(unit.token_ids, dtype=torch.long)
+        try:
+            check_context(lm, ids, horizon)
+        except ValueError as error:
+            refused = refused or error
+        else:
+            return ids
+    assert refused is not None  # there is at least one context
+    window = getattr(lm, "max_context", None)
+    if window is not None and len(units[0].token_ids) + horizon - 1 > window:
+        raise ValueError(f"{refused} (context_length, --context-length)") from None
+    raise refused
+
+
+_opening = threading.Lock()
+
+
 def open_language_model(name: str) -> LanguageModel:
-    """A model by name, folder, hub id, or ``module:factory``; kept for the process."""
+    """A model by name, folder, hub id, or ``module:factory``; kept for the process, whose threads
+    share it.
+    """
+    with _opening:
+        return opened_language_model(name)
+
+
+@lru_cache(maxsize=2)
+def opened_language_model(name: str) -> LanguageModel:
+    """The same, for one thread at a time."""
     if not _FACTORY.fullmatch(name):
         return load_language_model(name)
     module, factory = name.split(":")
@@ -277,7 +316,11 @@ def _sampled_contexts(lm: LanguageModel, name: str, settings: StudySettings) -> 
 
 
 def _cut_contexts(
-    lm: LanguageModel, name: str, domain: str, documents, settings: StudySettings
+    lm: LanguageModel,
+    name: str,
+    domain: str,
+    documents: Sequence[Document],
+    settings: StudySettings,
 ) -> Iterator[StudyUnit]:
     """Windows at random places of the documents; documents in turn, so that they are as many as can
     be.
@@ -289,13 +332,22 @@ def _cut_contexts(
         )
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(documents), generator=generator).tolist()
-    encoded = {i: lm.encode_document(documents[i].text) for i in order[: settings.contexts]}
+    cut: list[tuple[str, torch.Tensor]] = []
+    for place in order:
+        ids = lm.encode_document(documents[place].text)  # (time,)
+        # What tokenizes to nothing is no context.
+        cut += [(documents[place].name, ids)] if len(ids) else []
+        if len(cut) == settings.contexts:
+            break
+    if not cut:
+        raise ValueError(
+            f"no document of domain {domain!r} has a token of model {name!r}: give other texts"
+        )
     for index in range(settings.contexts):
-        chosen = order[index % len(order)]
-        ids = encoded[chosen]
+        document, ids = cut[index % len(cut)]
         length = min(settings.context_length, len(ids))
         start = int(torch.randint(len(ids) - length + 1, (), generator=generator))
-        yield _unit(lm, name, domain, documents[chosen].name, index, ids[start : start + length])
+        yield _unit(lm, name, domain, document, index, ids[start : start + length])
 
 
 def _unit(lm, name: str, domain: str, document: str, index: int, ids: torch.Tensor) -> StudyUnit:

@@ -40,8 +40,9 @@ def run_study(
     context's rows are written to a Parquet part of their own as soon as they are there; started
     again with the same settings and folder, finished contexts are not computed again and damaged
     parts are set aside. What fails is a row with ``status`` and ``message``; a context whose worker
-    vanished for good is tried again by the next run. The column `best` marks the best method's rows
-    (`best_fits` takes them): a mean over all methods is nothing that any of them reaches.
+    vanished, or whose model or memory was not there three times, is tried again by the next run.
+    The column `best` marks the best method's rows (`best_fits` takes them): a mean over all methods
+    is nothing that any of them reaches.
 
     Parameters
     ----------

@@ -32,6 +32,8 @@ class StudySettings:
     domains : mapping of str to path, or pairs
         Named corpora side by side, each a file, folder or glob pattern; a name may come several
         times.
+    text_field : str
+        Of a file of JSON lines: the field that holds a line's text; every line is a document.
     horizons, ranks : sequence of int
     methods : sequence of str
         Methods of `cpmtp.fit`; ``em``, ``gradient`` and ``acceptance`` are fitted along the ranks
@@ -65,6 +67,7 @@ class StudySettings:
     models: tuple[str, ...] = ("code", "prose")
     corpus: tuple[str, ...] = ()
     domains: tuple[tuple[str, str], ...] = ()
+    text_field: str = "text"
     horizons: tuple[int, ...] = (3,)
     ranks: tuple[int, ...] = (1, 2, 4, 8)
     methods: tuple[str, ...] = ("als", "em", "gradient", "acceptance")
@@ -93,6 +96,10 @@ class StudySettings:
                 f"{name} {getattr(self, name)} holds one twice",
             )
         _require(all(self.models), "a model's name is empty")
+        _require(
+            isinstance(self.text_field, str) and bool(self.text_field),
+            f"text_field {self.text_field!r}: expected the name of a field",
+        )
         for rank in self.ranks:
             _require(_is_positive_integer(rank), f"rank {rank}: expected an integer of at least 1")
         for horizon in self.horizons:
