@@ -21,9 +21,12 @@ from cpmtp.prefix_tree import truncated_joint as truncated_joint
 
 # Drafts and their fits
 from cpmtp.drafts.cp_distribution import CPDistribution as CPDistribution
+from cpmtp.drafts.hmm_distribution import HMMDistribution as HMMDistribution
+from cpmtp.drafts.markov_mixture import MarkovMixture as MarkovMixture
 from cpmtp.drafts.divergence import Divergences as Divergences
 from cpmtp.drafts.divergence import divergences as divergences
 from cpmtp.drafts.protocol import Draft as Draft
+from cpmtp.drafts.support import Support as Support
 from cpmtp.decomposition.fit_result import FitResult as FitResult
 from cpmtp.decomposition.fitting import fit as fit
 from cpmtp.decomposition.floors import RankFloors as RankFloors
