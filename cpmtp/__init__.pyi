@@ -17,6 +17,7 @@ from cpmtp.sampling_law import SamplingLaw as SamplingLaw
 from cpmtp.joint_distribution import JointDistribution as JointDistribution
 from cpmtp.joint_distribution import exact_joint as exact_joint
 from cpmtp.prefix_tree import PrefixTree as PrefixTree
+from cpmtp.prefix_tree import complete_joint as complete_joint
 from cpmtp.prefix_tree import truncated_joint as truncated_joint
 
 # Drafts and their fits

@@ -182,9 +182,9 @@ def exact_joint(
     Raises
     ------
     ValueError
-        If the horizon is below 1, the joint would exceed `max_bytes` (before any is allocated), a
-        context token is not in the vocabulary, context and horizon exceed the model's window, or
-        the model returns something that is no distribution.
+        If top-k exceeds the vocabulary, the horizon is below 1, the joint would exceed `max_bytes`
+        (before any is allocated), a context token is not in the vocabulary, context and horizon
+        exceed the model's window, or the model returns something that is no distribution.
 
     Examples
     --------
@@ -193,6 +193,7 @@ def exact_joint(
     torch.Size([4, 4, 4])
     """
     law = SamplingLaw(temperature, top_k, top_p)
+    law.check_vocabulary(lm.vocab_size)
     check_joint_size(lm.vocab_size, horizon, max_bytes)
     check_context(lm, context, horizon)
     vocab = lm.vocab_size
@@ -262,7 +263,16 @@ def conditional_log_probs(
     law: SamplingLaw,
 ) -> Float[Tensor, "count vocab"]:
     """The same as log-probabilities (nats); removed tokens have ``-inf``."""
-    return law.process_log_probs(checked_log_probs(_raw_log_probs(lm, context, continuations)))
+    return law.process_log_probs(next_token_log_probs(lm, context, continuations))
+
+
+def next_token_log_probs(
+    lm: LanguageModel,
+    context: Int[Tensor, " time"],
+    continuations: Int[Tensor, "count length"],
+) -> Float[Tensor, "count vocab"]:
+    """The model's own, unprocessed: checked and normalised, float64."""
+    return checked_log_probs(_raw_log_probs(lm, context, continuations))
 
 
 def checked_log_probs(raw: Float[Tensor, "count vocab"]) -> Float[Tensor, "count vocab"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -46,6 +47,21 @@ class PrefixSharingLanguageModel(LanguageModel, Protocol):
 
         Continuations that share all but their last token should be neighbours: they are evaluated
         together.
+        """
+        ...
+
+
+@runtime_checkable
+class LogitsLanguageModel(PrefixSharingLanguageModel, Protocol):
+    """A language model that hands out logits as it computes them, so that they can be reduced there
+    and need not be kept.
+    """
+
+    def continuation_logits(
+        self, context: Int[Tensor, " time"], continuations: Int[Tensor, "count length"]
+    ) -> Iterator[Float[Tensor, "some vocab"]]:
+        """Logits of the token after `context` and each continuation, in pieces and in order, on
+        whatever device and in whatever precision they are.
         """
         ...
 

@@ -93,19 +93,29 @@ def attend_in_tree(
     _, heads, tokens, width = query.shape
     groups, context = key.shape[1], key.shape[2] - tokens
     out = torch.empty(tokens, heads, width, dtype=query.dtype, device=query.device)
+    query, key, value = (part[0].to(_precision(part)) for part in (query, key, value))
     # Scaling the few keys is cheaper than scaling the scores of all tokens with them.
     # (groups, width, context) and (groups, context, width)
-    given = (key[0, :, :context].mT * scaling, value[0, :, :context].mT.contiguous())
-    own = (key[0, :, context:] * scaling, value[0, :, context:])
+    given = (key[:, :context].mT * scaling, value[:, :context].mT.contiguous())
+    own = (key[:, context:] * scaling, value[:, context:])
     size = max(_SCORES_AT_ONCE // (heads * context), 1)
     for start in range(0, tokens, size):
         some = slice(start, start + size)
         # (groups, heads per group, some, width)
-        part = query[0, :, some].contiguous().view(groups, heads // groups, -1, width)
+        part = query[:, some].contiguous().view(groups, heads // groups, -1, width)
         out[some] = (  # (some, heads, width)
             _attend(part, given, own, lineage[some]).permute(2, 0, 1, 3).reshape(-1, heads, width)
         )
     return out[None]
+
+
+def _precision(values: Tensor) -> torch.dtype:
+    """In what the attention is computed: most processors do half precision by way of single, and
+    turning the scores back and forth costs more than all else.
+    """
+    if values.device.type == "cpu":
+        return torch.promote_types(values.dtype, torch.float32)
+    return values.dtype
 
 
 def _attend(

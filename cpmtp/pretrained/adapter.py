@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -12,13 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from cpmtp.language_model import draw_tokens
 from cpmtp.pretrained.identity import (
     positions_of,
     vocabulary_fingerprint,
     weights_fingerprint,
 )
 from cpmtp.pretrained.parts import head_only, in_float32, trunk_name, with_tree_attention
+from cpmtp.pretrained.sampling import sampled_tokens
 from cpmtp.pretrained.text import document_ids, end_tokens_of, prompt_ids
 from cpmtp.pretrained.trials import (
     FAILURES,
@@ -226,10 +227,8 @@ class HuggingFaceLanguageModel:
 
         One full forward pass.
         """
-        token_ids = self._with_start(token_ids)
-        rows = min(self.batch_tokens // token_ids.shape[1], _LOGITS_AT_ONCE // self.vocab_size)
-        parts = token_ids.split(max(rows, 1))
-        return torch.cat([self._log_probs(self._forward(part, keep=1))[:, -1] for part in parts])
+        pieces = self._full_pass_logits(self.with_start(token_ids))
+        return torch.cat([self._log_probs(logits) for logits in pieces])
 
     @torch.inference_mode()
     def sequence_log_probs(self, token_ids: Int[Tensor, " time"]) -> Float[Tensor, " later"]:
@@ -242,14 +241,26 @@ class HuggingFaceLanguageModel:
         self, context: Int[Tensor, " time"], continuations: Int[Tensor, "count length"]
     ) -> Float[Tensor, "count vocab"]:
         """Log-probabilities (nats) of the token after `context` and each continuation."""
-        self.require_causal()
-        context = self._with_start(context[None])[0]  # (time,)
-        if self.shares_prefixes_up_to(len(context) + continuations.shape[1]):
-            return self._shared_prefix_log_probs(context, continuations)
-        rows = [context.expand(len(continuations), -1), continuations]
-        return self.next_token_log_probs(torch.cat(rows, 1))  # (count, vocab)
+        pieces = self.continuation_logits(context, continuations)
+        found = [self._log_probs(logits) for logits in pieces]
+        return torch.cat(found or [torch.empty(0, self.vocab_size)])  # (count, vocab)
 
-    @torch.no_grad()
+    @torch.inference_mode()
+    def continuation_logits(
+        self, context: Int[Tensor, " time"], continuations: Int[Tensor, "count length"]
+    ) -> Iterator[Float[Tensor, "some vocab"]]:
+        """Logits of the token after `context` and each continuation, as the model computes them.
+
+        In pieces and in order, on the model's device: what is not kept of a piece takes no room.
+        """
+        self.require_causal()
+        context = self.with_start(context[None])[0]  # (time,)
+        if self.shares_prefixes_up_to(len(context) + continuations.shape[1]):
+            yield from self._shared_prefix_logits(context, continuations)
+            return
+        rows = [context.expand(len(continuations), -1), continuations]
+        yield from self._full_pass_logits(torch.cat(rows, 1))
+
     def sample_tokens(
         self, count: int, length: int, *, seed: int = 0, temperature: float = 1.0
     ) -> Int[Tensor, "count length"]:
@@ -262,28 +273,11 @@ class HuggingFaceLanguageModel:
         ValueError
             If the model has no start-of-text token, or `length` exceeds its window.
         """
-        if self.max_context is not None and length > self.max_context:
-            raise ValueError(
-                f"{length} tokens exceed the model's {self.max_context} positions: ask for fewer"
-            )
-        cached = self.grows_up_to(length + 1)
-        generator = torch.Generator().manual_seed(seed)
-        tokens = self._with_start(torch.empty(count, 0, dtype=torch.long))
-        cache, last, drawn = None, tokens, []
-        for _ in range(length):
-            if cached:
-                logits, cache = self.step(last, cache)
-            else:
-                logits = self._forward(tokens, keep=1)
-            probs = self._log_probs(logits[:, -1] / max(temperature, 1e-6)).exp()
-            last = draw_tokens(probs.double(), generator)  # (count, 1)
-            tokens = torch.cat([tokens, last], 1)
-            drawn.append(last)
-        return torch.cat(drawn, 1)  # (count, length)
+        return sampled_tokens(self, count, length, seed=seed, temperature=temperature)
 
     def step(
         self, token_ids: Int[Tensor, "batch time"], cache: Any = None, **inputs
-    ) -> tuple[Float[Tensor, "batch time vocab"], Any]:
+    ) -> tuple[Float[Tensor, "batch kept vocab"], Any]:
         """Logits after some more tokens and the cache that knows them; None: a new one."""
         named = {"input_ids": token_ids.to(self.device), self.cache_name: cache} | inputs
         out = self.model(**named, use_cache=True)
@@ -324,17 +318,22 @@ class HuggingFaceLanguageModel:
         """SHA-256 over the tokenizer's vocabulary; empty without a tokenizer."""
         return "" if self.tokenizer is None else vocabulary_fingerprint(self.tokenizer)
 
-    def _shared_prefix_log_probs(self, context: Tensor, continuations: Tensor) -> Tensor:
-        cache, log_probs = self._context(context)
-        if continuations.shape[1] == 0:
-            return log_probs.expand(len(continuations), -1)  # (count, vocab)
-        found = torch.empty(len(continuations), self.vocab_size, dtype=log_probs.dtype)
-        size = self._tokens_at_once
-        for part, rows in zip(continuations.split(size), found.split(size), strict=True):
-            rows.copy_(self._tree_log_probs(cache, len(context), part))
-        return found
+    def _full_pass_logits(self, token_ids: Tensor) -> Iterator[Tensor]:
+        """Logits (some, vocab) after each row, by full forward passes."""
+        rows = min(self.batch_tokens // token_ids.shape[1], _LOGITS_AT_ONCE // self.vocab_size)
+        for part in token_ids.split(max(rows, 1)):
+            yield self._forward(part, keep=1)[:, -1]
 
-    def _tree_log_probs(self, cache: Cache, seen: int, continuations: Tensor) -> Tensor:
+    def _shared_prefix_logits(self, context: Tensor, continuations: Tensor) -> Iterator[Tensor]:
+        """The same after a shared context and each continuation."""
+        cache, logits = self._context(context)
+        if continuations.shape[1] == 0:
+            yield logits.expand(len(continuations), -1)  # (count, vocab)
+            return
+        for part in continuations.split(self._tokens_at_once):
+            yield self._tree_logits(cache, len(context), part)
+
+    def _tree_logits(self, cache: Cache, seen: int, continuations: Tensor) -> Tensor:
         tree = lay_out_tree(continuations)
         count = len(continuations)
         grown = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
@@ -345,9 +344,9 @@ class HuggingFaceLanguageModel:
             attention_mask=tree.lineage[None, None].to(self.device),
             use_cache=True,
             **{self.cache_name: grown},
-            **({"logits_to_keep": count} if self._keeps_logits else {}),
+            **self._only_last(count, len(tree.token_ids)),
         )
-        return self._log_probs(out.logits[0, -count:])
+        return out.logits[0, -count:]
 
     @property
     def _tree_view(self) -> Any:
@@ -367,20 +366,29 @@ class HuggingFaceLanguageModel:
         # A joint asks for one context again and again, chunk by chunk: the last one is kept.
         key, kept = tuple(context.tolist()), self._context_cache
         if kept is None or kept[0] != key:
-            logits, cache = self.step(context[None])  # (1, time, vocab)
-            kept = (key, cache, self._log_probs(logits[:, -1]))
+            # (1, 1 or time, vocab)
+            logits, cache = self.step(context[None], **self._only_last(1, len(context)))
+            kept = (key, cache, logits[:, -1])
             self._context_cache = kept
         return kept[1:]
 
     def _forward(self, token_ids: Tensor, keep: int) -> Tensor:
-        extra = {"logits_to_keep": keep} if self._keeps_logits else {}
+        extra = self._only_last(keep, token_ids.shape[1]) if keep else {}
         return self.model(input_ids=token_ids.to(self.device), use_cache=False, **extra).logits
+
+    def _only_last(self, count: int, length: int) -> dict[str, Tensor]:
+        """Arguments that ask for logits of the last positions alone, where the model takes them."""
+        if not self._keeps_logits:
+            return {}
+        # As a number they would be a view, and a product with a view copies the unembedding.
+        return {"logits_to_keep": torch.arange(length - count, length, device=self.device)}
 
     @staticmethod
     def _log_probs(logits: Tensor) -> Tensor:
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1).cpu()
 
-    def _with_start(self, token_ids: Tensor) -> Tensor:
+    def with_start(self, token_ids: Tensor) -> Tensor:
+        """Rows of tokens as the model needs them: a start-of-text token where there is none."""
         if token_ids.shape[1]:
             return token_ids
         start = getattr(self.text_config, "bos_token_id", None)

@@ -1,10 +1,13 @@
-"""Where models come from: folders in Hugging Face format, hub ids, what comes with the package."""
+"""Where models come from: folders in Hugging Face format, GGUF files, hub ids, what comes with the
+package.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,54 +16,67 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from cpmtp.pretrained.adapter import HuggingFaceLanguageModel
+from cpmtp.pretrained.gguf import SUFFIX, check_gguf, gguf_options, is_gguf, without_quantization
 from cpmtp.pretrained.trials import first_line
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 # transformers builds a model under global settings: two threads must not do so at once.
 _LOADING = threading.Lock()
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def load_language_model(
-    name: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    name: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = torch.float32,
 ) -> HuggingFaceLanguageModel:
-    """Load an embedded model by name, a local folder, or a model of the Hugging Face hub.
+    """Load an embedded model by name, a local folder, a GGUF file, or a model of the Hugging Face
+    hub.
 
     Parameters
     ----------
     name : str or path
-        ``"code"`` or ``"prose"``, a folder in Hugging Face format, or a hub id such as ``"gpt2"``.
+        ``"code"`` or ``"prose"``, a folder in Hugging Face format, a file that ends in ``.gguf``
+        (needs the extra `gguf`; its weights are unpacked), or a hub id such as ``"gpt2"``.
     device : str
         Where the forward pass runs.
-    dtype : torch.dtype
-        In what precision it runs; everything after the logits is float64.
+    dtype : str or torch.dtype
+        In what precision it runs: float32, bfloat16, float16 or float64; everything after the
+        logits is float64.
 
     Raises
     ------
     ValueError
-        If there is no such model or device, the folder holds none or other weights, or the hub
-        cannot be reached.
+        If there is no such model, device or precision, the file or folder holds none or other
+        weights, or the hub cannot be reached.
     """
-    device = usable_device(device)
-    source, local = _locate(name)
+    device, dtype = usable_device(device), usable_dtype(dtype)
+    source = _locate(name)
     # Nothing is ever unpickled and no code of a model's own is run.
-    options = {"local_files_only": local, "trust_remote_code": False}
+    options = {"local_files_only": source.local, "trust_remote_code": False}
     try:
-        with _LOADING, _quiet():
+        with _LOADING, quiet():
             model, found = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+                source.place,
+                dtype=dtype,
+                output_loading_info=True,
+                **options,
+                **(gguf_options(source.gguf) if source.gguf else {"use_safetensors": True}),
             )
     except Exception as error:
         raise ValueError(
             f"the model {str(name)!r} could not be loaded: {first_line(error)}"
         ) from error
     _refuse_other_weights(str(name), found)
+    if source.gguf:
+        model, options["gguf_file"] = without_quantization(model), source.gguf.name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        with _LOADING, quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source.place, **options)
     except Exception:  # a model without a tokenizer still takes token ids
         tokenizer = None
-    return HuggingFaceLanguageModel(
-        model.to(device), tokenizer, name=Path(name).name if local else str(name)
-    )
+    return HuggingFaceLanguageModel(model.to(device), tokenizer, name=source.name)
 
 
 def _refuse_other_weights(name: str, found: dict) -> None:
@@ -101,6 +117,25 @@ def usable_device(device: str | torch.device) -> torch.device:
     return found
 
 
+def usable_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The precision of that name.
+
+    Raises
+    ------
+    ValueError
+        If a forward pass cannot run in it.
+
+    Examples
+    --------
+    >>> usable_dtype("bfloat16")
+    torch.bfloat16
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}: expected one of {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
 def embedded_models() -> dict[str, Path]:
     """Names and folders of the models that come with cpmtp."""
     return {
@@ -124,30 +159,65 @@ def _embedded_root(kind: str = "models") -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "data" / kind
 
 
-def _locate(given: str | Path) -> tuple[str, bool]:
-    """Where a model is, and whether that is on this machine."""
+@dataclass(frozen=True)
+class _Source:
+    """Where a model is.
+
+    Attributes
+    ----------
+    place : str
+        Folder or hub id.
+    local : bool
+        Whether that is on this machine.
+    name : str
+        For tables and reports.
+    gguf : Path, optional
+        The file of the folder that holds it.
+    """
+
+    place: str
+    local: bool
+    name: str
+    gguf: Path | None = None
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> _Source:
+        return cls(str(folder), True, folder.name)
+
+
+def _locate(given: str | Path) -> _Source:
+    """Where a model is."""
     name, embedded = str(given), embedded_models()
     if name in embedded:
-        return str(embedded[name]), True
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        return _Source.of_folder(embedded[name])
+    path = Path(name).expanduser()
+    if is_gguf(path) and path.is_file():
+        check_gguf(path)
+        return _Source(str(path.parent), True, path.stem, path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
             raise ValueError(
                 f"the folder {name!r} holds no model: expected config.json and *.safetensors in it"
+                f"{_files_in(path)}"
             )
-        return str(folder), True
+        return _Source.of_folder(path)
     if isinstance(given, Path) or _is_path(name):
-        file = ", it is a file" if folder.is_file() else ""
+        file = ", it is a file" if path.is_file() else ""
+        kind = "file" if is_gguf(path) else "folder"
         raise ValueError(
-            f"no folder {name}{file}: expected a folder in Hugging Face format, a hub id "
-            f"(OWNER/NAME), or {' or '.join(embedded)}"
+            f"no {kind} {name}{file}: expected a folder in Hugging Face format, a GGUF file, a hub "
+            f"id (OWNER/NAME), or {' or '.join(embedded)}"
         )
-    if isinstance(
-        try_to_load_from_cache(name, "config.json") if _HUB_ID.fullmatch(name) else None, str
-    ):
-        return name, False
-    _ask_hub(name)
-    return name, False
+    known = try_to_load_from_cache(name, "config.json") if _HUB_ID.fullmatch(name) else None
+    if not isinstance(known, str):
+        _ask_hub(name)
+    return _Source(name, False, name)
+
+
+def _files_in(folder: Path) -> str:
+    """What to do about a folder of GGUF files; empty where there are none."""
+    found = sorted(file.name for file in folder.iterdir() if is_gguf(file))
+    return f"; it holds {found[0]}: give that file's path" if found else ""
 
 
 def _is_path(name: str) -> bool:
@@ -156,7 +226,7 @@ def _is_path(name: str) -> bool:
     """
     return (
         name.startswith((".", "~", "/"))
-        or name.endswith((".gguf", "/"))
+        or name.lower().endswith((SUFFIX, "/"))
         or ("\\" in name or name.count("/") > 1)
     )
 
@@ -177,7 +247,7 @@ def _ask_hub(name: str) -> None:
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """Without transformers' own progress bar and reports: the caller has words of its own."""
     shown, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()

@@ -227,7 +227,7 @@ def tree_gap(lm: Any, lengths: tuple[int, ...]) -> float:
         branches = trial_ids(lm.vocab_size, 12, length).reshape(4, 3)  # (branches, 3)
         branches[1::2, 0] = branches[::2, 0]
         rows = torch.cat([context.expand(4, -1), branches], 1)  # (branches, length + 3)
-        found = lm._shared_prefix_log_probs(context, branches)
+        found = torch.cat(list(lm._shared_prefix_logits(context, branches)))  # (branches, vocab)
         worst = max(worst, float(total_variation(found, lm.next_token_log_probs(rows)).max()))
     return worst
 

@@ -1,6 +1,4 @@
-"""The truncated joint: a tree of prefixes with exact probabilities and certified mass, where V**n
-is out of reach.
-"""
+"""The truncated joint: the most probable prefixes, found best-first, with certified mass."""
 
 from __future__ import annotations
 
@@ -9,12 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from cpmtp.joint_distribution import check_context, conditional_probs, prefixes_at_once
+from cpmtp.joint_distribution import check_context
 from cpmtp.language_model import LanguageModel
-from cpmtp.sampling_law import SamplingLaw, entropy
+from cpmtp.prefix_tree.children import next_tokens
+from cpmtp.prefix_tree.tree import PrefixTree, TreeLevel
+from cpmtp.sampling_law import SamplingLaw
 
 # Share of the wanted mass's complement that may be lost to dropped children, over all depths.
 _TAIL_SHARE = 0.25
@@ -22,116 +22,6 @@ _TAIL_SHARE = 0.25
 # growing steps).
 _LEAST_STEP = 64
 _STEP_SHARE = 0.25
-
-
-@dataclass(frozen=True)
-class TreeLevel:
-    """The kept prefixes of one length; those with the same parent are neighbours.
-
-    Attributes
-    ----------
-    parents : (nodes,) long tensor
-        Each node's parent as a position in the level before (0, the empty prefix, in the first
-        level).
-    tokens : (nodes,) long tensor
-        The last token of each prefix.
-    conditionals : (nodes,) float64 tensor
-        ``p(x_k | x_<k)``, exact.
-    probs : (nodes,) float64 tensor
-        ``P(x_1:k)``, exact.
-    parent_entropies : (expanded,) float64 tensor
-        Entropy in nats of the whole next-token law of each distinct parent, dropped children
-        included.
-    """
-
-    parents: Int[Tensor, " nodes"]
-    tokens: Int[Tensor, " nodes"]
-    conditionals: Float[Tensor, " nodes"]
-    probs: Float[Tensor, " nodes"]
-    parent_entropies: Float[Tensor, " expanded"]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all fields."""
-        return sum(getattr(self, name).nbytes for name in self.__dataclass_fields__)
-
-
-@dataclass(frozen=True)
-class PrefixTree:
-    """The most probable prefixes of the next `horizon` tokens, each with its exact probability.
-
-    A prefix is kept only with all its own prefixes. An expanded node has all its children, or the
-    most probable ones: then every dropped child is no more probable than any kept sibling.
-
-    Attributes
-    ----------
-    vocab_size : int
-    levels : tuple of horizon TreeLevels
-        ``levels[k - 1]`` holds the kept prefixes of k tokens.
-    greedy_path : (horizon,) long tensor
-        The argmax token after argmax tokens; always kept.
-    law : SamplingLaw
-        Temperature, top-k and top-p of the law whose joint this is.
-
-    Examples
-    --------
-    >>> from cpmtp.language_model import separated_hmm
-    >>> tree = truncated_joint(separated_hmm(2, 8), torch.tensor([0]), 3, mass=0.9)
-    >>> bool(tree.mass[-1] >= 0.9), tree.prefixes(3).shape[1]
-    (True, 3)
-    """
-
-    vocab_size: int
-    levels: tuple[TreeLevel, ...]
-    greedy_path: Int[Tensor, " horizon"]
-    law: SamplingLaw
-
-    @property
-    def horizon(self) -> int:
-        """Number of tokens."""
-        return len(self.levels)
-
-    @property
-    def mass(self) -> Float[Tensor, " horizon"]:
-        """Exact probability that the first k tokens are a kept prefix, for k = 1 … horizon; never
-        rising.
-        """
-        return torch.stack([level.probs.sum() for level in self.levels]).clamp(max=1.0)
-
-    @property
-    def expanded_nodes(self) -> int:
-        """Prefixes whose next-token law was asked of the model (the empty one included)."""
-        return sum(len(level.parent_entropies) for level in self.levels)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all levels."""
-        return sum(level.nbytes for level in self.levels)
-
-    def prefixes(self, length: int) -> Int[Tensor, "nodes length"]:
-        """The kept prefixes of `length` tokens, in the order of ``levels[length - 1]``; (1, 0) for
-        length 0.
-        """
-        return self._walk(length, None)
-
-    def expanded_prefixes(self, length: int) -> Int[Tensor, "expanded length"]:
-        """The prefixes of `length` tokens that have children, in the order of
-        ``levels[length].parent_entropies``.
-        """
-        return self._walk(length, self.levels[length].parents.unique_consecutive())
-
-    def _walk(self, length: int, nodes: Tensor | None) -> Tensor:
-        if length == 0:
-            return torch.empty(1, 0, dtype=torch.long)
-        position = torch.arange(len(self.levels[length - 1])) if nodes is None else nodes
-        columns = []
-        for level in reversed(self.levels[:length]):
-            columns.append(level.tokens[position])
-            position = level.parents[position]
-        return torch.stack(columns[::-1], 1)  # (nodes, length)
 
 
 def truncated_joint(
@@ -175,8 +65,9 @@ def truncated_joint(
     Raises
     ------
     ValueError
-        If a number is out of range, a context token is not in the vocabulary, context and horizon
-        exceed the model's window, or the model returns something that is no distribution.
+        If a number is out of range, top-k exceeds the vocabulary, a context token is not in the
+        vocabulary, context and horizon exceed the model's window, or the model returns something
+        that is no distribution.
 
     Examples
     --------
@@ -186,6 +77,7 @@ def truncated_joint(
     (100, [64, 4096, 2240], 1.0)
     """
     law = SamplingLaw(temperature, top_k, top_p)
+    law.check_vocabulary(lm.vocab_size)
     _check_limits(horizon, mass, max_nodes, max_children)
     check_context(lm, context, horizon)
     threshold = _TAIL_SHARE * (1 - mass) / (horizon * lm.vocab_size)
@@ -332,19 +224,21 @@ class _Growth:
             # Sorted, prefixes that begin alike are evaluated together.
             # (nodes,)
             order = torch.from_numpy(np.lexsort(some.tokens[:, :depth].T.flip(0).numpy()))
-            for part in order.split(prefixes_at_once(self.lm.vocab_size)):
-                children = self._children(some[part], depth)
-                if depth < self.horizon - 1:
-                    self.frontier.add(children, max(self.max_nodes - self.expanded, 1))
+            children = self._children(some[order], depth)
+            if depth < self.horizon - 1:
+                self.frontier.add(children, max(self.max_nodes - self.expanded, 1))
 
     def _children(self, nodes: _Nodes, depth: int) -> _Nodes:
         """Ask for the next-token laws of prefixes of one depth, store the kept children and return
         them.
         """
-        laws = conditional_probs(self.lm, self.context, nodes.tokens[:, :depth], self.law)
-        row, token, conditional = self._kept(laws)
+        found = next_tokens(
+            self.lm, self.context, nodes.tokens[:, :depth], self.law, self.max_children
+        )
+        row, place = ((found.probs >= self.threshold) & (found.probs > 0)).nonzero().unbind(1)
+        token, conditional = found.tokens[row, place], found.probs[row, place]  # (children,) each
         probs = nodes.probs[row] * conditional
-        level = TreeLevel(nodes.positions[row], token, conditional, probs, entropy(laws))
+        level = TreeLevel(nodes.positions[row], token, conditional, probs, found.entropies)
         self.pieces[depth].append(level)
         positions = torch.arange(self.sizes[depth], self.sizes[depth] + len(token))
         self.sizes[depth] += len(token)
@@ -354,14 +248,6 @@ class _Growth:
         tokens = nodes.tokens[row]
         tokens[:, depth] = token
         return _Nodes(probs, torch.full_like(positions, depth + 1), positions, tokens)
-
-    def _kept(self, laws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if laws.shape[1] <= self.max_children:
-            row, token = ((laws >= self.threshold) & (laws > 0)).nonzero().unbind(1)
-            return row, token, laws[row, token]
-        values, tokens = laws.topk(self.max_children)
-        kept = (values >= self.threshold) & (values > 0)
-        return kept.nonzero()[:, 0], tokens[kept], values[kept]
 
     def tree(self) -> PrefixTree:
         levels = []
