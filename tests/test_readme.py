@@ -43,11 +43,37 @@ def test_the_embedded_models_are_there_and_small(name):
     assert (folder / "model.safetensors").stat().st_size <= 8_000_000
 
 
-def test_files_named_in_the_readme_exist(root):
-    for name in re.findall(r"`([\w./-]+\.(?:py|md|cff))`", (root / "README.md").read_text("utf-8")):
-        # A row of a table names a folder once, then its files.
-        there = [*root.glob(name), *(root / "cpmtp").glob(f"**/{name}")]
-        assert there, name
+def _missing(root, text: str) -> list[str]:
+    """Files and folders that a text names and that are not where it says.
+
+    A row of the table names folders of the package, then files in them or beside them.
+    """
+    missing = []
+    for line in text.splitlines():
+        names = re.findall(r"`([\w./-]+(?:\.(?:py|md|cff)|/))`", line)
+        package = root / "cpmtp"
+        homes = [root]
+        if line.startswith("| "):
+            homes += [package, *(package / name for name in names if name.endswith("/"))]
+        missing += [name for name in names if not any((home / name).exists() for home in homes)]
+    return missing
+
+
+def test_files_named_in_the_readme_are_where_it_says(root):
+    text = (root / "README.md").read_text("utf-8")
+    assert _missing(root, text) == []
+    fits = "| fits to a joint | `decomposition/`: `fitting.py` is the entrance |"
+    assert _missing(root, fits) == []
+    assert _missing(root, fits.replace("decomposition", "acceptance")) == ["fitting.py"]
+    assert _missing(root, fits.replace("decomposition", "fits")) == ["fits/", "fitting.py"]
+    assert _missing(root, "See `docs/heads.md` and `fitting.py`.") == ["fitting.py"]
+
+
+def test_the_table_of_the_readme_names_all_that_stands_on_top_of_the_package(root):
+    table = re.findall(r"^\| .*$", (root / "README.md").read_text("utf-8"), flags=re.MULTILINE)
+    named = set(re.findall(r"`(\w+)(?:\.py|/)`", "\n".join(table)))
+    on_top = {path.stem for path in (root / "cpmtp").iterdir() if path.suffix in ("", ".py")}
+    assert {name for name in on_top if not name.startswith("_")} <= named
 
 
 @pytest.mark.parametrize("model", ["code", "prose"])

@@ -25,11 +25,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache
 
 from cpmtp.language_model import LanguageModel
+from cpmtp.pretrained import HuggingFaceLanguageModel
 
 
 @runtime_checkable
@@ -62,7 +63,7 @@ class Target(Protocol):
 class _Reader:
     """Asks a Hugging Face model for scores and, where heads need them, hidden states."""
 
-    def __init__(self, lm: Any, hidden: bool):
+    def __init__(self, lm: HuggingFaceLanguageModel, hidden: bool):
         self._lm, self._hidden, self.device = lm, hidden, lm.device
 
     def _asked(self, tokens: Tensor, cache: Any, last: bool, **inputs) -> tuple[Tensor, Any, Any]:
@@ -85,7 +86,7 @@ class BatchTarget(_Reader):
     cropped from the cache; the others' stay where they are, masked out.
     """
 
-    def __init__(self, lm: Any, hidden: bool):
+    def __init__(self, lm: HuggingFaceLanguageModel, hidden: bool):
         super().__init__(lm, hidden)
         self._cache: Any = DynamicCache()
         # A batch of one has no holes in its cache, and so no mask.
@@ -104,8 +105,7 @@ class BatchTarget(_Reader):
         padding = (longest - lengths)[:, None]  # (batch, 1)
         self._mask = (steps >= padding).long() if len(prompts) > 1 else None
         self._positions, self._added = lengths, 0
-        scores, hidden = self._forward(tokens, (steps - padding).clamp_min(0), last=True)
-        return scores[:, -1], None if hidden is None else hidden[:, -1]
+        return _at_end(*self._forward(tokens, (steps - padding).clamp_min(0), last=True))
 
     def extend(
         self, tokens: Int[Tensor, "batch count"], running: set[int]
@@ -153,7 +153,7 @@ class RowsTarget(_Reader):
         Caches of the configuration's own kind that remember what cropping must restore.
     """
 
-    def __init__(self, lm: Any, hidden: bool, *, recording: bool):
+    def __init__(self, lm: HuggingFaceLanguageModel, hidden: bool, *, recording: bool):
         super().__init__(lm, hidden)
         self._recording = recording
         self._caches: list[Any] = []
@@ -166,8 +166,7 @@ class RowsTarget(_Reader):
         found = [self._row(row, prompt[None], last=True) for row, prompt in enumerate(prompts)]
         self._added = [0] * len(prompts)
         self._settle(dict.fromkeys(range(len(prompts)), 0))
-        scores, hidden = _stacked(found)
-        return scores[:, -1], None if hidden is None else hidden[:, -1]
+        return _at_end(*_joined(found, 0))
 
     def extend(
         self, tokens: Int[Tensor, "batch count"], running: set[int]
@@ -208,7 +207,7 @@ class ReplayingTarget(_Reader):
         was accepted is fed once more to the cache from before.
     """
 
-    def __init__(self, lm: Any, hidden: bool, *, stepped: bool):
+    def __init__(self, lm: HuggingFaceLanguageModel, hidden: bool, *, stepped: bool):
         super().__init__(lm, hidden)
         self._stepped = stepped
         # Per row: the cache after 0, 1, … tokens of the last extension; if not stepped, after none.
@@ -220,8 +219,7 @@ class ReplayingTarget(_Reader):
         """Read one prompt after another into caches that the model makes."""
         found = [self._asked(prompt[None], None, True) for prompt in prompts]  # (1, 1, vocab) each
         self._caches = [[cache] for _, _, cache in found]
-        scores, hidden = _stacked([(s, h) for s, h, _ in found])
-        return scores[:, -1], None if hidden is None else hidden[:, -1]
+        return _at_end(*_joined([(s, h) for s, h, _ in found], 0))
 
     def extend(
         self, tokens: Int[Tensor, "batch count"], running: set[int]
@@ -253,30 +251,26 @@ class ReplayingTarget(_Reader):
             scores, hidden, cache = self._asked(token[None], cache, False)  # (1, 1, vocab)
             caches.append(cache)
             found.append((scores, hidden))
-        scores = torch.cat([s for s, _ in found], 1)  # (1, count, vocab)
-        if not self._hidden:
-            return scores, None
-        return scores, torch.cat([h for _, h in found if h is not None], 1)  # (1, count, d)
+        return _joined(found, 1)  # (1, count, …)
 
 
-class FullPassTarget:
-    """Texts without a cache: one forward pass over the whole text of each row per call."""
+class _TextsTarget:
+    """Texts without a cache: what follows them is asked for again in every call."""
 
-    def __init__(self, lm: Any, hidden: bool):
-        self._lm, self._hidden, self.device = lm, hidden, lm.device
+    def __init__(self, device: torch.device):
+        self.device = device
         self._texts: list[Tensor] = []
         self._added, self._running = 0, set[int]()
 
     def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, Tensor | None]:
         """Read one prompt after another."""
         self._texts = list(prompts)
-        scores, hidden = _stacked([self._asked(text, 1) for text in self._texts])
-        return scores[:, -1], None if hidden is None else hidden[:, -1]
+        return _at_end(*_joined([self._asked(text, 1) for text in self._texts], 0))
 
     def extend(
         self, tokens: Int[Tensor, "batch count"], running: set[int]
     ) -> tuple[Tensor, Tensor | None]:
-        """A forward pass for each running row."""
+        """Read each running row's longer text."""
         self._added, self._running = tokens.shape[1], set(running)
         for row in running:
             self._texts[row] = torch.cat([self._texts[row], tokens[row].cpu()])  # (time + count,)
@@ -291,98 +285,57 @@ class FullPassTarget:
 
     def _asked(self, text: Tensor, last: int) -> tuple[Tensor, Tensor | None]:
         """Scores (1, last, vocab) after the last tokens, and hidden states."""
+        raise NotImplementedError
+
+
+class FullPassTarget(_TextsTarget):
+    """One forward pass over the whole text of each row per call."""
+
+    def __init__(self, lm: HuggingFaceLanguageModel, hidden: bool):
+        super().__init__(lm.device)
+        self._lm, self._hidden = lm, hidden
+
+    def _asked(self, text: Tensor, last: int) -> tuple[Tensor, Tensor | None]:
         if not self._hidden:
             return self._lm.full_logits(text[None])[:, -last:], None
         hidden = self._lm.hidden_states(text[None])[:, -last:]  # (1, last, d)
         return self._lm.unembed(hidden), hidden
 
 
-class PrefixTarget:
-    """Texts without a cache, and a full forward pass for every prefix of a drafted block.
+class PrefixTarget(FullPassTarget):
+    """A full forward pass for every prefix of a drafted block.
 
     For models whose distributions at a position depend on how long the whole text is.
     """
 
-    def __init__(self, lm: Any, hidden: bool):
-        self._lm, self._hidden, self.device = lm, hidden, lm.device
-        self._texts: list[Tensor] = []
-        self._added, self._running = 0, set[int]()
-
-    def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, Tensor | None]:
-        """Read one prompt after another."""
-        self._texts = list(prompts)
-        scores, hidden = _stacked([self._asked(text) for text in self._texts])
-        return scores[:, -1], None if hidden is None else hidden[:, -1]
-
-    def extend(
-        self, tokens: Int[Tensor, "batch count"], running: set[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        """A forward pass for each token of each running row."""
-        self._added, self._running = tokens.shape[1], set(running)
-        for row in running:
-            self._texts[row] = torch.cat([self._texts[row], tokens[row].cpu()])  # (time + count,)
-        return _of_running(self._row, running, len(tokens))
-
-    def keep(self, counts: Int[Tensor, " batch"]) -> None:
-        """Cut the texts."""
-        for row in self._running:
-            text = self._texts[row]
-            self._texts[row] = text[: len(text) - self._added + int(counts[row])]
-
-    def _row(self, row: int) -> tuple[Tensor, Tensor | None]:
-        text = self._texts[row]
-        ends = range(len(text) - self._added + 1, len(text) + 1)
-        found = [self._asked(text[:end]) for end in ends]
-        scores = torch.cat([s for s, _ in found], 1)  # (1, added, vocab)
-        hidden = [h for _, h in found if h is not None]
-        return scores, torch.cat(hidden, 1) if hidden else None  # (1, added, d)
-
-    def _asked(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores (1, 1, vocab) after a text, and hidden states."""
-        if not self._hidden:
-            return self._lm.full_logits(text[None])[:, -1:], None
-        hidden = self._lm.hidden_states(text[None])[:, -1:]  # (1, 1, d)
-        return self._lm.unembed(hidden), hidden
+    def _asked(self, text: Tensor, last: int) -> tuple[Tensor, Tensor | None]:
+        ends = range(len(text) - last + 1, len(text) + 1)
+        found = [FullPassTarget._asked(self, text[:end], 1) for end in ends]
+        return _joined(found, 1)  # (1, last, vocab)
 
 
-class PlainTarget:
+class PlainTarget(_TextsTarget):
     """Any language model: every distribution by a call of its own; no hidden states."""
 
     def __init__(self, lm: LanguageModel):
-        self._lm, self._added, self.device = lm, 0, torch.device("cpu")
-        self._texts: list[Tensor] = []
+        super().__init__(torch.device("cpu"))
+        self._lm = lm
 
-    def begin(self, prompts: Sequence[Int[Tensor, " _"]]) -> tuple[Tensor, None]:
-        """Scores (batch, vocab) after each prompt."""
-        self._texts = list(prompts)
-        return torch.stack([self._scores(text) for text in self._texts]), None  # (batch, vocab)
-
-    def extend(self, tokens: Int[Tensor, "batch count"], running: set[int]) -> tuple[Tensor, None]:
-        """Scores (batch, count, vocab) after each of some more tokens."""
-        rows = []
-        for text, more in zip(self._texts, tokens, strict=True):
-            ends = range(1, len(more) + 1)
-            # (count, vocab)
-            rows.append(torch.stack([self._scores(torch.cat([text, more[:k]])) for k in ends]))
-        texts = zip(self._texts, tokens, strict=True)
-        self._texts = [torch.cat([text, more]) for text, more in texts]  # (time + count,)
-        self._added = tokens.shape[1]
-        return torch.stack(rows), None  # (batch, count, vocab)
-
-    def keep(self, counts: Int[Tensor, " batch"]) -> None:
-        """Only the first `counts` tokens of the last extension stay."""
-        ends = zip(self._texts, counts.tolist(), strict=True)
-        self._texts = [text[: len(text) - self._added + count] for text, count in ends]
-
-    def _scores(self, text: Tensor) -> Float[Tensor, " vocab"]:
-        return self._lm.next_token_log_probs(text[None])[0]
+    def _asked(self, text: Tensor, last: int) -> tuple[Tensor, None]:
+        ends = range(len(text) - last + 1, len(text) + 1)
+        rows = [self._lm.next_token_log_probs(text[None, :end]) for end in ends]  # (1, vocab) each
+        return torch.stack(rows, 1), None  # (1, last, vocab)
 
 
-def _stacked(found: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """One batch out of rows (1, count, …)."""
-    scores = torch.cat([s for s, _ in found])  # (batch, count, vocab)
+def _at_end(scores: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Of the last token of every row alone: (batch, vocab) and (batch, d)."""
+    return scores[:, -1], None if hidden is None else hidden[:, -1]
+
+
+def _joined(found: list[tuple[Tensor, Tensor | None]], dim: int) -> tuple[Tensor, Tensor | None]:
+    """Scores and hidden states one after another along an axis."""
     hidden = [h for _, h in found if h is not None]
-    return scores, torch.cat(hidden) if hidden else None  # (batch, count, d)
+    return torch.cat([s for s, _ in found], dim), torch.cat(hidden, dim) if hidden else None
 
 
 def _of_running(
@@ -390,7 +343,7 @@ def _of_running(
 ) -> tuple[Tensor, Tensor | None]:
     """One batch out of the running rows (1, count, …); zeros for the others."""
     rows = sorted(running)
-    some_scores, some_hidden = _stacked([read(row) for row in rows])
+    some_scores, some_hidden = _joined([read(row) for row in rows], 0)
     scores = some_scores.new_zeros(batch, *some_scores.shape[1:])  # (batch, count, vocab)
     scores[rows] = some_scores
     if some_hidden is None:
