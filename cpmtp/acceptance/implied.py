@@ -22,6 +22,7 @@ from cpmtp.acceptance.truncated import AcceptanceInterval, certified_acceptance
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.drafts.protocol import as_draft, is_anchored
 from cpmtp.joint_distribution import JointDistribution
+from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.prefix_tree import PrefixTree
 from cpmtp.sampling_law import ratio
 
@@ -86,6 +87,7 @@ class AcceptanceProfile:
         )
 
 
+@takes_what_is_given
 def implied_acceptance(
     joint: JointDistribution | PrefixTree,
     draft: Any,

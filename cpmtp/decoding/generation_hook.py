@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.heads.cp_head import CPHead
+from cpmtp.joint_distribution.given import takes_what_is_given
 
 # What is kept to: the law, the length, the endings, the padding.
 _KEPT = {"max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p"}
@@ -38,6 +39,7 @@ _HANDED_OVER = {"position_ids", "logits_to_keep", "cache", "past_key_values", "c
 _HANDED_OVER |= {"use_cache", "cache_position", "synced_gpus"}
 
 
+@takes_what_is_given
 def custom_generate(
     lm: Any,
     draft: CPHead | Callable | None,

@@ -10,13 +10,13 @@ which is the next cycle's y.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from cpmtp.acceptance.verification import VERIFIED, accepted_lengths, check_rule, residual_law
@@ -27,6 +27,7 @@ from cpmtp.decoding.trials import CALLS, PREFIXES, open_target
 from cpmtp.drafts.blocks import Block, CPBlock
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.heads.cp_head import CPHead
+from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.sampling_law import SamplingLaw, draw
 
 _RULES = (*VERIFIED, "greedy")
@@ -59,10 +60,11 @@ class Generation:
         return [torch.cat([prompt, more]) for prompt, more in zip(self.prompts, new, strict=True)]
 
 
+@takes_what_is_given
 def speculative_generate(
     lm: Any,
     draft: CPHead | ContextDraft | None,
-    token_ids: Int[Tensor, " time"] | Sequence[Int[Tensor, " _"]],
+    token_ids: Any,
     *,
     max_new_tokens: int = 200,
     rule: str = "block",
@@ -86,7 +88,7 @@ def speculative_generate(
         A head of this target; or, for any target, a function of the text so far (time,), the known
         token being its last, to the CP distribution of the tokens after it. None: plain decoding,
         one token per call, through the same loop.
-    token_ids : (time,) long tensor, or several
+    token_ids : (time,) long tensor, list, array or text, or several
         A prompt of at least one token, or a batch of prompts, whose lengths may differ.
     max_new_tokens : int
         Per row.

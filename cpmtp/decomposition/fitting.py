@@ -31,6 +31,7 @@ from cpmtp.decomposition.sparse_em import (
 )
 from cpmtp.decomposition.starts import repeated_marginals, stacked_marginals
 from cpmtp.joint_distribution import DEFAULT_MAX_BYTES, JointDistribution
+from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.prefix_tree import PrefixTree
 
 # First tokens below this probability get the product of their marginals in an anchored fit: all
@@ -51,6 +52,7 @@ _SMALL_JOINT = 50_000
 _MORE_PASSES = {"em": 10, "acceptance": 3}
 
 
+@takes_what_is_given
 def fit(
     joint: JointDistribution | PrefixTree,
     rank: int,
@@ -127,6 +129,7 @@ def fit(
     return problem.result(solved, method, started)
 
 
+@takes_what_is_given
 def fit_path(
     joint: JointDistribution | PrefixTree,
     ranks: Sequence[int],

@@ -150,6 +150,9 @@ def _refuse_other_study(there: dict, new: dict, folder: Path) -> None:
             for name in new[what]
             if name in before and before[name] != new[what][name]
         ]
+    before, now = (sorted(m.get("corpora") or {}) for m in (there, new))
+    if before != now and not different:
+        different.append(f"domains ({before} there, {now} now)")
     if different:
         raise ValueError(
             f"{str(folder)!r} holds another study; it differs in {', '.join(different)}: choose "

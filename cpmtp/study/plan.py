@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
-import re
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 
-from cpmtp.corpora import Document, corpus_hash, read_corpus
+from cpmtp.corpora import Corpus, Document, corpus_hash, read_corpus
 from cpmtp.joint_distribution import DEFAULT_MAX_BYTES, check_context, conditional_log_probs
 from cpmtp.language_model import LanguageModel, sample_sequences
-from cpmtp.pretrained import load_language_model
 from cpmtp.sampling_law import SamplingLaw
-from cpmtp.study.settings import OWN_SAMPLES, StudySettings
-
-_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+from cpmtp.study.models import open_language_model
+from cpmtp.study.settings import OWN_SAMPLES, TEXTS, StudySettings
 
 
 @dataclass(frozen=True)
@@ -125,8 +119,12 @@ def tree_horizons(vocab_size: int, settings: StudySettings) -> tuple[int, ...]:
     return found
 
 
-def plan_study(settings: StudySettings) -> tuple[list[StudyUnit], dict]:
+def plan_study(
+    settings: StudySettings, texts: Sequence[str] | None = None
+) -> tuple[list[StudyUnit], dict]:
     """All units of a study and what identifies its inputs; loads the models and tries each once.
+
+    With `texts` contexts are cut from these, a document each, instead of from files.
 
     Raises
     ------
@@ -137,6 +135,8 @@ def plan_study(settings: StudySettings) -> tuple[list[StudyUnit], dict]:
         name: read_corpus(patterns, field=settings.text_field)
         for name, patterns in settings.corpora.items()
     }
+    if texts is not None:
+        corpora = {TEXTS: _corpus_of(texts, corpora)}
     units: list[StudyUnit] = []
     models: dict[str, dict] = {}
     for name in settings.models:
@@ -180,6 +180,19 @@ def plan_study(settings: StudySettings) -> tuple[list[StudyUnit], dict]:
     return units, identity
 
 
+def _corpus_of(texts: Sequence[str], others: Mapping[str, Corpus]) -> Corpus:
+    """Texts in memory as documents."""
+    if others:
+        raise ValueError(f"texts beside the domains {', '.join(others)}: give one of them")
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("texts: expected a list of strings, one per document")
+    named = (Document(f"text {k}", text) for k, text in enumerate(texts))
+    found = tuple(document for document in named if document.text.strip())
+    if not found:
+        raise ValueError(f"{len(texts)} texts, none with a word in it: give at least one")
+    return Corpus(found)
+
+
 def _first_possible(lm: LanguageModel, units: Sequence[StudyUnit], horizon: int) -> torch.Tensor:
     """The first context that the model can take; one that it cannot is a failed row.
 
@@ -202,37 +215,6 @@ def _first_possible(lm: LanguageModel, units: Sequence[StudyUnit], horizon: int)
     if window is not None and len(units[0].token_ids) + horizon - 1 > window:
         raise ValueError(f"{refused} (context_length, --context-length)") from None
     raise refused
-
-
-_opening = threading.Lock()
-
-
-def open_language_model(name: str) -> LanguageModel:
-    """A model by name, folder, hub id, or ``module:factory``; kept for the process, whose threads
-    share it.
-    """
-    with _opening:
-        return opened_language_model(name)
-
-
-@lru_cache(maxsize=2)
-def opened_language_model(name: str) -> LanguageModel:
-    """The same, for one thread at a time."""
-    if not _FACTORY.fullmatch(name):
-        return load_language_model(name)
-    module, factory = name.split(":")
-    try:
-        lm = getattr(importlib.import_module(module), factory)()
-    except Exception as error:  # a factory of the user's may raise anything
-        raise ValueError(
-            f"model {name!r}: {error}; expected an importable module and a factory without "
-            "arguments"
-        ) from error
-    if not isinstance(lm, LanguageModel):
-        raise ValueError(
-            f"model {name!r} is a {type(lm).__name__}: expected vocab_size and next_token_log_probs"
-        )
-    return lm
 
 
 @dataclass(frozen=True)

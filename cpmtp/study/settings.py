@@ -10,7 +10,7 @@ from typing import no_type_check
 from cpmtp.decomposition.fitting import METHODS
 from cpmtp.sampling_law import SamplingLaw
 
-OWN_SAMPLES, CORPUS = "own samples", "corpus"
+OWN_SAMPLES, CORPUS, TEXTS = "own samples", "corpus", "texts"
 LONGEST_HORIZON = 16
 _AXES = ("models", "corpus", "horizons", "ranks", "methods", "temperatures", "anchored")
 
@@ -177,7 +177,7 @@ def _named_patterns(domains) -> tuple[tuple[str, str], ...]:
         _require(bool(name.strip()), f"domain {name!r} of {pattern!r}: its name is empty")
         _require(bool(pattern), f"domain {name!r}: its path is empty")
         _require(
-            name not in (OWN_SAMPLES, CORPUS),
+            name not in (OWN_SAMPLES, CORPUS, TEXTS),
             f"domain {name!r}: this name is taken; choose another",
         )
         found.append((name, pattern))

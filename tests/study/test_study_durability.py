@@ -241,7 +241,7 @@ def test_another_text_under_the_same_name_is_another_study(tmp_path):
 def test_another_model_under_the_same_name_is_another_study(tmp_path, monkeypatch):
     import samples
 
-    from cpmtp.study.plan import opened_language_model
+    from cpmtp.study.models import opened_language_model
 
     run_study(TINY, tmp_path, workers=1)
     monkeypatch.setattr(samples, "bigram", lambda: samples.BigramTable(seed=5))

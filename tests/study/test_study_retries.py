@@ -146,12 +146,12 @@ def test_a_token_outside_the_vocabulary_is_named_in_the_row(tmp_path, monkeypatc
     table = CharacterTable()
     table.encode_document = lambda text: torch.tensor([1, 2, 9 if "x" in text else 3])
     monkeypatch.setattr("samples.characters", lambda: table)
-    cpmtp.study.plan.opened_language_model.cache_clear()
+    cpmtp.study.models.opened_language_model.cache_clear()
     for name in "abx":
         (tmp_path / f"{name}.txt").write_text(name)
     settings = replace(TINY, models=("samples:characters",), corpus=(tmp_path,), ranks=(1,))
     found = run_study(settings, tmp_path / "out", workers=1)
-    cpmtp.study.plan.opened_language_model.cache_clear()
+    cpmtp.study.models.opened_language_model.cache_clear()
     failed = found[found["status"] == "failed"]
     assert len(failed) == 2 and failed["document"].str.endswith("x.txt").all()
     assert failed["message"].str.contains(r"context tokens must be in \[0, 6\): got 1 to 9").all()
