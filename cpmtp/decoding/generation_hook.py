@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from cpmtp.decoding.speculative import speculative_generate
-from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.joint_distribution.given import takes_what_is_given
 
 # What is kept to: the law, the length, the endings, the padding.
@@ -42,7 +42,7 @@ _HANDED_OVER |= {"use_cache", "cache_position", "synced_gpus"}
 @takes_what_is_given
 def custom_generate(
     lm: Any,
-    draft: CPHead | Callable | None,
+    draft: DraftHead | Callable | None,
     *,
     rule: str = "block",
     seed: int = 0,
