@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from cpmtp.decoding.speculative import speculative_generate
-from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.draft_head import DraftHead
 
 
 def custom_generate(
-    lm: Any, draft: CPHead, *, rule: str = "block", seed: int = 0
+    lm: Any, draft: DraftHead, *, rule: str = "block", seed: int = 0
 ) -> Callable[..., Tensor]:
     """For transformers:
     ``model.generate(ids, custom_generate=custom_generate(lm, head), do_sample=True)``.

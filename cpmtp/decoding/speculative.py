@@ -25,7 +25,7 @@ from cpmtp.decoding.stats import GenerationStats, Recorder
 from cpmtp.decoding.trials import CALLS, PREFIXES, open_target
 from cpmtp.drafts.blocks import Block, CPBlock
 from cpmtp.drafts.cp_distribution import CPDistribution
-from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.sampling_law import SamplingLaw, draw
 
 _RULES = (*VERIFIED, "greedy")
@@ -60,7 +60,7 @@ class Generation:
 
 def speculative_generate(
     lm: Any,
-    draft: CPHead | ContextDraft | None,
+    draft: DraftHead | ContextDraft | None,
     token_ids: Int[Tensor, " time"] | Sequence[Int[Tensor, " _"]],
     *,
     max_new_tokens: int = 200,
@@ -81,7 +81,7 @@ def speculative_generate(
     ----------
     lm : HuggingFaceLanguageModel or LanguageModel
         The target.
-    draft : CPHead, callable or None
+    draft : DraftHead, callable or None
         A head of this target; or, for any target, a function of the text so far (time,), the known
         token being its last, to the CP distribution of the tokens after it. None: plain decoding,
         one token per call, through the same loop.
@@ -132,7 +132,7 @@ def speculative_generate(
         [token_ids] if isinstance(token_ids, Tensor) and single else list(token_ids)
     )
     _check(lm, prompts, rule, law, max_new_tokens)
-    if isinstance(draft, CPHead):
+    if isinstance(draft, DraftHead):
         draft.attach(lm)
     endings = _Endings(lm, eos_token_id, tuple(stop_strings), callback)
     plan = _Plan(law, "token" if rule == "greedy" else rule, seed, max_new_tokens, endings)
@@ -187,7 +187,7 @@ class _Run:
     def __init__(
         self,
         lm: Any,
-        draft: CPHead | ContextDraft | None,
+        draft: DraftHead | ContextDraft | None,
         prompts: list[Tensor],
         plan: _Plan,
         monitor: Path | None,
@@ -196,7 +196,7 @@ class _Run:
     ):
         self.draft, self.plan, self.prompts = draft, plan, prompts
         longest = max(map(len, prompts)) + plan.limit
-        heads = isinstance(draft, CPHead)
+        heads = isinstance(draft, DraftHead)
         followed = open_target(lm, rows=len(prompts), longest=longest, hidden=heads)
         self.target, self.way = followed.target, followed.way
         self.window = getattr(lm, "max_context", None)
@@ -205,7 +205,7 @@ class _Run:
         self.hidden: Tensor | None = None
         self.new: list[list[int]] = [[] for _ in prompts]
         self.running = set(range(len(prompts))) if plan.limit else set()
-        horizon = draft.horizon if isinstance(draft, CPHead) else 1
+        horizon = draft.horizon if isinstance(draft, DraftHead) else 1
         self.recorder = Recorder(len(prompts), horizon, monitor)
         by_prefix = self.way in (PREFIXES, CALLS)
         self.audit = Audit(lm, plan.law, len(prompts), by_prefix=by_prefix) if audit else None
@@ -270,7 +270,7 @@ class _Run:
         """What is drafted after the known tokens: at most `longest` of them."""
         if self.draft is None or longest < 1:
             return CPBlock.empty(len(self.known), self.known.device)
-        if isinstance(self.draft, CPHead):
+        if isinstance(self.draft, DraftHead):
             assert self.hidden is not None  # a head without hidden states is refused
             return self.draft.block(self.hidden, self.known).first(longest)
         return CPBlock.of_distributions([self.draft(text) for text in self.texts()]).first(longest)

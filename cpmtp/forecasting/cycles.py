@@ -17,7 +17,7 @@ cycles is integrated out; only that of texts is left.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.acceptance.verification import VERIFIED, check_rule, survival_along
-from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.conditionals import path_conditionals
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.resampling import normal_half_width
 from cpmtp.sampling_law import SamplingLaw
 
@@ -59,7 +60,7 @@ class CycleForecast:
 
 def forecast_cycles(
     lm: Any,
-    head: CPHead,
+    head: DraftHead,
     tokens: Int[Tensor, "texts time"],
     *,
     start: int = 1,
@@ -159,23 +160,29 @@ def start_probs(kept: Float[Tensor, "texts starts horizon"]) -> Float[Tensor, "t
 
 
 @torch.no_grad()
-def _text_ratios(lm: Any, head: CPHead, row: Tensor, start: int, law: SamplingLaw) -> Tensor:
+def _text_ratios(lm: Any, head: DraftHead, row: Tensor, start: int, law: SamplingLaw) -> Tensor:
     """``q / p`` (1, starts, drafted) of one text (1, time); what lies beyond its end is 0."""
     row = row.to(lm.device)
-    hidden = lm.hidden_states(row)[0]
+    hidden = lm.hidden_states(row)[:, :-1]  # (1, time - 1, d)
     time, drafted = row.shape[1], head.horizon - 1
     # Beyond the end stand copies of the last token: read by nobody, but the shapes stay.
-    padded = torch.cat([row[0], row[0, -1:].expand(drafted)])  # (time + drafted,)
-    target = law.process(lm.unembed(hidden).double().softmax(-1))
-    of_text = target[:-1].gather(-1, row[0, 1:, None]).squeeze(-1)  # (time - 1,)
+    padded = torch.cat([row, row[:, -1:].expand(-1, drafted)], 1)  # (1, time + drafted)
+    target = law.process(lm.unembed(hidden[0]).double().softmax(-1))  # (time - 1, vocab)
+    of_text = target.gather(-1, row[0, 1:, None]).squeeze(-1)  # (time - 1,)
     of_text = torch.cat([of_text, of_text.new_ones(drafted)])  # (time - 1 + drafted,)
-    known = torch.arange(start, time - 1, device=row.device)
-    size = max(_ENTRIES_AT_ONCE // (drafted * head.rank * head.vocab_size), 1)
+
+    hidden = hidden.to(head.maps)
+    features, weights = head.features(hidden, padded), head.weights()
+    paths = padded[:, 1:].unfold(1, head.horizon, 1)  # (1, time - 1, horizon)
+    size = max(_ENTRIES_AT_ONCE // (head.drafted * head.rank * head.support_size), 1)
     parts = []
-    for at in known.split(size):
+    for at in torch.arange(start, time - 1, device=row.device).split(size):
+        some = (0, at - 1)
+        found = features[some]
+        logits = head.logits(hidden[some], found, *weights)  # (some, drafted, rank, support)
+        along = path_conditionals(head, found.log_weights.double(), logits.double(), paths[some])
+        q = replace(along, drafted=law.process(along.drafted)).of_path()  # (some, drafted)
         following = at[:, None] + torch.arange(1, drafted + 1, device=row.device)  # (some, drafted)
-        block = head.block(hidden[at - 1], row[0, at])
-        q = block.along(padded[following], law)  # (some, drafted)
         parts.append(torch.where(following < time, q / of_text[following - 1], 0.0))
     return torch.cat(parts).cpu()[None]  # (1, starts, drafted)
 

@@ -15,14 +15,14 @@ from tqdm.auto import tqdm
 from cpmtp.acceptance.implied import acceptance_profiles
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.drafts.divergence import divergences
-from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.heads.losses import head_loss
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 
 
 @torch.no_grad()
 def head_draft(
-    lm: Any, head: CPHead, context: Int[Tensor, " time"], *, horizon: int | None = None
+    lm: Any, head: DraftHead, context: Int[Tensor, " time"], *, horizon: int | None = None
 ) -> CPDistribution:
     """What the head drafts after one context, in the form `implied_acceptance` takes; float64.
 
@@ -55,7 +55,7 @@ def head_draft(
 
 @torch.no_grad()
 def held_out_survival(
-    lm: Any, head: CPHead, tokens: Int[Tensor, "rows length"]
+    lm: Any, head: DraftHead, tokens: Int[Tensor, "rows length"]
 ) -> Float[Tensor, "rows horizon"]:
     """Survival under block verification, first token from the target, averaged over each row's
     positions.
@@ -74,7 +74,7 @@ def held_out_survival(
 
 def waterfall(
     lm: Any,
-    heads: Sequence[CPHead],
+    heads: Sequence[DraftHead],
     contexts: Mapping[str, Int[Tensor, " _"]],
     *,
     horizon: int = 3,
@@ -148,7 +148,7 @@ def rank_ceilings(
 
 def learned_scores(
     lm: Any,
-    head: CPHead,
+    head: DraftHead,
     context: Int[Tensor, " time"],
     joint: JointDistribution,
     *,
