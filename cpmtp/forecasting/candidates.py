@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpmtp.forecasting.curve_tasks import candidate_name
-from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.training.new_models import locally_seeded
 
 # What a head is asked for where a candidate says nothing.
@@ -50,9 +50,11 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """In a few words, without the horizon and the trunk."""
+        """In a few words, without the horizon; the trunk where it is not the default one."""
         told = {k: self.sizes[k] for k in ("form", "rank", "transition_rank")}
-        return candidate_name(told | {"gated": self.keywords.get("gated")})
+        told |= {k: self.keywords.get(k) for k in ("gated", "width")}
+        blocks = self.keywords["blocks"]
+        return candidate_name(told | {"blocks": None if blocks == DEFAULTS["blocks"] else blocks})
 
     def at(self, horizon: int) -> dict[str, Any]:
         """The sizes of such a head with another horizon."""
@@ -79,24 +81,20 @@ def candidates_of(lm: Any, candidates: Iterable[Mapping[str, Any]]) -> list[Cand
     return list(found.values())
 
 
-def new_head(lm: Any, keywords: Mapping[str, Any], *, seed: int = 0) -> CPHead:
+def new_head(lm: Any, keywords: Mapping[str, Any], *, seed: int = 0) -> DraftHead:
     """A head of these sizes for this model, with random weights."""
-    # What is a head's own default need not be said.
-    given = {k: v for k, v in keywords.items() if (k, v) != ("form", "cp")}
-    if given.get("transition_rank") == 0:
-        del given["transition_rank"]
     with locally_seeded(seed):
-        head = CPHead(hidden_size=lm.unembedding.shape[1], vocab_size=lm.vocab_size, **given)
+        head = DraftHead(hidden_size=lm.unembedding.shape[1], vocab_size=lm.vocab_size, **keywords)
     return head.to(lm.device).attach(lm).eval().requires_grad_(False)
 
 
-def sizes_of(head: CPHead) -> dict[str, Any]:
+def sizes_of(head: DraftHead) -> dict[str, Any]:
     """What tells heads apart that are trained alike."""
     return {
-        "form": getattr(head, "form", "cp"),
+        "form": head.form,
         "horizon": head.horizon,
         "rank": head.rank,
-        "transition_rank": getattr(head, "transition_rank", 0),
+        "transition_rank": head.transition_rank,
         "width": int(head.maps.shape[-1]),
         "blocks": 0 if head.plain else len(head.blocks),
     }

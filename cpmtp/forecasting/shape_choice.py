@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy import stats
 
@@ -162,8 +162,13 @@ class ShapeChoice:
 
     def seed_weights(self, tasks: Tasks) -> Float[ndarray, " tasks"]:
         """How seeds count in each task's forecast: see `half_widths`."""
-        rows = reference_rows(tasks, self.reference)
-        slopes = slopes_of(self.level, self.difference, tasks, rows)
+        return self.seed_weights_of(tasks, reference_rows(tasks, self.reference))
+
+    def seed_weights_of(
+        self, tasks: Tasks, reference: Int[ndarray, " tasks"]
+    ) -> Float[ndarray, " tasks"]:
+        """The same with each task's reference given."""
+        slopes = slopes_of(self.level, self.difference, tasks, reference)
         return (slopes**2).sum(-1) + 1 / tasks.truth_seeds
 
 

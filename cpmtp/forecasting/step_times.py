@@ -23,7 +23,7 @@ from torch import Tensor
 from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.decoding.trials import open_target
 from cpmtp.forecasting.candidates import Candidate, new_head, sizes_of
-from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.latency import (
     OURS,
     HeadTime,
@@ -45,7 +45,7 @@ _SHORT_CALL = 16
 
 def measure_latency(
     lm: Any,
-    heads: Sequence[CPHead | Mapping[str, Any]] = HEADS,
+    heads: Sequence[DraftHead | Mapping[str, Any]] = HEADS,
     verified_tokens: Sequence[int] = VERIFIED_TOKENS,
     *,
     batches: Sequence[int] = (1,),
@@ -94,7 +94,7 @@ def measure_latency(
     if not hasattr(lm, "full_logits"):
         raise ValueError("latency is measured of a pretrained model: load one first")
     tokens = _within_window(lm, sorted(set(verified_tokens)), context)
-    made = [head if isinstance(head, CPHead) else _made(lm, head, seed) for head in heads]
+    made = [head if isinstance(head, DraftHead) else _made(lm, head, seed) for head in heads]
     watch = _Stopwatch(lm, context, seed)
     jobs: dict[tuple, Callable[[], dict[str, float]]] = {}
     for batch in sorted(set(batches)):
@@ -107,7 +107,7 @@ def measure_latency(
     return _summary(lm, _measured(jobs, rounds, seconds, seed), made, context)
 
 
-def _made(lm: Any, keywords: Mapping[str, Any], seed: int) -> CPHead:
+def _made(lm: Any, keywords: Mapping[str, Any], seed: int) -> DraftHead:
     return new_head(lm, Candidate.of(lm, keywords).keywords, seed=seed)
 
 
@@ -193,7 +193,7 @@ class _Stopwatch:
             self.targets[batch] = target
         return self.targets[batch]
 
-    def cycles(self, batch: int, head: CPHead | None) -> Callable[[], dict[str, float]]:
+    def cycles(self, batch: int, head: DraftHead | None) -> Callable[[], dict[str, float]]:
         """Mean seconds of each stage over some cycles of the loop."""
         drafted = 1 if head is None else head.horizon
         cycles = _CYCLES
@@ -257,7 +257,7 @@ class _Stopwatch:
 
 
 def _summary(
-    lm: Any, found: Mapping[tuple, Mapping[str, list[float]]], heads: list[CPHead], context: int
+    lm: Any, found: Mapping[tuple, Mapping[str, list[float]]], heads: list[DraftHead], context: int
 ) -> MeasuredLatency:
     steps = tuple(
         StepTime(batch, count, *_quartiles(said["seconds"]), context=context)
@@ -283,7 +283,7 @@ def _summary(
     return MeasuredLatency(model, (StepCurve(OURS, steps),), timed, plain, _whereabouts(lm, found))
 
 
-def _head_time(head: CPHead, batch: int, said: Mapping[str, list[float]]) -> HeadTime:
+def _head_time(head: DraftHead, batch: int, said: Mapping[str, list[float]]) -> HeadTime:
     middle = {name: statistics.median(values) for name, values in said.items()}
     _, low, high = _quartiles(said["cycle"])
     return HeadTime(

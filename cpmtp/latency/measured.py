@@ -244,16 +244,45 @@ class MeasuredLatency:
         Raises
         ------
         ValueError
-            If no head of these sizes was measured.
+            If no head of these sizes, but for the horizon, was measured.
         """
         curve = self.curve(source)
         if curve is None:
             return self.model.call_seconds(sizes["horizon"], sizes.get("rank") or 1)
-        added = sorted((t.batch, t.beside_target) for t in self.heads if t.is_of(sizes))
-        if not added:
+        return curve.seconds(batch, sizes["horizon"]) + self._added(sizes, batch)
+
+    def _added(self, sizes: dict[str, Any], batch: int) -> float:
+        """What a head adds to the target's call, linear in horizon and batch between measured
+        ones.
+        """
+        others = {name: value for name, value in sizes.items() if name != "horizon"}
+        timed = [time for time in self.heads if time.is_of(others)]
+        if not timed:
             told = ", ".join(f"{name} {value}" for name, value in sizes.items())
             raise ValueError(f"no head of {told} was timed: measure the latency with it")
-        return curve.seconds(batch, sizes["horizon"]) + _straight(added, batch)
+        horizons = sorted({time.horizon for time in timed})
+        rows = [
+            (
+                n,
+                _straight(
+                    sorted((t.batch, t.beside_target) for t in timed if t.horizon == n), batch
+                ),
+            )
+            for n in horizons
+        ]
+        return rows[0][1] if len(rows) == 1 else _straight(rows, sizes["horizon"])
+
+    def lookup_seconds(self, horizon: int, batch: int = 1, *, source: str | None = None) -> float:
+        """A cycle whose draft is looked up: the target's call, and the loop around it as it was
+        measured with heads; the look-up itself takes next to nothing.
+        """
+        curve = self.curve(source)
+        if curve is None:
+            return self.model.call_seconds(horizon, 0)
+        around = sorted((t.batch, t.verification + t.rest) for t in self.heads)
+        least = {b: min(t for other, t in around if other == b) for b, _ in around}
+        extra = _straight(sorted(least.items()), batch) if least else 0.0
+        return curve.seconds(batch, horizon) + extra
 
     def with_curve(self, curve: StepCurve, *, first: bool = False) -> MeasuredLatency:
         """With one more step curve, that of a serving engine for example."""
