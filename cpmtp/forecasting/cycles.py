@@ -17,7 +17,7 @@ cycles is integrated out; only that of texts is left.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,12 @@ class CycleForecast:
     unweighted_interval : (float, float)
     texts : int
     rule : str
+    calls : (texts,) tensor
+        Expected calls in each text, of which every one has ``time - start - 1`` tokens from the
+        first known one: for intervals over groups of texts, or of differences between heads.
+    survived : (texts, horizon) tensor
+        Expected calls in each text that emit at least 1 … n tokens; its sum over the texts is that
+        of the calls times survival.
     """
 
     tokens_per_call: float
@@ -56,6 +62,13 @@ class CycleForecast:
     unweighted_interval: tuple[float, float]
     texts: int
     rule: str
+    calls: Float[Tensor, " texts"] = field(repr=False, compare=False)
+    survived: Float[Tensor, "texts horizon"] = field(repr=False, compare=False)
+
+    @property
+    def survival(self) -> Float[Tensor, " horizon"]:
+        """``S_1 … S_n`` as cycles meet them; what a text's end cuts off counts as lost."""
+        return self.survived.sum(0) / self.calls.sum()
 
 
 def forecast_cycles(
@@ -143,7 +156,9 @@ def forecast_from_ratios(
     starts = start_probs(kept)
     weighted = _ratio(torch.full_like(starts[:, 0], starts.shape[1]), starts.sum(1), confidence)
     plain = _ratio(whole.sum(1), torch.full_like(starts[:, 0], whole.shape[1]), confidence)
-    return CycleForecast(weighted[0], weighted[1], plain[0], plain[1], len(ratios), rule)
+    calls = starts.sum(1)  # (texts,)
+    survived = (starts.unsqueeze(-1) * kept).sum(1)  # (texts, horizon)
+    return CycleForecast(*weighted, *plain, len(ratios), rule, calls, survived)
 
 
 def kept_along_text(

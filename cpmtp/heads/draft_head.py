@@ -16,7 +16,7 @@ from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.heads.features import Features
 from cpmtp.heads.shape import HeadSizes, checked_vocabulary
 from cpmtp.heads.stored import StoredHead
-from cpmtp.heads.trunk import RecurrentStep, ResidualBlock, TextLayer
+from cpmtp.heads.trunk import Norm, RecurrentStep, ResidualBlock, TextLayer
 
 _FIRST_LEFT = 0.3  # standard deviation of left factors at the start
 
@@ -108,7 +108,7 @@ class DraftHead(nn.Module, StoredHead):
         if not self.plain:
             self.enter = nn.Linear(hidden_size * (2 if anchored else 1), width, bias=False)
             self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(blocks))
-            self.norm = nn.RMSNorm(width)
+            self.norm = Norm(width)
         self.maps = nn.Parameter(
             torch.randn(self.drafted * self.rank, hidden_size, width) * 0.3 / width**0.5
         )

@@ -144,15 +144,18 @@ class _Part:
 
     def __call__(self, part: tuple[slice, slice], inputs: _Inputs) -> Float[Tensor, " sums"]:
         """Loss, then survival, summed over the positions."""
-        head, (rows, times) = self.head, part
-        hidden, path = self.laws.hidden[part], self.paths[part]
-        logits = head.logits(
-            hidden, inputs.features, *inputs.weights
-        )  # (rows, time, drafted, rank, vocab)
+        head, hidden = self.head, self.laws.hidden[part]
+        # (rows, time, drafted, rank, support)
+        logits = head.logits(hidden, inputs.features, *inputs.weights)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._sums(part, inputs.features.log_weights, logits)
+
+    def _sums(self, part: tuple[slice, slice], log_weights: Tensor, logits: Tensor) -> Tensor:
+        head, (rows, times), path = self.head, part, self.paths[part]
         found = path_conditionals(
             head,
-            inputs.features.log_weights.float(),
-            logits.float() if logits.dtype == torch.bfloat16 else logits,
+            log_weights.to(head.maps.dtype),
+            logits.to(head.maps.dtype),
             path,
             mixed=self.objective != "likelihood",
         )

@@ -10,12 +10,20 @@ from torch.nn import functional
 _CHANNELS = 32  # of each of a layer's attention heads
 
 
+class Norm(nn.RMSNorm):
+    """Root mean square one, times a weight, in the weight's precision whatever comes in."""
+
+    def forward(self, x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
+        """Normalised over the last axis."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 class ResidualBlock(nn.Module):
     """Normalise, widen by four, SiLU, back; zero at the start of training."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm = nn.RMSNorm(width)
+        self.norm = Norm(width)
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
         nn.init.zeros_(self.down.weight)
@@ -33,7 +41,7 @@ class RecurrentStep(nn.Module):
 
     def __init__(self, width: int, embedded: int):
         super().__init__()
-        self.norm = nn.RMSNorm(width)
+        self.norm = Norm(width)
         self.up = nn.Linear(width + embedded, 2 * width, bias=False)
         self.down = nn.Linear(2 * width, width, bias=False)
         nn.init.zeros_(self.down.weight)
@@ -67,7 +75,7 @@ class TextLayer(nn.Module):
                 f"{_CHANNELS}"
             )
         self.fuse = nn.Linear(width + embedded, width, bias=False)
-        self.norm = nn.RMSNorm(width)
+        self.norm = Norm(width)
         self.attend = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.block = ResidualBlock(width)
