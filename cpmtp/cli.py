@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from cpmtp.commands.generate import generate
+from cpmtp.commands.latency import latency
 from cpmtp.commands.models import models
 from cpmtp.commands.report import compare, report
 from cpmtp.commands.study import study
@@ -90,6 +91,7 @@ def _root(
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "study": study,
+    "latency": latency,
     "report": report,
     "compare": compare,
     "train-base": train_base_model,

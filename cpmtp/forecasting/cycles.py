@@ -110,9 +110,23 @@ def forecast_cycles(
             f"start {start} of texts of {tokens.shape[1]} tokens: expected a prompt, a known "
             "token and more after it"
         )
-    # (texts, starts, drafted)
-    ratios = torch.cat([_text_ratios(lm, head, row, start, law) for row in tokens.split(1)])
+    ratios = head_ratios(lm, head, tokens, start=start, law=law)
     return forecast_from_ratios(ratios, rule=rule, confidence=confidence)
+
+
+def head_ratios(
+    lm: Any, head: DraftHead, tokens: Int[Tensor, "texts time"], *, start: int, law: SamplingLaw
+) -> Float[Tensor, "texts starts drafted"]:
+    """``q / p`` along texts for a head, see `forecast_from_ratios`."""
+    # (texts, starts, drafted)
+    return torch.cat([_text_ratios(lm, head, row, start, law) for row in tokens.split(1)])
+
+
+def cycles_per_text(
+    ratios: Float[Tensor, "texts starts drafted"], rule: str
+) -> Float[Tensor, " texts"]:
+    """Expected number of cycles along each text, which emit one token per start."""
+    return start_probs(kept_along_text(ratios, rule)).sum(1)
 
 
 def forecast_from_ratios(

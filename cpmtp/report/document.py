@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cpmtp.latency import LatencyModel
+from cpmtp.latency import read_latency
 from cpmtp.report.answer import answer
 from cpmtp.report.blocks import Figure, Section, Table, Text
 from cpmtp.report.console import console_summary
@@ -40,8 +39,8 @@ def read_extras(
     ----------
     folder : path
     latency : path, optional
-        JSON with the fields of `LatencyModel`, in seconds; default: the folder's own if there is
-        one.
+        What `cpmtp latency` wrote, or JSON with the fields of `LatencyModel`, in seconds; default:
+        the folder's own if there is one.
     price : float
         Per device-hour.
     learned_share : float
@@ -56,19 +55,8 @@ def read_extras(
     tables = {name: folder / f"{name}.parquet" for name in ("waterfall", "decoding", "step_times")}
     found = {name: pd.read_parquet(path) for name, path in tables.items() if path.is_file()}
     path = Path(latency) if latency else folder / "latency.json"
-    model = _read_latency(path) if latency or path.is_file() else None
+    model = read_latency(path).model if latency or path.is_file() else None
     return ReportExtras(latency=model, price=price, learned_share=learned_share, **found)
-
-
-def _read_latency(path: Path) -> LatencyModel:
-    try:
-        return LatencyModel(**json.loads(path.read_text("utf-8")))
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{str(path)!r}: {error}; expected JSON such as "
-            '{"plain_step": 0.02, "base": 0.02, "per_position": 0.0001, "per_component": '
-            "0.00005}, in seconds"
-        ) from error
 
 
 @dataclass(frozen=True)

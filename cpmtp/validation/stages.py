@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file
-from scipy.optimize import nnls
 from torch import Tensor
 
 from cpmtp.corpora import (
@@ -188,10 +187,9 @@ def time_calls(place: Workplace, plan: BasePlan) -> list[dict]:
 def fit_latency(calls: pd.DataFrame) -> LatencyModel:
     """Least squares with times of at least 0 over the measured calls."""
     heads = calls[calls["head"] != "plain"]
-    n, r = heads["horizon"].to_numpy(dtype=float), heads["rank"].to_numpy(dtype=float)
-    found, _ = nnls(np.stack([np.ones_like(n), n, n * r], 1), heads["call_seconds"].to_numpy())
     plain = float(calls.loc[calls["head"] == "plain", "call_seconds"].iloc[0])
-    return LatencyModel(plain, *map(float, found))
+    columns = (heads[name].tolist() for name in ("horizon", "rank", "call_seconds"))
+    return LatencyModel.fitted(plain, *columns)
 
 
 def forecast_tokens(place: Workplace, plan: BasePlan, temperature: float) -> list[dict]:
