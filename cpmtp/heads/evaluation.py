@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cpmtp.acceptance.implied import acceptance_profiles
 from cpmtp.drafts.cp_distribution import CPDistribution
@@ -18,6 +16,7 @@ from cpmtp.drafts.divergence import divergences
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.heads.losses import head_loss
 from cpmtp.joint_distribution import JointDistribution, exact_joint
+from cpmtp.joint_distribution.progress import progress_bar
 
 
 @torch.no_grad()
@@ -99,7 +98,7 @@ def waterfall(
     rule : {"token", "block"}
     """
     rows: list[dict] = []
-    bar = tqdm(total=len(contexts) * len(heads), unit="head", disable=not sys.stderr.isatty())
+    bar = progress_bar(len(contexts) * len(heads), "head")
     for name, context in contexts.items():
         joint = exact_joint(lm, context, horizon=horizon)
         ceilings: dict[tuple[int, bool], dict[str, float]] = {}

@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 _WEIGHTS = "model.safetensors"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_SHOWN = ("form", "horizon", "rank", "transition_rank", "width", "hidden_size", "vocab_size")
+_CARD = """---
+library_name: cpmtp
+tags: [speculative-decoding, multi-token-prediction]
+---
+# A draft head for {base}
+
+It proposes several tokens per call of its base model{mine}, {told}. Decoding verifies them, so that
+the text follows the base model's own distribution whatever the head proposes. It is of no use with
+any other base model.
+
+| size | |
+|---|---|
+{sizes}
+
+`recipe.json` beside this file has the settings of its training, `metrics.csv` its course.
+
+```python
+import cpmtp
+
+lm = cpmtp.load_language_model("{base}")
+head = cpmtp.CPHead.from_pretrained("path/of/this/folder")
+out = cpmtp.speculative_generate(lm, head, lm.encode("Once"), max_new_tokens=100)
+print(lm.decode(out.sequences[0]), out.stats.tokens_per_call)
+```
+"""
 Head = TypeVar("Head", bound="StoredHead")
 
 
@@ -56,6 +84,35 @@ class StoredHead(PyTorchModelHubMixin):
         self.unembedding = written if self.vocabulary is None else written[self.kept]
         self.embedding = embedding.detach().to(self.maps)
         return self
+
+    @classmethod
+    def from_pretrained(cls: type[Head], name: str | Path, **options: Any) -> Head:
+        """The head in a folder, or of the Hugging Face hub by OWNER/NAME.
+
+        Raises
+        ------
+        ValueError
+            If there is no such folder, or the name can be none of the hub's.
+        """
+        folder = Path(name)
+        if folder.is_dir() and not (folder / "config.json").is_file():
+            raise ValueError(f"the folder {str(name)!r} holds no head: expected config.json in it")
+        if not folder.is_dir() and not _HUB_ID.fullmatch(str(name)):
+            raise ValueError(
+                f"no folder {str(name)!r}: expected a folder of a head or a hub id (OWNER/NAME); "
+                "embedded_heads(model) has the folders of those that come with a model"
+            )
+        return super().from_pretrained(name, **options)
+
+    def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
+        """What a stored head says of itself to people: README.md of its folder."""
+        sizes = {name: getattr(self, name, None) for name in _SHOWN}
+        told = "told the first token" if getattr(self, "anchored", False) else "not told the first"
+        lines = [f"| {name.replace('_', ' ')} | {v} |" for name, v in sizes.items() if v]
+        mine = f" (weights {self.base_sha256[:12]})" if self.base_sha256 else ""
+        return ModelCard(
+            _CARD.format(base=self.base or "unknown", mine=mine, told=told, sizes="\n".join(lines))
+        )
 
     @classmethod
     def _from_pretrained(

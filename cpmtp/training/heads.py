@@ -5,7 +5,6 @@ comparison.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -17,11 +16,11 @@ from accelerate import Accelerator
 from jaxtyping import Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.heads.losses import HeadLoss, head_loss
 from cpmtp.heads.target_laws import TargetLaws
+from cpmtp.joint_distribution.progress import progress_bar
 from cpmtp.language_model import sample_sequences
 from cpmtp.training.head_settings import SHAPE, HeadTrainingSettings
 from cpmtp.training.kept_states import KeptStates
@@ -156,7 +155,10 @@ def windows_of_text(lm: Any, texts: Sequence[str], length: int) -> Int[Tensor, "
     ]
     windows = torch.cat(parts) if parts else torch.empty(0, length, dtype=torch.long)
     if not len(windows):
-        raise ValueError(f"no text is {length} tokens long: give longer files or shorter windows")
+        raise ValueError(
+            f"no text is {length} tokens long: give longer files or shorter windows (length, "
+            "--length)"
+        )
     return windows
 
 
@@ -237,7 +239,7 @@ def _own_samples(lm, plan: HeadTrainingSettings, folder: Path | None) -> Tensor:
         min(_SAMPLED_AT_ONCE, plan.sequences - i)
         for i in range(0, plan.sequences, _SAMPLED_AT_ONCE)
     ]
-    bar = tqdm(total=plan.sequences, unit="window", desc="samples", disable=not sys.stderr.isatty())
+    bar = progress_bar(plan.sequences, "window", desc="samples")
     parts = []
     for i, size in enumerate(sizes):
         parts.append(sample_sequences(lm, size, plan.length, seed=plan.seed * 1_000_003 + i))
@@ -290,5 +292,5 @@ def _check_window(lm, plan: HeadTrainingSettings) -> None:
     if lm.max_context is not None and plan.length > lm.max_context:
         raise ValueError(
             f"windows of {plan.length} tokens exceed the model's {lm.max_context} positions: "
-            "shorten them"
+            "shorten them (length, --length)"
         )
