@@ -115,7 +115,7 @@ def train_one_head(
     print(f"steps            {last[0]} in {float(last[1]):.0f} s")
     print(f"tokens per call  {float(last[3]):.3f} (block, on the last batch)")
     print(
-        f"ceiling          {head.horizon} (its horizon); what rank {rank} can reach of it: cpmtp study"
+        f"ceiling          {head.horizon}, its horizon; cpmtp study says what rank {rank} can reach"
     )
     print(f"break-even       {_break_even(lm, head)}")
     print(f"head             {folder}")
@@ -126,8 +126,8 @@ def _kept(lm: Any, texts: Sequence[Document], tokens: Tensor) -> str:
     """How much of the texts the windows hold."""
     whole = sum(len(lm.encode_document(document.text)) for document in texts)
     return (
-        f"{len(tokens):,} of {tokens.shape[1]} tokens: {tokens.numel() / whole:.0%} of the texts, the "
-        "rest are their ends (--length)"
+        f"{len(tokens):,} of {tokens.shape[1]} tokens, {tokens.numel() / whole:.1%} of the texts; "
+        "what is left at their ends is dropped (--length)"
     )
 
 

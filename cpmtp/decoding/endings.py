@@ -98,9 +98,9 @@ def end_tokens(lm: Any, given: Any) -> frozenset[int]:
     for token in several:
         if not isinstance(token, Integral) or isinstance(token, bool):
             raise ValueError(f"eos_token_id {token!r}: expected a token id, several, or None")
-        if not 0 <= token < lm.vocab_size:
+        if not 0 <= int(token) < lm.vocab_size:
             raise ValueError(f"eos_token_id {token}: expected ids in [0, {lm.vocab_size})")
-    return frozenset(map(int, several))
+    return frozenset(int(token) for token in several)
 
 
 def _stop_strings(lm: Any, given: Any) -> tuple[str, ...]:

@@ -75,6 +75,18 @@ class FitResult:
     trace: tuple
     method: str
 
+    def __repr__(self) -> str:
+        shape = tuple(self.distribution.batch_shape)
+        what = self.status
+        if isinstance(self.objective, float):
+            what = f"{self.status}, objective={self.objective:.4g}, iterations={self.iterations}"
+        elif not isinstance(what, str):
+            what = ", ".join(f"{self.status.count(s)} {s}" for s in sorted(set(self.status)))
+        return (
+            f"FitResult({self.method}, {type(self.distribution).__name__} "
+            f"rank={self.distribution.rank}, batch_shape={shape}: {what})"
+        )
+
     @classmethod
     def of(
         cls,

@@ -22,9 +22,9 @@ tags: [speculative-decoding, multi-token-prediction]
 ---
 # A draft head for {base}
 
-It proposes several tokens per call of its base model{mine}, {told}. Decoding verifies them, so that
-the text follows the base model's own distribution whatever the head proposes. It is of no use with
-any other base model.
+It proposes several tokens per call of its base model{mine}.
+It is {told} token. Decoding verifies what it proposes, so that the text follows the base model's
+own distribution whatever that is. It is of no use with any other base model.
 
 | size | |
 |---|---|
@@ -107,7 +107,7 @@ class StoredHead(PyTorchModelHubMixin):
     def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
         """What a stored head says of itself to people: README.md of its folder."""
         sizes = {name: getattr(self, name, None) for name in _SHOWN}
-        told = "told the first token" if getattr(self, "anchored", False) else "not told the first"
+        told = "told the first" if getattr(self, "anchored", False) else "not told the first"
         lines = [f"| {name.replace('_', ' ')} | {v} |" for name, v in sizes.items() if v]
         mine = f" (weights {self.base_sha256[:12]})" if self.base_sha256 else ""
         return ModelCard(

@@ -120,7 +120,7 @@ def tree_horizons(vocab_size: int, settings: StudySettings) -> tuple[int, ...]:
 
 
 def plan_study(
-    settings: StudySettings, texts: Sequence[str] | None = None
+    settings: StudySettings, texts: Sequence[Any] | None = None
 ) -> tuple[list[StudyUnit], dict]:
     """All units of a study and what identifies its inputs; loads the models and tries each once.
 
@@ -180,7 +180,7 @@ def plan_study(
     return units, identity
 
 
-def _corpus_of(texts: Sequence[str], others: Mapping[str, Corpus]) -> Corpus:
+def _corpus_of(texts: Sequence[Any], others: Mapping[str, Corpus]) -> Corpus:
     """Texts in memory as documents."""
     if others:
         raise ValueError(f"texts beside the domains {', '.join(others)}: give one of them")

@@ -37,7 +37,7 @@ def run_study(
     executor: Executor | None = None,
     *,
     models: Any = None,
-    texts: Sequence[str] | None = None,
+    texts: Sequence[Any] | None = None,
     workers: int | None = None,
     progress: bool | None = None,
     **changes: Any,

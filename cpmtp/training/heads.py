@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.heads.losses import HeadLoss, head_loss
 from cpmtp.heads.target_laws import TargetLaws
+from cpmtp.joint_distribution.given import as_language_model
 from cpmtp.joint_distribution.progress import progress_bar
 from cpmtp.language_model import sample_sequences
 from cpmtp.training.head_settings import SHAPE, HeadTrainingSettings
@@ -73,6 +74,7 @@ def train_head(
         If a setting is out of range, a window exceeds the model's, a checkpoint is of other
         settings, or the loss is not finite (the last checkpoint is kept).
     """
+    lm = as_language_model(lm)
     folders = None if out is None else [Path(out)]
     return train_heads(
         lm,
