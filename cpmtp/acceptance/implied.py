@@ -82,6 +82,8 @@ class AcceptanceProfile:
                 "select one first"
             )
         rates = self.survival[1:] if self.first_token == "target" else self.survival
+        # Sums of many products: rounding may leave them above one or rising.
+        rates = rates.clamp(0.0, 1.0).cummin(0).values if len(rates) else rates  # (drafted,)
         return json.dumps(
             {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates.tolist()}
         )

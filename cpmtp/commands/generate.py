@@ -82,7 +82,7 @@ def generate(
 
     if eos is not None and ignore_eos:
         raise ValueError(
-            "--eos says what ends the text and --ignore-eos that nothing does: give one"
+            "--eos says what ends the text and --ignore-eos that nothing does: give one of them"
         )
     ends = integers("--eos", eos) if eos is not None else None if ignore_eos else OWN
     for option, given in (("--expect", expect), ("--compare", compare)):

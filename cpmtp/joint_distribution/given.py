@@ -55,6 +55,9 @@ _HABITS = {
 }
 
 
+_WHOLE = ("rank", "horizon", "seed", "restarts", "max_new_tokens")
+
+
 def takes_what_is_given(function: Callable[..., Answer]) -> Callable[..., Answer]:
     """A function whose arguments are read by their names before it is called.
 
@@ -85,7 +88,10 @@ def takes_what_is_given(function: Callable[..., Answer]) -> Callable[..., Answer
                 )
         given = dict(zip(names, arguments, strict=False))
         lm = given["lm"] = as_language_model(given.get("lm", options.get("lm")))
-        read = {name: _read(name, value, lm) for name, value in [*given.items(), *options.items()]}
+        read = {
+            name: value if _is_left_out(name, value, names) else _read(name, value, lm)
+            for name, value in [*given.items(), *options.items()]
+        }
         places = [read[name] for name in list(names)[: len(arguments)]]
         places += arguments[len(places) :]
         return function(*places, **{name: read[name] for name in options})
@@ -190,11 +196,24 @@ def as_joint(given: Any) -> Any:
 def _read(name: str, value: Any, lm: Any) -> Any:
     if name == "lm":
         return lm
-    if name == "context" and value is not None:
+    if name == "context":
         return as_token_ids(value, lm)
+    if name in _WHOLE:
+        return _whole_number(name, value)
     if name == "token_ids":
         return as_prompts(value, lm)
     return as_joint(value) if name == "joint" else value
+
+
+def _is_left_out(name: str, value: Any, names: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether an argument is none where the function has none by default."""
+    return value is None and name in names and names[name].default is None
+
+
+def _whole_number(name: str, value: Any) -> int:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} {value!r}: expected an integer")
+    return int(value)
 
 
 def known_name(name: str, names: Collection[str]) -> str:

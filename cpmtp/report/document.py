@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from cpmtp.report.subject import PRICE, ReportExtras, Subject, subjects_of
 from cpmtp.report.theme import theme_css, themed_svg
 from cpmtp.whole_files import write_text
 
+_SLUG_BYTES = 180  # a file system takes 255, with an ending and a number
 _MARKDOWN = re.compile(r"([\\`*_\[\]|$~])")
 
 
@@ -111,7 +113,7 @@ class Report:
                 dark=dark,
                 kind=_kind,
                 svg=lambda figure: Markup(themed_svg(self.drawings[figure.name])),
-                anchor=_slug,
+                anchor=_slugs(s.title for s in self.sections if s.level == 2).get,
             )
         )
         return write_text(Path(path), page)
@@ -121,8 +123,10 @@ class Report:
         path = Path(path)
         folder = path.with_name(f"{path.stem}_figures")
 
+        slugs = _slugs(self.drawings)
+
         def stored(figure: Figure) -> str:
-            file = write_text(folder / f"{_slug(figure.name)}.svg", self.drawings[figure.name])
+            file = write_text(folder / f"{slugs[figure.name]}.svg", self.drawings[figure.name])
             return f"{folder.name}/{file.name}"
 
         environment = _environment(autoescape=False)
@@ -273,8 +277,21 @@ def _kind(block: Text | Table | Figure) -> str:
     return type(block).__name__
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+def _slugs(names: Iterable[str]) -> dict[str, str]:
+    """Each name as a file or an anchor of a page may be called, no two alike.
+
+    Examples
+    --------
+    >>> _slugs(["A b", "a-b", "大小", "…"])
+    {'A b': 'a-b', 'a-b': 'a-b-2', '大小': '大小', '…': 'part'}
+    """
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        words = re.sub(r"[\W_]+", "-", name.casefold()).encode()[:_SLUG_BYTES]
+        base = words.decode(errors="ignore").strip("-") or "part"
+        tried = (f"{base}-{k}" if k > 1 else base for k in itertools.count(1))
+        found[name] = next(slug for slug in tried if slug not in found.values())
+    return found
 
 
 def _plain_markdown(text: str) -> str:
