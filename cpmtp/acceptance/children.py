@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cpmtp.drafts.prefix_tables import picked
-from cpmtp.drafts.protocol import Draft, as_draft, needed_context
+from cpmtp.drafts.protocol import as_draft, needed_context
 from cpmtp.joint_distribution import conditional_probs
 from cpmtp.language_model import LanguageModel
 from cpmtp.sampling_law import SamplingLaw
@@ -87,11 +87,10 @@ class ChildReader:
         if not self.anchored:
             return self.draft.child_probs(prefixes, row, tokens, law=self.law, told=self.told)
         found = torch.zeros(len(tokens), dtype=torch.float64)
-        for draft, nodes in self._by_first(prefixes):
-            place = torch.full((len(prefixes),), -1).scatter(0, nodes, torch.arange(len(nodes)))
-            here = place[row] >= 0  # (children,)
-            found[here] = draft.child_probs(
-                prefixes[nodes, 1:], place[row[here]], tokens[here], law=self.law, told=False
+        for first, nodes, children in _by_first(prefixes, row):
+            own = torch.searchsorted(nodes, row[children])  # (children of this first token,)
+            found[children] = self.draft[first].child_probs(
+                prefixes[nodes, 1:], own, tokens[children], law=self.law, told=False
             )
         return found
 
@@ -99,23 +98,25 @@ class ChildReader:
         """Whether anything is drafted after each prefix."""
         if self.context is not None:
             return torch.ones(len(prefixes), dtype=torch.bool)
-        if not self.anchored:
-            return self.draft.proposes(prefixes, told=self.told)
-        found = torch.empty(len(prefixes), dtype=torch.bool)
-        for draft, nodes in self._by_first(prefixes):
-            found[nodes] = draft.proposes(prefixes[nodes, 1:], told=False)
-        return found
+        return self.draft.proposes(prefixes, told=self.told)
 
     def _of_model(self, prefixes: Tensor) -> Tensor:
         return conditional_probs(self.draft, needed_context(self.context), prefixes, self.law)
 
-    def _by_first(self, prefixes: Tensor) -> Iterator[tuple[Draft, Tensor]]:
-        """The draft of every first token with the numbers of the prefixes that begin with it."""
-        if prefixes.shape[1] == 0:
-            raise ValueError(
-                "an anchored draft says nothing of the first token: it needs first_token='target'"
-            )
-        order = prefixes[:, 0].argsort(stable=True)
-        firsts, counts = prefixes[order, 0].unique_consecutive(return_counts=True)
-        for first, nodes in zip(firsts.tolist(), order.split(counts.tolist()), strict=True):
-            yield self.draft[first], nodes
+
+def _by_first(prefixes: Tensor, row: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Every first token with its prefixes, ascending, and their children."""
+    if prefixes.shape[1] == 0:
+        raise ValueError(
+            "an anchored draft says nothing of the first token: it needs first_token='target'"
+        )
+    firsts, which = prefixes[:, 0].unique(return_inverse=True)
+    nodes = _grouped(which, len(firsts))
+    children = _grouped(which[row], len(firsts))
+    yield from zip(firsts.tolist(), nodes, children, strict=True)
+
+
+def _grouped(which: Int[Tensor, " members"], groups: int) -> tuple[Tensor, ...]:
+    """The members of each group, ascending."""
+    counts = torch.bincount(which, minlength=groups)
+    return which.argsort(stable=True).split(counts.tolist())

@@ -144,8 +144,8 @@ def implied_acceptance(
     Returns
     -------
     AcceptanceProfile or AcceptanceInterval
-        With the joint's batch axes; for a truncated joint, bounds that contain the exact values
-        (see `certified_acceptance`).
+        With the joint's batch axes; for a truncated joint, bounds that contain the exact values,
+        equal where the tree is complete (see `certified_acceptance`).
 
     Raises
     ------
@@ -222,7 +222,7 @@ def revealed_component_survival(
     A counter-example, not a recommendation: it is lossless, since each component is a draft of its
     own, but earns less than the mixture does under ``block``, and less the higher the rank.
     """
-    total = torch.zeros(joint.horizon, dtype=torch.float64)
+    draft, total = draft.without_support(), torch.zeros(joint.horizon, dtype=torch.float64)
     certain = torch.ones(1, dtype=draft.weights.dtype)
     if first_token == "draft":
         for a in range(draft.rank):

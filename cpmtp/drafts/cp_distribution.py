@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cpmtp.drafts.mixture import Mixture, check_simplex
-from cpmtp.drafts.prefix_tables import LowRankTable
+from cpmtp.drafts.prefix_tables import LowRankTable, rows_at
 from cpmtp.drafts.support import Support
 from cpmtp.sampling_law import SamplingLaw, ratio
 
@@ -38,7 +38,10 @@ class Factored(Mixture):
 
     @property
     def free_numbers(self) -> int:
-        """Free parameters of one distribution: what a head would have to give for it."""
+        """Free parameters of one distribution: what a head would have to give for it.
+
+        Over a support those of the longest row.
+        """
         return self.rank - 1 + sum(self.rank * (size - 1) for size in self._sizes)
 
     @property
@@ -52,13 +55,14 @@ class Factored(Mixture):
 
     def _log_emission(self, position: int, before: Tensor | None, tokens: Tensor) -> Tensor:
         place, there = self._place(position, tokens)
-        return emitted(self.factors[position], place, there).log()
+        emitted = rows_at(self.factors[position], place)  # (*batch, rows, rank)
+        return (emitted * there.unsqueeze(-1)).log()
 
     def _mixed(self, position: int, weights: Tensor, before: Tensor | None) -> Tensor:
         return weights @ self.factors[position].mT  # (*batch, rows, size)
 
     def _of_components(self, position: int, component: Tensor, before: Tensor | None) -> Tensor:
-        return columns_of(self.factors[position], component)
+        return rows_at(self.factors[position].mT, component)  # (*batch, rows, size)
 
     def _table(self, position: int, rows: Tensor) -> LowRankTable:
         return LowRankTable(rows, self.factors[position])
@@ -189,17 +193,6 @@ def spread_factors(factors: Sequence[Tensor], support: Support | None) -> tuple[
         return tuple(factors)
     # (*batch, vocab, rank) each
     return tuple(support.scatter(i, factor.mT).mT for i, factor in enumerate(factors))
-
-
-def emitted(factor: Tensor, place: Tensor, there: Tensor) -> Tensor:
-    """Rows of a factor (*batch, size, rank) at places (*batch, rows); zeros where nothing is."""
-    found = factor.take_along_dim(place.unsqueeze(-1), -2)  # (*batch, rows, rank)
-    return found * there.unsqueeze(-1)
-
-
-def columns_of(factor: Tensor, component: Tensor) -> Tensor:
-    """Columns of a factor (*batch, size, rank) at components (*batch, rows), each a row."""
-    return factor.mT.take_along_dim(component.unsqueeze(-1), -2)  # (*batch, rows, size)
 
 
 def normalised_cp(weights: Tensor, factors: list[Tensor]) -> CPDistribution:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cpmtp.drafts.cp_distribution import Factored, check_factors, spread_factors
 from cpmtp.drafts.mixture import check_simplex, drawn
+from cpmtp.drafts.prefix_tables import rows_at
 from cpmtp.drafts.support import Support
 
 
@@ -102,5 +103,4 @@ class HMMDistribution(Factored):
 
     def _changed(self, position: int, component: Tensor, generator: torch.Generator) -> Tensor:
         transition = self.transitions[..., position - 1, :, :]  # (*batch, rank, rank)
-        rows = transition.take_along_dim(component.unsqueeze(-1), -2)  # (*batch, count, rank)
-        return drawn(rows, generator)
+        return drawn(rows_at(transition, component), generator)  # (*batch, count)

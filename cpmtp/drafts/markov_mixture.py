@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cpmtp.drafts.mixture import Mixture, check_simplex
-from cpmtp.drafts.prefix_tables import LowRankTable
+from cpmtp.drafts.prefix_tables import LowRankTable, rows_at
 from cpmtp.drafts.support import Support
 from cpmtp.drafts.transition import MarkovTable, Transition
 from cpmtp.sampling_law import SamplingLaw
@@ -196,7 +196,7 @@ class MarkovMixture(Mixture):
         place, there = self._place(position, tokens)
         if before is None:
             logits = self.logits[..., position, :, :].log_softmax(-1)  # (*batch, rank, size)
-            found = logits.mT.take_along_dim(place.unsqueeze(-1), -2)  # (*batch, rows, rank)
+            found = rows_at(logits.mT, place)  # (*batch, rows, rank)
         else:
             found = self._transition(position).log_emission(before, place)
         return torch.where(there.unsqueeze(-1), found, -torch.inf)
@@ -207,8 +207,7 @@ class MarkovMixture(Mixture):
         return self._transition(position).after(before).mixed(weights)
 
     def _of_components(self, position: int, component: Tensor, before: Tensor | None) -> Tensor:
-        # (*batch, rows, size)
-        logits = self.logits[..., position, :, :].take_along_dim(component.unsqueeze(-1), -2)
+        logits = rows_at(self.logits[..., position, :, :], component)  # (*batch, rows, size)
         if before is not None:
             logits = logits + self._transition(position).bias(before)
         return logits.softmax(-1)

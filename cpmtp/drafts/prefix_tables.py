@@ -97,6 +97,15 @@ def row_of(table: Tensor, prefix: Int[Tensor, "*batch"], batch: int) -> Tensor:
     return rows.take_along_dim(prefix[..., None, None], -2)
 
 
+def rows_at(
+    values: Float[Tensor, "*values_batch size width"], place: Int[Tensor, "*batch rows"]
+) -> Float[Tensor, "*batch rows width"]:
+    """Rows of a matrix, or of one per entry of the batch."""
+    if values.ndim == 2:
+        return values[place]
+    return values.take_along_dim(place.unsqueeze(-1), -2)
+
+
 def tables_of(
     joints: list[Tensor], lead: int, start: int
 ) -> Iterator[Float[Tensor, "*lead prefixes vocab"]]:

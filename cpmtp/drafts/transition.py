@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cpmtp.drafts.prefix_tables import row_of
+from cpmtp.drafts.prefix_tables import row_of, rows_at
 
 # Entries of a table of biases made at once where only its sums are wanted.
 _ENTRIES_AT_ONCE = 1 << 21
@@ -45,7 +45,7 @@ class Transition:
 
     def gated(self, before: Int[Tensor, "*batch rows"]) -> Float[Tensor, "*batch rows width"]:
         """``L[x] * g`` of tokens before, some per entry of the batch."""
-        return _rows(self.left, before) * self.gate.unsqueeze(-2)  # (*batch, rows, width)
+        return rows_at(self.left, before) * self.gate.unsqueeze(-2)  # (*batch, rows, width)
 
     def after(self, before: Int[Tensor, "*batch rows"]) -> After:
         """What is emitted after tokens, some per entry of the batch."""
@@ -71,8 +71,8 @@ class Transition:
         normaliser = self._log_normaliser(gated)  # (*batch, distinct, rank)
         if which is not None:
             gated, normaliser = gated[which], normaliser[which]
-        bias = (gated * _rows(self.right.mT, place)).sum(-1, keepdim=True)  # (*batch, rows, 1)
-        return _rows(self.logits.mT, place) + bias - normaliser
+        bias = (gated * rows_at(self.right.mT, place)).sum(-1, keepdim=True)  # (*batch, rows, 1)
+        return rows_at(self.logits.mT, place) + bias - normaliser
 
     def entry(self, index: Int[Tensor, "*some"], axis: int) -> Transition:
         """The transition of one place per entry along a batch axis, which is the last one."""
@@ -93,13 +93,6 @@ class Transition:
         size = max(_ENTRIES_AT_ONCE // max(per_row, 1), 1)
         parts = [After.of(self, part).log_normaliser for part in gated.split(size, -2)]
         return torch.cat(parts, -2)
-
-
-def _rows(values: Tensor, index: Tensor) -> Tensor:
-    """Rows (*batch, rows, width) of a matrix, or of one per entry of the batch."""
-    if values.ndim == 2:
-        return values[index]
-    return values.take_along_dim(index.unsqueeze(-1), -2)
 
 
 @dataclass(frozen=True)
