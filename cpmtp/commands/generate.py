@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpmtp.commands.options import integers, load_head
+from cpmtp.commands.options import Device, Dtype, TopK, TopP, integers, load_head
 
 if TYPE_CHECKING:
     from cpmtp.decoding.stats import GenerationStats
@@ -23,7 +23,7 @@ def generate(
         ),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="Its base model: code, prose, a folder or a hub id.")
+        str, typer.Option(help="Its base model: code, prose, a folder, a GGUF file or a hub id.")
     ] = "code",
     prompt: Annotated[
         str, typer.Option(help="Text to go on from.")
@@ -31,12 +31,8 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 200,
     rule: Annotated[str, typer.Option(help="block, token or greedy.")] = "block",
     temperature: Annotated[float, typer.Option(help="0 follows the most probable token.")] = 1.0,
-    top_k: Annotated[
-        int | None, typer.Option(help="Sample from the k most probable tokens.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample from the most probable tokens of this mass.")
-    ] = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
     monitor: Annotated[
         Path | None, typer.Option(help="File that gets a line of JSON per cycle.")
     ] = None,
@@ -65,7 +61,8 @@ def generate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Decode without the head as well: what it buys.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
 ) -> None:
     """Generate text by lossless speculative decoding.
@@ -88,7 +85,7 @@ def generate(
     for option, given in (("--expect", expect), ("--compare", compare)):
         if given and head is None:
             raise ValueError(f"{option} without a head: plain decoding has nothing to differ from")
-    lm = load_language_model(model, device=device)
+    lm = load_language_model(model, device=device, dtype=dtype)
     draft = None if head is None else load_head(head, model, device)
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     expected = None

@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from cpmtp.commands.options import Device, Dtype
 
 
 def models(
     check: Annotated[
         str | None,
-        typer.Option(help="A model to put to its trials: an embedded name, a folder or a hub id."),
+        typer.Option(
+            help="A model to put to its trials: embedded name, folder, GGUF file or hub id."
+        ),
     ] = None,
     length: Annotated[int, typer.Option(help="Tokens of the longest text that is tried.")] = 512,
+    convert: Annotated[
+        str | None,
+        typer.Option(help="A model to write as a folder, such as a GGUF file: it loads faster."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The folder that --convert writes.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
 ) -> None:
-    """List the embedded models, or check that one is followed exactly.
+    """List the embedded models, check that one is followed exactly, or convert one.
 
-    Example: cpmtp models --check ./my-model
+    Example: cpmtp models --convert model.gguf --dtype bfloat16 --out ./my-model
     """
+    if check is not None and convert is not None:
+        raise ValueError("--check and --convert: give one of them")
     if check is not None:
-        _check(check, length)
+        _check(check, length, device, dtype)
+        return
+    if convert is not None or out is not None:
+        _convert(convert, out, dtype)
         return
     from cpmtp.pretrained import embedded_models
 
@@ -32,12 +49,25 @@ def models(
         )
 
 
-def _check(name: str, length: int) -> None:
+def _convert(name: str | None, out: Path | None, dtype: str) -> None:
+    """The model as a folder that says what its weights are."""
+    from cpmtp.pretrained import load_language_model
+    from cpmtp.pretrained.converting import check_new_folder, save_language_model
+
+    if name is None or out is None:
+        raise ValueError("--convert MODEL and --out FOLDER: each needs the other")
+    check_new_folder(out)
+    lm = load_language_model(name, dtype=dtype)
+    print(f"model   {save_language_model(lm, out)}")
+    print(f"sha256  {lm.fingerprint}")
+
+
+def _check(name: str, length: int, device: str, dtype: str) -> None:
     """Every way that is used of a model, and how far it is from full passes."""
     from cpmtp.decoding.trials import way_of
     from cpmtp.pretrained import load_language_model
 
-    lm = load_language_model(name)
+    lm = load_language_model(name, device=device, dtype=dtype)
     print(f"{name}: {type(lm.model).__name__}, {lm.vocab_size:,} tokens, {lm.model.dtype}")
     lm.require_causal()
     uses = {

@@ -5,6 +5,23 @@ from __future__ import annotations
 import re
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# Of every command that loads a model.
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda or cuda:NUMBER.")]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="Precision of the model: float32, bfloat16, float16 or float64."),
+]
+TopK = Annotated[
+    int | None, typer.Option("--top-k", help="Only the k most probable tokens are sampled from.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option("--top-p", help="Only the most probable tokens of this mass are sampled from."),
+]
 
 # A host's name or number (an IPv6 one in brackets) and a port, with the kind of connection before.
 _ADDRESS = re.compile(r"((tcp|tls|ucx|ws|wss)://)?([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")

@@ -9,6 +9,10 @@ from typing import Annotated
 import typer
 
 from cpmtp.commands.options import (
+    Device,
+    Dtype,
+    TopK,
+    TopP,
     anchored_choices,
     executor_at,
     gigabytes_in_bytes,
@@ -22,7 +26,8 @@ def study(
     model: Annotated[
         list[str],
         typer.Option(
-            help="Embedded name, folder, hub id, or module:factory; may be given several times."
+            help="Embedded name, folder, GGUF file, hub id, or module:factory; several times for "
+            "several."
         ),
     ] = ["code", "prose"],  # noqa: B006 - typer copies it
     corpus: Annotated[
@@ -60,6 +65,8 @@ def study(
             help="Temperatures of the target's distribution, separated by commas.",
         ),
     ] = "1.0",
+    top_k: TopK = None,
+    top_p: TopP = None,
     anchored: Annotated[
         str | None,
         typer.Option(
@@ -81,10 +88,10 @@ def study(
     ] = None,
     max_gigabytes: Annotated[
         float,
-        typer.Option(
-            help="Memory of a worker for dense joints; larger ones become truncated trees."
-        ),
+        typer.Option(help="Memory of a worker for dense joints; larger ones become trees."),
     ] = 4.0,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     quiet: Annotated[
         bool, typer.Option("--quiet", help="Print nothing; status 1 says that cells failed.")
     ] = False,
@@ -113,6 +120,10 @@ def study(
         context_length=context_length,
         anchored=anchored_choices(anchored),  # type: ignore[arg-type]  # None: the default
         temperatures=numbers("--temperatures", temperatures, float, "numbers", "1.0,0.7"),
+        top_k=top_k,  # type: ignore[arg-type]  # None: all tokens
+        top_p=top_p,  # type: ignore[arg-type]
+        device=device,
+        dtype=dtype,
         restarts=restarts,
         max_bytes=gigabytes_in_bytes(max_gigabytes),
         seed=seed,

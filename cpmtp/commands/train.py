@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpmtp.commands.options import load_head
+from cpmtp.commands.options import Device, Dtype, load_head
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ def train_base_model(
 
 def train_one_head(
     model: Annotated[
-        str, typer.Option(help="Base model: code, prose, a folder or a hub id.")
+        str, typer.Option(help="Base model: code, prose, a folder, a GGUF file or a hub id.")
     ] = "code",
     out: Annotated[
         Path | None,
@@ -81,7 +81,8 @@ def train_one_head(
         typer.Option(help="Tokens in a window; default: 256, or as many as the model has."),
     ] = None,
     start: Annotated[Path | None, typer.Option(help="Folder of a head to begin with.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="Seed of weights, samples and batches.")] = 0,
 ) -> None:
     """Train a head for a base model that stays as it is.
@@ -98,7 +99,7 @@ def train_one_head(
     asked |= {"objective": objective, "steps": steps, "seconds": seconds, "seed": seed}
     settings = HeadTrainingSettings(**asked, **({} if length is None else {"length": length}))
     texts = read_documents(list(corpus), field=text_field) if corpus else []
-    lm = load_language_model(model, device=device)
+    lm = load_language_model(model, device=device, dtype=dtype)
     if length is None and lm.max_context is not None and lm.max_context < settings.length:
         settings = replace(settings, length=lm.max_context)
     if seconds is None:

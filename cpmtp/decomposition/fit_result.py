@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -28,7 +29,9 @@ class FitResult:
     Attributes
     ----------
     distribution : CPDistribution
-        Of the best restart. Anchored: batch axis (vocab,) over the first token and horizon n-1.
+        Of the best restart. Anchored: batch axis (vocab,) over the first token and horizon n-1
+        (fitted to a tree: a `FirstTokenDrafts`, which reads the same). Fitted to a tree it has the
+        tree's ids as its support.
     objective : float or tensor
         Minimised value at `distribution`. ``em``, ``gradient``: KL divergence in nats; ``als``,
         ``hals``, ``mu``: relative Frobenius error; ``acceptance``: minus the tokens per call.
@@ -60,7 +63,7 @@ class FitResult:
     method : str
     """
 
-    distribution: CPDistribution
+    distribution: Any
     objective: float | Float[Tensor, "*batch"]
     converged: bool | Bool[Tensor, "*batch"]
     iterations: int | Int[Tensor, "*batch"]
@@ -96,6 +99,7 @@ class FitResult:
         batch_shape: tuple[int, ...],
         first_tokens: int | None,
         started: float,
+        draft: Any = None,
     ) -> FitResult:
         """The answer for joints of these batch axes.
 
@@ -107,14 +111,12 @@ class FitResult:
             Of an anchored fit: how many distributions its answer holds for each joint.
         started : float
             `time.perf_counter` at the beginning.
+        draft : CPDistribution or FirstTokenDrafts, optional
+            The answer itself, where it does not run over all tokens; default: the best mixtures.
         """
         best, batched = solved.best, len(batch_shape) > 0
-        lead = batch_shape if first_tokens is None else (*batch_shape, first_tokens)
-        columns = [
-            factor.mT.reshape(*lead, *factor.mT.shape[1:]).contiguous()  # (*lead, vocab, rank)
-            for factor in best.mixtures.factors.unbind(1)
-        ]
-        weights = best.mixtures.weights.reshape(*lead, -1)  # (*lead, rank)
+        if draft is None:
+            draft = _over_all_tokens(best.mixtures, batch_shape, first_tokens)
         verdicts = [
             _verdict(failure, converged)
             for failure, converged in zip(best.failures, best.converged.tolist(), strict=True)
@@ -125,7 +127,7 @@ class FitResult:
             return values.reshape(batch_shape) if batched else values.item()  # (*batch,)
 
         return cls(
-            CPDistribution(weights, columns),
+            draft,
             objective=shaped(best.objective),
             converged=shaped(best.converged),
             iterations=shaped(best.iterations),
@@ -140,6 +142,18 @@ class FitResult:
             trace=best.traces if batched else best.traces[0],
             method=method,
         )
+
+
+def _over_all_tokens(
+    mixtures: Mixtures, batch_shape: tuple[int, ...], first_tokens: int | None
+) -> CPDistribution:
+    """Mixtures as a distribution with these batch axes, and that of the first token."""
+    lead = batch_shape if first_tokens is None else (*batch_shape, first_tokens)
+    columns = [
+        factor.mT.reshape(*lead, *factor.mT.shape[1:]).contiguous()  # (*lead, vocab, rank)
+        for factor in mixtures.factors.unbind(1)
+    ]
+    return CPDistribution(mixtures.weights.reshape(*lead, -1), columns)  # weights (*lead, rank)
 
 
 def pooled(

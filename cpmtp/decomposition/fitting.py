@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -23,14 +22,9 @@ from cpmtp.decomposition.restarts import (
     solve,
     solve_rank_one,
 )
-from cpmtp.decomposition.sparse_em import (
-    TreeTargets,
-    cell_marginals,
-    first_token_cells,
-    tree_cells,
-)
 from cpmtp.decomposition.starts import repeated_marginals, stacked_marginals
-from cpmtp.joint_distribution import DEFAULT_MAX_BYTES, JointDistribution
+from cpmtp.decomposition.trees.problem import TreeProblem
+from cpmtp.joint_distribution import JointDistribution
 from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.prefix_tree import PrefixTree
 
@@ -72,8 +66,10 @@ def fit(
     Parameters
     ----------
     joint : JointDistribution or PrefixTree
-        With batch axes, every entry is fitted by itself in one go. A truncated joint is fitted by
-        ``em`` to its kept prefixes; the objective is then a lower bound of ``KL(P || Q)``.
+        With batch axes, every entry is fitted by itself in one go. To a tree ``em``, ``gradient``
+        and ``acceptance`` fit over the ids that it keeps: of a complete one what they would fit to
+        the dense joint; of a truncated one the objective is a lower bound of ``KL(P || Q)``, or of
+        tokens per call.
     rank : int
         Number of components.
     method : {"em", "gradient", "acceptance", "als", "hals", "mu"}
@@ -124,7 +120,7 @@ def fit(
     plan = replace(plan, load_balancing=load_balancing, goal=Goal(rule, first_token))
     _check(joint, rank, plan, anchored)
     started = time.perf_counter()
-    problem = _Problem.of(joint, anchored)
+    problem = _problem(joint, anchored, rank)
     solved = solve(problem.items, rank, problem.plan(plan))
     return problem.result(solved, method, started)
 
@@ -204,7 +200,7 @@ def fit_path(
         found = [start.distribution.rank for start in starts]
         raise ValueError(f"starts of ranks {found}: expected {ranks}, one each")
 
-    problem, results = _Problem.of(joint, anchored), []
+    problem, results = _problem(joint, anchored, ranks[-1]), []
     plan = problem.plan(plan)
     below: Runs | None = None
     for place, rank in enumerate(ranks):
@@ -274,10 +270,8 @@ class _Problem:
     marginals: Float[Tensor, "all_items horizon vocab"] | None = None
 
     @classmethod
-    def of(cls, joint: JointDistribution | PrefixTree, anchored: bool) -> _Problem:
+    def of(cls, joint: JointDistribution, anchored: bool) -> _Problem:
         """What there is to fit of a joint."""
-        if isinstance(joint, PrefixTree):
-            return cls._of_tree(joint, anchored)
         batch_shape = tuple(joint.batch_shape)
         given = joint.given_first_token() if anchored else joint
         probs = given.probs.reshape(-1, *(joint.vocab_size,) * given.horizon)  # (items, vocab, …)
@@ -287,17 +281,6 @@ class _Problem:
         first = joint.prefix_probs(1).reshape(-1, joint.vocab_size)  # (joints, vocab)
         some = JointDistribution(probs[_noticed(first)], given.horizon)
         return cls(Items(some), batch_shape, first, stacked_marginals(flat))
-
-    @classmethod
-    def _of_tree(cls, tree: PrefixTree, anchored: bool) -> _Problem:
-        cells, vocab = tree_cells(tree), tree.vocab_size
-        if not anchored:
-            return cls(Items(TreeTargets.of((cells,), vocab)))
-        first = torch.zeros(vocab + 1, dtype=torch.float64)
-        first = first.index_add_(0, cells.tokens[:, 0], cells.weights)[None, :-1]  # (1, vocab)
-        given = tuple(first_token_cells(cells, token) for token in _noticed(first).tolist())
-        marginals = cell_marginals(cells, vocab)[1:].expand(vocab, -1, -1)
-        return cls(Items(TreeTargets.of(given, vocab)), (), first, marginals)
 
     def plan(self, plan: Plan) -> Plan:
         """For the items what `plan` is for the joints."""
@@ -328,6 +311,17 @@ class _Problem:
         )
 
 
+def _problem(
+    joint: JointDistribution | PrefixTree, anchored: bool, rank: int
+) -> _Problem | TreeProblem:
+    """What there is to fit of a joint or of a tree, at ranks up to this."""
+    if isinstance(joint, PrefixTree):
+        problem = TreeProblem.of(joint, NOTICEABLE_MASS if anchored else None)
+        problem.check(rank)
+        return problem
+    return _Problem.of(joint, anchored)
+
+
 def _noticed(first: Float[Tensor, "joints vocab"]) -> Int[Tensor, " items"]:
     """Numbers of the first tokens that are fitted, over all joints."""
     return (first.reshape(-1) > NOTICEABLE_MASS).nonzero().squeeze(1)  # (items,)
@@ -335,8 +329,11 @@ def _noticed(first: Float[Tensor, "joints vocab"]) -> Int[Tensor, " items"]:
 
 def _check(joint: JointDistribution | PrefixTree, rank: int, plan: Plan, anchored: bool) -> None:
     """Refuse what cannot be fitted, with what was got, what was expected and what to do."""
-    if isinstance(joint, PrefixTree):
-        _check_tree(joint, rank, plan.method, anchored)
+    if isinstance(joint, PrefixTree) and plan.method not in KL_METHODS:
+        raise ValueError(
+            f"method {plan.method!r} on a tree: expected one of {', '.join(KL_METHODS)}; the "
+            "squared error needs an exact joint"
+        )
     if rank < 1:
         raise ValueError(f"rank {rank}: expected at least 1 (1 is the product of the marginals)")
     if plan.restarts < 1:
@@ -360,17 +357,4 @@ def _check_goal(goal: Goal, anchored: bool) -> None:
     if anchored and goal.first_token == "draft":
         raise ValueError(
             "an anchored draft is told the first token and cannot give it: use first_token='target'"
-        )
-
-
-def _check_tree(tree: PrefixTree, rank: int, method: str, anchored: bool) -> None:
-    if method != "em":
-        raise ValueError(
-            f"method {method!r} on a truncated joint: only 'em' fits one; use it, or an exact joint"
-        )
-    needed = 8 * rank * tree.vocab_size**2 * (tree.horizon - 1)
-    if anchored and needed > DEFAULT_MAX_BYTES:
-        raise ValueError(
-            f"anchored fits over {tree.vocab_size} tokens need {needed / 1e9:.3g} GB; the limit is "
-            f"{DEFAULT_MAX_BYTES / 1e9:.3g} GB: lower the rank or fit it unanchored"
         )

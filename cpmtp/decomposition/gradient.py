@@ -12,9 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.acceptance.implied import acceptance_profiles
-from cpmtp.decomposition.em import Targets, expected_counts
+from cpmtp.decomposition.em import CountingTargets, Targets, expected_counts
 from cpmtp.decomposition.mixtures import Mixtures, Runs
 from cpmtp.decomposition.quasi_newton import Minima, minimise
+from cpmtp.decomposition.trees.targets import TreeTargets
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import JointDistribution
 
@@ -43,7 +44,7 @@ class Goal:
 
 
 def gradient_runs(
-    targets: Targets,
+    targets: Targets | CountingTargets,
     start: Mixtures,
     *,
     max_iterations: int,
@@ -123,13 +124,57 @@ def acceptance_runs(
     def targets(items: tuple[int, ...]) -> JointDistribution:
         return JointDistribution(joint.probs[list(items)], joint.horizon)
 
-    def some(runs: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        logits = logits.detach().requires_grad_()
-        mixtures = _from_logits(logits, start)
+    def sums(runs: Tensor, mixtures: Mixtures) -> Tensor:
         draft = CPDistribution(mixtures.weights, mixtures.factors.mT.unbind(1))
         here = targets(tuple(owner[runs].tolist()))
         profiles = acceptance_profiles(here, draft, (goal.rule,), first_token=goal.first_token)
-        lost = -profiles[goal.rule].survival.sum(-1)  # (runs,)
+        return profiles[goal.rule].survival.sum(-1)  # (runs,)
+
+    return _most_accepted(
+        sums, start, goal, step=step, max_iterations=max_iterations, tolerance=tolerance
+    )
+
+
+def tree_acceptance_runs(
+    targets: TreeTargets,
+    start: Mixtures,
+    goal: Goal,
+    *,
+    max_iterations: int,
+    tolerance: float,
+) -> Runs:
+    """The same on trees: tokens per call of complete ones, of others what the kept prefixes give.
+
+    Parameters
+    ----------
+    targets : TreeTargets
+        As many runs as `start` has.
+    """
+
+    def sums(runs: Tensor, mixtures: Mixtures) -> Tensor:
+        return targets[runs].survival_sums(mixtures, goal.rule, goal.first_token)
+
+    nodes = int(targets.forest.sizes.amax(0).max())
+    step = max(_AT_ONCE // (nodes * start.rank), 1)
+    return _most_accepted(
+        sums, start, goal, step=step, max_iterations=max_iterations, tolerance=tolerance
+    )
+
+
+def _most_accepted(
+    sums: Callable[[Tensor, Mixtures], Tensor],
+    start: Mixtures,
+    goal: Goal,
+    *,
+    step: int,
+    max_iterations: int,
+    tolerance: float,
+) -> Runs:
+    """L-BFGS on minus ``sum S_k`` of numbered runs, `step` of them at a time."""
+
+    def some(runs: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        logits = logits.detach().requires_grad_()
+        lost = -sums(runs, _from_logits(logits, start))  # (runs,)
         if not lost.requires_grad:  # one token that the target gives: nothing is drafted
             return lost, torch.zeros_like(logits)
         (gradient,) = torch.autograd.grad(lost.sum(), logits)
@@ -144,7 +189,7 @@ def acceptance_runs(
     # A draft that gives the first token earns the target's own token after the block as well.
     bonus = float(goal.first_token == "draft")
     traces = [[value - bonus for value in trace] for trace in minima.traces]
-    converged = torch.tensor(minima.converged, device=owner.device)
+    converged = torch.tensor(minima.converged, device=minima.values.device)
     return Runs.of(mixtures, minima.values - bonus, converged, traces)
 
 

@@ -19,18 +19,23 @@ from cpmtp.decomposition.em import (
     expected_counts,
     promising,
 )
-from cpmtp.decomposition.gradient import Goal, acceptance_runs, gradient_runs
+from cpmtp.decomposition.gradient import (
+    Goal,
+    acceptance_runs,
+    gradient_runs,
+    tree_acceptance_runs,
+)
 from cpmtp.decomposition.mixtures import Mixtures, Runs, Solved
-from cpmtp.decomposition.sparse_em import TreeTargets
 from cpmtp.decomposition.starts import (
     disturbed_marginals,
     doubled,
     fibre_starts,
     grown,
-    random_starts,
     repeated_marginals,
     stacked_marginals,
 )
+from cpmtp.decomposition.trees.starts import tree_fibre_starts
+from cpmtp.decomposition.trees.targets import TreeTargets
 from cpmtp.joint_distribution import JointDistribution
 
 SQUARED_ERROR_METHODS = ("als", "hals", "mu")
@@ -38,7 +43,7 @@ KL_METHODS = ("em", "gradient", "acceptance")
 METHODS = (*SQUARED_ERROR_METHODS, *KL_METHODS)
 # Starts tried for a few sweeps for each restart: the best of four ends 3 to 5 % lower (code and
 # prose joints, ranks 4 to 32) for a third more sweeps. Half of them begin from marginals, half from
-# fibres; sparse joints know no fibres.
+# fibres.
 _TRIALS = 4
 # The rarest tokens are left out of the core as long as their probabilities at all positions sum to
 # less than this share of the joint's entropy in nats: what is lost is small beside what there is to
@@ -100,7 +105,8 @@ class Items:
     on_cores: bool = True
 
     def __len__(self) -> int:
-        return len(self.joints.items if isinstance(self.joints, TreeTargets) else self.joints.probs)
+        joints = self.joints
+        return len(joints.forest if isinstance(joints, TreeTargets) else joints.probs)
 
     def owners(self, runs: int) -> Int[Tensor, " runs"]:
         """The item of each of so many runs, those of one item consecutive."""
@@ -123,7 +129,9 @@ class Items:
     def marginals(self) -> Float[Tensor, "items horizon vocab"]:
         """The distribution of each position."""
         joints = self.joints
-        return joints.marginals if isinstance(joints, TreeTargets) else stacked_marginals(joints)
+        if isinstance(joints, TreeTargets):
+            return joints.forest.marginals
+        return stacked_marginals(joints)
 
     @cached_property
     def cores(self) -> tuple[Core, ...]:
@@ -139,12 +147,15 @@ class Items:
         """Random starts, those of one restart of one item consecutive, and how many these are."""
         # With one component every start leads to the product of the marginals.
         trials = _TRIALS if rank > 1 else 1
-        if trials == 1 or isinstance(self.joints, TreeTargets):
+        if trials == 1:
             return disturbed_marginals(self.marginals, rank, restarts * trials, seed), trials
 
         half = trials // 2
-        broad = random_starts(self.joints, rank, restarts * half, seed)
-        peaked = fibre_starts(self.joints, rank, restarts * half, seed)
+        broad = disturbed_marginals(self.marginals, rank, restarts * half, seed)
+        if isinstance(self.joints, TreeTargets):
+            peaked = tree_fibre_starts(self.joints.forest, rank, restarts * half, seed)
+        else:
+            peaked = fibre_starts(self.joints, rank, restarts * half, seed)
 
         def woven(first: Tensor, second: Tensor) -> Tensor:
             groups = [part.unflatten(0, (-1, half)) for part in (first, second)]  # (…, half, …)
@@ -236,14 +247,17 @@ def _run(items: Items, start: Mixtures, plan: Plan, owner: Tensor | None = None)
     """The method's runs from `start`: as many for each item in turn, or one for each in `owner`."""
     owner = items.owners(len(start)) if owner is None else owner
     passes, tolerance = plan.max_iterations, plan.tolerance
+    targets = items.targets.for_runs(owner)
+    if plan.method == "acceptance" and isinstance(targets, TreeTargets):
+        return tree_acceptance_runs(
+            targets, start, plan.goal, max_iterations=passes, tolerance=tolerance
+        )
     if plan.method == "acceptance":
         return acceptance_runs(
             items.dense, owner, start, plan.goal, max_iterations=passes, tolerance=tolerance
         )
-    targets = items.targets.for_runs(owner)
     if plan.method == "em":
         return em_runs(targets, start, max_iterations=passes, tolerance=tolerance)
-    assert isinstance(targets, Targets)
     return gradient_runs(
         targets,
         start,

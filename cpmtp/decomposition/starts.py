@@ -44,7 +44,7 @@ def disturbed_marginals(
     items, horizon, vocab = marginals.shape
     shape = (horizon, rank, vocab)
     noise = torch.stack(
-        [_exponential(shape, restart_generator(seed, restart)) for restart in range(restarts)]
+        [exponential_noise(shape, restart_generator(seed, restart)) for restart in range(restarts)]
     )  # (restarts, horizon, rank, vocab)
     change = noise.to(marginals) ** _SHARPNESS + _BACKGROUND
     disturbed = marginals[:, None, :, None, :] * change  # (items, restarts, horizon, rank, vocab)
@@ -85,7 +85,7 @@ def _drawn_sequences(
     numbers = torch.empty(len(flat), 0, dtype=torch.long, device=flat.device)
     for start in range(0, flat.shape[1], _AT_ONCE):
         part = flat[:, start : start + _AT_ONCE]  # (items, part)
-        times = _exponential((part.shape[1],), generator).to(flat).clamp_min_(1e-12)  # (part,)
+        times = exponential_noise((part.shape[1],), generator).to(flat).clamp_min_(1e-12)  # (part,)
         here = (part / times.square()).topk(min(rank, part.shape[1]), 1)
         keys = torch.cat([keys, here.values], 1)  # (items, so far)
         numbers = torch.cat([numbers, here.indices + start], 1)  # (items, so far)
@@ -112,12 +112,23 @@ def _fibres(
         index = without[..., None] + along  # (items, rank, vocab)
         fibre = flat.gather(1, index.flatten(1)).reshape(items, -1, vocab)  # (items, rank, vocab)
 
-        mass, marginal = fibre.sum(-1, keepdim=True), marginals[:, position, None]
-        law = torch.where(mass > 0, fibre / torch.where(mass > 0, mass, 1.0), marginal)
-        factors.append((1 - _FIBRE_BACKGROUND) * law + _FIBRE_BACKGROUND * marginal)
-    stacked = torch.stack(factors, 1)  # (items, horizon, rank, vocab)
+        factors.append(fibre)
     roots = flat.gather(1, sequences).sqrt() + 1e-12  # (items, rank)
-    return Mixtures(roots / roots.sum(1, keepdim=True), stacked / stacked.sum(-1, keepdim=True))
+    mixed = mixed_fibres(torch.stack(factors, 1), marginals)  # (items, horizon, rank, vocab)
+    return Mixtures(roots / roots.sum(1, keepdim=True), mixed)
+
+
+def mixed_fibres(
+    fibres: Float[Tensor, "items horizon rank vocab"],
+    marginals: Float[Tensor, "items horizon vocab"],
+) -> Float[Tensor, "items horizon rank vocab"]:
+    """Fibres as distributions, with a little of the marginals: those alone where one has no
+    mass.
+    """
+    mass, marginal = fibres.sum(-1, keepdim=True), marginals[:, :, None]  # (…, 1, vocab)
+    law = torch.where(mass > 0, fibres / torch.where(mass > 0, mass, 1.0), marginal)
+    mixed = (1 - _FIBRE_BACKGROUND) * law + _FIBRE_BACKGROUND * marginal
+    return mixed / mixed.sum(-1, keepdim=True)
 
 
 def grown(mixtures: Mixtures, rank: int, seed: int) -> Mixtures:
@@ -128,7 +139,7 @@ def grown(mixtures: Mixtures, rank: int, seed: int) -> Mixtures:
     while found.rank < rank:
         count = min(rank - found.rank, found.rank)
         shape = (*found.factors.shape[1:2], count, found.factors.shape[-1])
-        noise = _exponential(shape, generator) ** _SPLIT_SHARPNESS  # (horizon, count, vocab)
+        noise = exponential_noise(shape, generator) ** _SPLIT_SHARPNESS  # (horizon, count, vocab)
         found = _split(found, count, noise.to(mixtures.factors) + _BACKGROUND)
     return found
 
@@ -179,5 +190,6 @@ def repeated_marginals(marginals: Float[Tensor, "items horizon vocab"], rank: in
     return Mixtures(factors.new_full((len(factors), rank), 1 / rank), factors.contiguous())
 
 
-def _exponential(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def exponential_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Independent draws of the exponential distribution, float64."""
     return -torch.rand(shape, generator=generator, dtype=torch.float64).clamp_min(1e-12).log()

@@ -19,19 +19,19 @@ _opening = threading.Lock()
 _given: dict[str, LanguageModel] = {}
 
 
-def open_language_model(name: str) -> LanguageModel:
-    """A model by name, folder, hub id, or ``module:factory``; kept for the process, whose threads
-    share it. The name of an object that a study was given means this object.
+def open_language_model(name: str, device: str = "cpu", dtype: str = "float32") -> LanguageModel:
+    """A model by name, folder, file, hub id, or ``module:factory``; kept for the process, whose
+    threads share it. The name of an object that a study was given means this object.
     """
     with _opening:
-        return _given[name] if name in _given else opened_language_model(name)
+        return _given[name] if name in _given else opened_language_model(name, device, dtype)
 
 
 @lru_cache(maxsize=2)
-def opened_language_model(name: str) -> LanguageModel:
+def opened_language_model(name: str, device: str, dtype: str) -> LanguageModel:
     """The same for names alone, one thread at a time."""
     if not _FACTORY.fullmatch(name):
-        return load_language_model(name)
+        return load_language_model(name, device=device, dtype=dtype)
     module, factory = name.split(":")
     try:
         lm = getattr(importlib.import_module(module), factory)()

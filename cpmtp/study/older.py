@@ -14,6 +14,8 @@ _IMPLIED = {
     "context_nats": math.nan,
     "domain_bits_per_byte": math.nan,
     "temperature": 1.0,
+    "top_k": math.nan,
+    "top_p": math.nan,
     "anchored": False,
     "joint": "dense",
     "kept_mass": 1.0,
@@ -34,6 +36,9 @@ def completed(table: pd.DataFrame) -> pd.DataFrame:
     if not missing:
         return table
     added = {name: value for name, value in _IMPLIED.items() if name in missing}
+    if "computed" in missing:
+        joints = table["joint"] if "joint" in table else pd.Series("dense", index=table.index)
+        added["computed"] = joints.map({"dense": "complete", "tree": "certified"})
     for name in missing:
         exact = name.replace(_UPPER, "tokens_per_call_", 1)
         if name.startswith(_UPPER) and exact in table:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from cpmtp.corpora import Corpus, Document, corpus_hash, read_corpus
-from cpmtp.joint_distribution import DEFAULT_MAX_BYTES, check_context, conditional_log_probs
+from cpmtp.decomposition.fitting import KL_METHODS
+from cpmtp.joint_distribution import check_context, conditional_log_probs
 from cpmtp.language_model import LanguageModel, sample_sequences
 from cpmtp.sampling_law import SamplingLaw
 from cpmtp.study.models import open_language_model
@@ -38,7 +39,7 @@ class StudyUnit:
     text_bytes : int
         UTF-8 bytes of the context's text after its first token; 0 where the model does not decode.
     trees : tuple of int
-        Horizons whose joint is too large to hold: truncated trees.
+        Horizons whose joint is too large to hold: trees.
     """
 
     model: str
@@ -82,7 +83,7 @@ def study_cells(settings: StudySettings, trees: tuple[int, ...] = ()) -> list[St
         for r in settings.ranks
         for m in settings.methods
         for a in settings.anchored
-        if (n >= 3 or not a) and (n not in trees or m == "em")
+        if (n >= 3 or not a) and (n not in trees or m in KL_METHODS)
     ]
 
 
@@ -93,30 +94,25 @@ def tree_horizons(vocab_size: int, settings: StudySettings) -> tuple[int, ...]:
     Raises
     ------
     ValueError
-        If there are any and none of the methods fits trees, or anchored fits to them are too large.
+        If there are any and none of the methods fits trees.
     """
     found = tuple(
         n for n in settings.horizons if 8 * vocab_size**n * _JOINTS_HELD > settings.max_bytes
     )
-    # An anchored fit to a tree has factors for every first token.
-    each = max((8 * vocab_size**2 * (n - 1) for n in found), default=0)
-    needed, highest = each * max(settings.ranks), DEFAULT_MAX_BYTES // max(each, 1)
-    if True in settings.anchored and needed > DEFAULT_MAX_BYTES:
-        lower = f" or ranks up to {highest}" if highest else ""
-        raise ValueError(
-            f"anchored fits of rank {max(settings.ranks)} to truncated joints over {vocab_size} "
-            f"tokens need {needed / 1e9:.3g} GB, and {DEFAULT_MAX_BYTES / 1e9:.3g} GB is the "
-            "limit: study drafts that are not told the first token (anchored=False, --anchored no)"
-            f"{lower}"
-        )
-    if found and "em" not in settings.methods:
+    if found and not set(settings.methods) & set(KL_METHODS):
         raise ValueError(
             f"horizon {found[0]} over {vocab_size} tokens needs "
-            f"{8 * vocab_size ** found[0] / 1e9:.3g} GB for a dense joint; a "
-            "truncated tree takes its place, which only em fits: add em to the methods, lower the "
+            f"{8 * vocab_size ** found[0] / 1e9:.3g} GB for a dense joint; a tree takes its place, "
+            f"which only {', '.join(KL_METHODS)} fit: add one of them to the methods, lower the "
             "horizon or raise max_bytes"
         )
     return found
+
+
+def is_completed(settings: StudySettings, horizon: int) -> bool:
+    """Whether a tree of this horizon is complete: its law leaves few enough sequences."""
+    kept = settings.top_k
+    return kept is not None and kept ** (horizon - 1) <= settings.tree_nodes
 
 
 def plan_study(
@@ -140,7 +136,8 @@ def plan_study(
     units: list[StudyUnit] = []
     models: dict[str, dict] = {}
     for name in settings.models:
-        lm = open_language_model(name)
+        lm = open_language_model(name, settings.device, settings.dtype)
+        settings.law(1.0).check_vocabulary(lm.vocab_size)
         trees = tree_horizons(lm.vocab_size, settings)
         found = [
             unit
@@ -163,7 +160,8 @@ def plan_study(
             # the same.
             "sha256": getattr(lm, "fingerprint", None)
             or hashlib.sha256(probe.numpy().tobytes()).hexdigest(),
-            "truncated_horizons": list(trees),
+            "tree_horizons": list(trees),
+            "truncated_horizons": [n for n in trees if not is_completed(settings, n)],
         }
     identity = {
         "models": models,
@@ -242,17 +240,16 @@ _ANCHORED_WORK, _TREE_WORK = 2, 4
 def estimate_study(settings: StudySettings, workers: int | None = None) -> StudyEstimate:
     """Rows, memory and time of a study, from the vocabularies alone; nothing is computed."""
     per_model = settings.contexts * max(len(settings.corpora), 1) * len(settings.temperatures)
-    workers = min(workers or os.cpu_count() or 1, per_model * len(settings.models))
+    workers = min(workers or default_workers(settings), per_model * len(settings.models))
     cells, work, largest = 0, 0, 0
     truncated: list[str] = []
     for name in settings.models:
-        vocab = open_language_model(name).vocab_size
+        vocab = open_language_model(name, settings.device, settings.dtype).vocab_size
         trees = tree_horizons(vocab, settings)
         sizes = {
-            n: settings.tree_nodes * _CHILDREN_KEPT if n in trees else vocab**n
-            for n in settings.horizons
+            n: _tree_entries(settings, n) if n in trees else vocab**n for n in settings.horizons
         }
-        truncated += [f"{name}, horizon {n}" for n in trees]
+        truncated += [f"{name}, horizon {n}" for n in trees if not is_completed(settings, n)]
         found = study_cells(settings, trees)
         cells += len(found) * per_model
         work += sum(_work(c, sizes, trees) for c in found) * per_model * settings.restarts
@@ -266,6 +263,18 @@ def estimate_study(settings: StudySettings, workers: int | None = None) -> Study
         seconds=work * _SECONDS_PER_ENTRY / workers,
         truncated=tuple(truncated),
     )
+
+
+def default_workers(settings: StudySettings) -> int:
+    """One per core; one alone where the model is on an accelerator, which all would share."""
+    return (os.cpu_count() or 1) if settings.device == "cpu" else 1
+
+
+def _tree_entries(settings: StudySettings, horizon: int) -> int:
+    """Sequences of a complete tree; what a truncated one may come to."""
+    if is_completed(settings, horizon):
+        return settings.top_k**horizon
+    return settings.tree_nodes * _CHILDREN_KEPT
 
 
 def _work(cell: StudyCell, sizes: dict[int, int], trees: tuple[int, ...]) -> int:

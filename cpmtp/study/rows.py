@@ -19,8 +19,14 @@ from cpmtp.decomposition.floors import rank_floors
 from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution, check_context, exact_joint
 from cpmtp.language_model import LanguageModel
-from cpmtp.prefix_tree import PrefixTree, truncated_joint
-from cpmtp.study.plan import StudyCell, StudyUnit, open_language_model, study_cells
+from cpmtp.prefix_tree import PrefixTree, complete_joint, truncated_joint
+from cpmtp.study.plan import (
+    StudyCell,
+    StudyUnit,
+    is_completed,
+    open_language_model,
+    study_cells,
+)
 from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import FIRST_TOKENS, RULES, SCHEMA_VERSION
 
@@ -30,7 +36,7 @@ def study_unit_rows(settings: StudySettings, unit: StudyUnit) -> list[dict]:
     with one_thread():
         cells = study_cells(settings, unit.trees)
         try:
-            lm = open_language_model(unit.model)
+            lm = open_language_model(unit.model, settings.device, settings.dtype)
         except Exception as error:  # the study's own process has loaded it
             return failed_rows(settings, unit, f"{TRIED_AGAIN}{type(error).__name__}: {error}")
         try:
@@ -125,14 +131,15 @@ def _joint(settings, unit: StudyUnit, lm: LanguageModel, horizon: int):
     begun = time.perf_counter()
     ids = torch.tensor(unit.token_ids, dtype=torch.long)
     joint: JointDistribution | PrefixTree | Exception
+    law = asdict(settings.law(unit.temperature))
     try:
-        if horizon in unit.trees:
-            limits = {"mass": settings.tree_mass, "max_nodes": settings.tree_nodes}
-            joint = truncated_joint(lm, ids, horizon, temperature=unit.temperature, **limits)
+        if horizon not in unit.trees:
+            joint = exact_joint(lm, ids, horizon, max_bytes=settings.max_bytes, **law)
+        elif is_completed(settings, horizon):
+            joint = complete_joint(lm, ids, horizon, **law)
         else:
-            joint = exact_joint(
-                lm, ids, horizon, temperature=unit.temperature, max_bytes=settings.max_bytes
-            )
+            limits = {"mass": settings.tree_mass, "max_nodes": settings.tree_nodes}
+            joint = truncated_joint(lm, ids, horizon, **limits, **law)
     except Exception as error:
         joint = error
     return joint, time.perf_counter() - begun
@@ -244,14 +251,27 @@ def _row(settings, unit: StudyUnit, cell: StudyCell) -> dict:
         "context_tokens": len(unit.token_ids),
         "context_bytes": unit.text_bytes,
         "temperature": unit.temperature,
+        "top_k": math.nan if settings.top_k is None else float(settings.top_k),
+        "top_p": math.nan if settings.top_p is None else float(settings.top_p),
     }
     row |= asdict(cell) | {"restarts": settings.restarts, "status": "ok", "message": ""}
-    return row | {"joint": "tree" if cell.horizon in unit.trees else "dense"}
+    return row | _way(cell.horizon in unit.trees, is_completed(settings, cell.horizon))
+
+
+def _way(is_tree: bool, is_complete: bool) -> dict:
+    """How a cell is computed, in words."""
+    if not is_tree:
+        return {"joint": "dense", "computed": "complete"}
+    if is_complete:
+        return {"joint": "complete", "computed": "complete"}
+    return {"joint": "tree", "computed": "certified"}
 
 
 def _joint_facts(joint: JointDistribution | PrefixTree) -> dict:
     if isinstance(joint, PrefixTree):
         return {
+            # A tree that was to be truncated may turn out to hold everything.
+            **_way(True, joint.is_complete),
             "kept_mass": joint.mass[-1].item(),
             "first_token_entropy_nats": joint.levels[0].parent_entropies[0].item(),
         }
@@ -296,7 +316,9 @@ def _quality(joint: JointDistribution, result: FitResult, cell: StudyCell) -> di
 
 
 def _tree_quality(tree: PrefixTree, result: FitResult, cell: StudyCell) -> dict:
-    quality: dict = {}
+    # Of a complete tree the objective of a fit by em or gradient is the divergence itself.
+    exact = tree.is_complete and cell.method != "acceptance"
+    quality: dict = {"kl_nats": float(result.objective)} if exact else {}
     for first in _first_tokens(cell):
         for rule in RULES:
             bounds = implied_acceptance(tree, result.distribution, rule=rule, first_token=first)

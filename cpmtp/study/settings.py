@@ -44,6 +44,8 @@ class StudySettings:
         told the first token has one token left, which rank 1 gives exactly.
     temperatures : sequence of float
         Of the target's law; each context is studied at every one.
+    top_k, top_p : int, float, optional
+        The rest of the target's law, as the model is served: joints are those of what it leaves.
     contexts : int
         Contexts per model and domain.
     context_length : int
@@ -52,10 +54,14 @@ class StudySettings:
         Random starts per fit; the best is kept.
     max_bytes : int
         Memory a worker may take for dense joints and their fits; where a vocabulary and horizon
-        need more, a truncated tree takes the joint's place, fitted by ``em`` only, and tokens per
-        call become certified lower bounds, upper ones beside.
+        need more, a tree takes the joint's place, fitted by ``em``, ``gradient`` and ``acceptance``
+        only. Under a top-k that leaves few enough sequences it is complete, and exact; otherwise it
+        is truncated, and tokens per call become certified lower bounds, upper ones beside.
     tree_mass, tree_nodes : float, int
-        Of truncated trees: the probability they should keep, and the most prefixes they may expand.
+        Of truncated trees: the probability they should keep; of all: the most prefixes they may
+        expand.
+    device, dtype : str
+        Where and in what precision models run that are loaded by name.
     seed : int
 
     Raises
@@ -73,12 +79,16 @@ class StudySettings:
     methods: tuple[str, ...] = ("als", "em", "gradient", "acceptance")
     anchored: tuple[bool, ...] = None  # type: ignore[assignment]  # chosen below
     temperatures: tuple[float, ...] = (1.0,)
+    top_k: int = None  # type: ignore[assignment]  # all tokens
+    top_p: float = None  # type: ignore[assignment]
     contexts: int = 8
     context_length: int = 64
     restarts: int = 1
     max_bytes: int = 4_000_000_000
     tree_mass: float = 0.95
     tree_nodes: int = 20_000
+    device: str = "cpu"
+    dtype: str = "float32"
     seed: int = 0
 
     def __post_init__(self):
@@ -132,7 +142,7 @@ class StudySettings:
                 isinstance(temperature, int | float),
                 f"temperature {temperature!r}: expected a number of at least 0",
             )
-            SamplingLaw(temperature)
+            self.law(temperature)
         _require(
             all(isinstance(a, bool) for a in self.anchored),
             f"anchored {self.anchored}: expected True, False or both",
@@ -146,6 +156,16 @@ class StudySettings:
             isinstance(self.tree_mass, int | float) and 0 < self.tree_mass < 1,
             f"tree_mass {self.tree_mass}: expected a probability between 0 and 1",
         )
+
+    def law(self, temperature: float) -> SamplingLaw:
+        """The target's law at one of the temperatures."""
+        for name in ("top_k", "top_p"):
+            value = getattr(self, name)
+            _require(
+                value is None or (isinstance(value, int | float) and not isinstance(value, bool)),
+                f"{name} {value!r}: expected a number, or none to keep all tokens",
+            )
+        return SamplingLaw(temperature, self.top_k, self.top_p)
 
     @property
     def corpora(self) -> dict[str, list[str]]:

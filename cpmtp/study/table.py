@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from cpmtp.study.settings import StudySettings
 from cpmtp.whole_files import write_parquet
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 RULES = ("token", "block", "coupling")
 FIRST_TOKENS = ("target", "draft")
 TIMING_COLUMNS = ("joint_seconds", "fit_seconds")
@@ -63,6 +63,8 @@ _FIXED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
         "the model knows",
     ),
     "temperature": (pa.float64(), "of the target's law"),
+    "top_k": (pa.float64(), "tokens that the target's law keeps; absent: all"),
+    "top_p": (pa.float64(), "mass of the tokens that the target's law keeps; absent: all"),
     "horizon": (pa.int64(), "number of tokens the joint covers, n"),
     "rank": (pa.int64(), "number of components of the draft, r"),
     "method": (pa.string(), "of the fit"),
@@ -81,7 +83,7 @@ _FIXED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "objective": (pa.float64(), "what the method minimises, in its own unit"),
     "kl_nats": (
         pa.float64(),
-        "KL divergence from the exact joint to the draft, nats; of a tree: absent",
+        "KL divergence from the exact joint to the draft, nats; of a truncated joint: absent",
     ),
     "kl_floor_nats": (
         pa.float64(),
@@ -101,8 +103,12 @@ _FIXED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "mass_deficit": (pa.float64(), "1 minus the sum of the raw answer"),
     "joint": (
         pa.string(),
-        "dense, or tree: a truncated joint, whose tokens per call and survival are certified "
-        "lower bounds",
+        "dense; complete: a tree of all mass but 1e-9; tree: a truncated joint, whose tokens per "
+        "call and survival are certified lower bounds",
+    ),
+    "computed": (
+        pa.string(),
+        "complete: exact; certified: an interval that contains the exact value",
     ),
     "kept_mass": (
         pa.float64(),

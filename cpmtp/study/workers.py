@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from loky import ProcessPoolExecutor
 from loky.backend import get_context
 
-from cpmtp.study.plan import StudyUnit
+from cpmtp.study.plan import StudyUnit, default_workers
 from cpmtp.study.rows import TRIED_AGAIN, failed_rows, study_unit_rows
 from cpmtp.study.settings import StudySettings
 
@@ -48,7 +48,7 @@ def unit_results(
     """Rows of each unit as they come, and whether they are final: those of a unit whose worker
     vanished, or whose model or memory was not there, are not.
     """
-    count = min(workers or os.cpu_count() or 1, len(units))
+    count = min(workers or default_workers(settings), len(units))
     if not units:
         return
     if executor is not None:

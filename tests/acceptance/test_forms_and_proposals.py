@@ -10,11 +10,11 @@ from dataclasses import replace
 import pytest
 import torch
 from random_drafts import FORMS, random_form
-from reference_acceptance import conditionals, random_joint, survival, told_the_first
+from reference import conditionals, random_joint, survival, told_the_first
 from reference_drafts import naive_tensor
-from reference_joint import brute_force_survival
+from reference import brute_force_survival
 from rounding import FORWARD, rounding
-from tiny_models import BigramTable, RecurrentModel
+from samples import BigramTable, RecurrentModel
 
 from cpmtp.acceptance.best_path import best_path_tokens_per_call
 from cpmtp.acceptance.implied import acceptance_profiles, implied_acceptance

@@ -185,7 +185,8 @@ def test_temperatures_and_anchored_drafts_are_axes_of_the_table(table, tmp_path)
 
 
 def test_a_joint_that_is_too_large_becomes_a_tree_with_bounds(tmp_path):
-    settings = replace(TINY, methods=("em", "als"), max_bytes=8 * 8 * 6**2, tree_nodes=15)
+    methods = ("em", "als", "gradient")
+    settings = replace(TINY, methods=methods, max_bytes=8 * 8 * 6**2, tree_nodes=15)
     found = run_study(settings, tmp_path, workers=1)
     assert found.groupby("horizon")["joint"].unique().map(list).to_dict() == {
         2: ["dense"],
@@ -193,7 +194,8 @@ def test_a_joint_that_is_too_large_becomes_a_tree_with_bounds(tmp_path):
     }
     tree = found[found["joint"] == "tree"]
     assert (
-        set(tree["method"]) == {"em"}
+        set(tree["method"]) == {"em", "gradient"}
+        and set(tree["computed"]) == {"certified"}
         and (tree["status"] == "ok").all()
         and (tree["kept_mass"] < 1).all()
         and tree["kl_floor_nats"].isna().all()
@@ -202,6 +204,28 @@ def test_a_joint_that_is_too_large_becomes_a_tree_with_bounds(tmp_path):
     assert read_study(tmp_path)[1]["models"]["samples:bigram"]["truncated_horizons"] == [3]
     assert len(found) == estimate_study(settings).cells
     write_report(*read_study(tmp_path), tmp_path / "report.html")
+
+
+def test_a_served_distribution_is_studied_whole_on_trees_and_alike_on_dense_joints(tmp_path):
+    methods = ("em", "acceptance", "als")
+    served = replace(TINY, methods=methods, top_k=2, temperatures=(0.7,), horizons=(3,), restarts=2)
+    dense = run_study(served, tmp_path / "dense", workers=1)
+    trees = replace(served, max_bytes=8, tree_nodes=4)
+    found = run_study(trees, tmp_path / "trees", workers=1)
+    assert set(dense["joint"]) == {"dense"} and set(found["joint"]) == {"complete"}
+    assert set(found["computed"]) == {"complete"} and (found["top_k"] == 2).all()
+    assert (found["kept_mass"] > 1 - 1e-9).all() and found["top_p"].isna().all()
+    keys = ["model", "context", "rank", "method", "anchored"]
+    both = found.merge(dense, on=keys, suffixes=("", "_dense"))
+    assert len(both) == len(found) == len(dense[dense["method"] != "als"])
+    exact = both[(both["rank"] == 1) & (both["method"] == "em")]  # one answer, from any start
+    for name in ("tokens_per_call_block_target", "tokens_per_call_token_target", "kl_nats"):
+        assert (exact[name] - exact[f"{name}_dense"]).abs().max() < 1e-6
+    settings = read_study(tmp_path / "trees")[1]["settings"]
+    assert settings["top_k"] == 2 and settings["top_p"] is None
+    assert len(found) == estimate_study(trees).cells
+    report = write_report(*read_study(tmp_path / "trees"), tmp_path / "report.html")
+    assert "truncated" not in report.read_text("utf-8")
 
 
 def test_domains_stand_side_by_side_with_their_bits_per_byte(tmp_path):
