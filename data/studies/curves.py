@@ -48,7 +48,7 @@ FORMS += [
     {"form": "recurrent", "over_text": True},
 ]
 IN_BOTH_SIZES = (FORMS[3], FORMS[5], FORMS[7])
-RATES = (4e-3, 8e-3, 1.6e-2)
+RATES = (6e-3, 1.2e-2, 2.4e-2)
 ROWS, LENGTH = 4, 256  # 1,024 positions a step
 BUDGETS = {32: 2, 64: 2, 128: 2, 1024: 1, 4096: 1}  # thousands (1,024) of positions: seeds
 SAMPLED_AT_ONCE = 128
@@ -211,8 +211,7 @@ def run(out: Path, training: Training, deadline: float) -> None:
         row |= {"training_seconds": seconds, "draft_milliseconds": draft_milliseconds(head)}
         row |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
         write_text(row_file(out, training, shape), json.dumps(row) + "\n")
-    # Data frames have no room for a row's lists of unequal length in fewer words.
-    write_parquet(read_rows(out), out / "curves.parquet")
+    write_parquet(out / "curves.parquet", read_rows(out))
 
 
 def key_of(training: Training, shape: dict, head: DraftHead) -> dict:
