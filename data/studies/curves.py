@@ -33,6 +33,7 @@ import cpmtp
 from cpmtp.corpora import split_held_out, standard_library_documents
 from cpmtp.forecasting.cycles import forecast_cycles
 from cpmtp.heads.draft_head import DraftHead
+from cpmtp.heads.drafting import drafted_block
 from cpmtp.resampling import normal_half_width
 from cpmtp.sampling_law import SamplingLaw
 from cpmtp.training.heads import HeadTrainingSettings, train_heads
@@ -265,7 +266,7 @@ def draft_milliseconds(head: DraftHead, repeats: int = 40) -> float | None:
     uniform, law, times = torch.rand(1, HORIZON, dtype=torch.float64), SamplingLaw(), []
     for _ in range(repeats):
         begun = time.perf_counter()
-        head.block(hidden, token).sample(law, uniform)
+        drafted_block(head, hidden, token).sample(law, uniform)
         times.append(time.perf_counter() - begun)
     return 1e3 * float(torch.tensor(times).median())
 
