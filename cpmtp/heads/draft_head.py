@@ -121,6 +121,7 @@ class DraftHead(nn.Module, StoredHead):
         self.mixture = nn.Linear(width, self.rank)
         nn.init.zeros_(self.mixture.weight)
         nn.init.zeros_(self.mixture.bias)
+        self.mixture.requires_grad_(self.rank > 1)  # the weight of a single component is one
         self._make_memory(width)
         kept = torch.arange(vocab_size) if vocabulary is None else torch.tensor(self.vocabulary)
         places = torch.full((vocab_size,), -1).scatter(0, kept, torch.arange(len(kept)))
