@@ -48,9 +48,9 @@ class HeadTrainingSettings:
     sequences : int
         How many windows are drawn from the base model when no data is given.
     learning_rate : float
-        Peak rate of AdamW; Muon, which trains the trunk's matrices, takes twice as much. Linear
-        warm-up over 30 steps or a tenth of them, constant, and linear decay to zero over the second
-        half.
+        Peak rate of AdamW; Muon, which trains the matrices of trunk and maps, takes twice as much.
+        Linear warm-up over 30 steps or a tenth of them, constant, and linear decay to zero
+        over the second half.
     precision : {"float32", "bfloat16"}
         Of the head's matrix products; weights, losses and probabilities stay in float32.
     seed : int

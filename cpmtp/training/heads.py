@@ -31,7 +31,7 @@ from cpmtp.training.new_models import locally_seeded
 from cpmtp.whole_files import write_tensors, write_text
 
 _SAMPLED_AT_ONCE = 128
-_TRUNK = ("enter", "blocks", "step")  # whose matrices Muon trains
+_MATRICES = ("enter", "blocks", "step", "maps")  # which Muon trains
 _METRICS = "step,seconds,loss,tokens_per_call"
 
 
@@ -273,7 +273,7 @@ def _new_head(lm, settings: HeadTrainingSettings) -> DraftHead:
 
 def _optimisers(head: DraftHead, rate: float) -> list[torch.optim.Optimizer]:
     named = dict(head.named_parameters())
-    trunk = [p for name, p in named.items() if p.ndim == 2 and name.split(".")[0] in _TRUNK]
+    trunk = [p for name, p in named.items() if p.ndim > 1 and name.split(".")[0] in _MATRICES]
     others = [p for p in named.values() if not any(p is t for t in trunk)]
     optimisers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)

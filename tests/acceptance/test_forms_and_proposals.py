@@ -10,9 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 from random_drafts import FORMS, random_form
-from reference import conditionals, random_joint, survival, told_the_first
+from reference import brute_force_survival, conditionals, random_joint, survival, told_the_first
 from reference_drafts import naive_tensor
-from reference import brute_force_survival
 from rounding import FORWARD, rounding
 from samples import BigramTable, RecurrentModel
 
