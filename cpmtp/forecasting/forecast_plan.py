@@ -49,7 +49,7 @@ class ForecastSettings:
         The law that is decoded by.
     confidence : float
         Nominal coverage of intervals.
-    texts, start, drawn : int
+    held_out, start, drawn : int
         Held-out texts, tokens of their beginnings, tokens written after them.
     rows, length : int
         Windows in a step of probes, tokens in a window.
@@ -66,7 +66,7 @@ class ForecastSettings:
     top_k: int | None = None
     top_p: float | None = None
     confidence: float = 0.9
-    texts: int = 64
+    held_out: int = 64
     start: int = 32
     drawn: int = 48
     rows: int = 4
@@ -84,8 +84,8 @@ class ForecastSettings:
             raise ValueError(f"horizons {self.horizons}: expected numbers of at least 2")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence {self.confidence}: expected a number between 0 and 1")
-        if self.texts < 2:
-            raise ValueError(f"texts {self.texts}: expected at least 2, for an interval")
+        if self.held_out < 2:
+            raise ValueError(f"held_out {self.held_out}: expected at least 2, for an interval")
 
     @property
     def law(self) -> SamplingLaw:

@@ -187,7 +187,7 @@ def forecast_heads(
     held_out = held_out_texts(
         lm,
         held_back,
-        count=settings.texts,
+        count=settings.held_out,
         start=settings.start,
         drawn=settings.drawn,
         law=settings.law,
