@@ -67,6 +67,18 @@ from cpmtp.decoding.stats import GenerationStats as GenerationStats
 from cpmtp.forecasting.cycles import CycleForecast as CycleForecast
 from cpmtp.forecasting.cycles import forecast_cycles as forecast_cycles
 
+# The forecast before training
+from cpmtp.forecasting.forecast_plan import ForecastSettings as ForecastSettings
+from cpmtp.forecasting.head_choice import HeadChoice as HeadChoice
+from cpmtp.forecasting.head_forecast import HeadForecast as HeadForecast
+from cpmtp.forecasting.head_forecast import forecast_heads as forecast_heads
+from cpmtp.forecasting.learning_curves.shape_choice import ShapeChoice as ShapeChoice
+from cpmtp.forecasting.step_times import measure_latency as measure_latency
+from cpmtp.latency import MeasuredLatency as MeasuredLatency
+from cpmtp.latency import StepCurve as StepCurve
+from cpmtp.latency import StepTime as StepTime
+from cpmtp.latency import read_latency as read_latency
+
 # The choice of a rank
 from cpmtp.latency import LatencyModel as LatencyModel
 from cpmtp.latency import Throughput as Throughput

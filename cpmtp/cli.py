@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from cpmtp.commands.forecast import forecast
 from cpmtp.commands.generate import generate
 from cpmtp.commands.latency import latency
 from cpmtp.commands.models import models
@@ -91,6 +92,7 @@ def _root(
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "study": study,
+    "forecast": forecast,
     "latency": latency,
     "report": report,
     "compare": compare,

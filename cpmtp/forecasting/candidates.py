@@ -6,13 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cpmtp.forecasting.curve_tasks import candidate_name
+from cpmtp.forecasting.learning_curves.tasks import candidate_name
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.training.new_models import locally_seeded
 
 # What a head is asked for where a candidate says nothing.
 DEFAULTS = {"form": "cp", "horizon": 4, "anchored": True, "blocks": 1}
 KNOWN = (*DEFAULTS, "rank", "transition_rank", "gated", "width", "vocabulary", "over_text")
+# Of the training, not of the head; each form learns best at a rate of its own.
+TRAINING = ("learning_rate",)
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Candidate:
     Attributes
     ----------
     keywords : dict
-        Of the head, those that were given and the defaults.
+        Of the head and its training, those that were given and the defaults.
     sizes : dict
         `form`, `horizon`, `rank`, `transition_rank`, `width`, `blocks`: as a head of them has them.
     """
@@ -39,11 +41,11 @@ class Candidate:
         ValueError
             If a keyword is none of a head, or a size is out of range.
         """
-        unknown = sorted(set(keywords) - set(KNOWN))
+        unknown = sorted(set(keywords) - {*KNOWN, *TRAINING})
         if unknown:
             raise ValueError(
                 f"a candidate with {', '.join(unknown)}: expected keywords of a head, "
-                f"{', '.join(KNOWN)}"
+                f"{', '.join((*KNOWN, *TRAINING))}"
             )
         chosen = {k: v for k, v in (DEFAULTS | dict(keywords)).items() if v is not None}
         return cls(chosen, sizes_of(new_head(lm, chosen)))
@@ -83,8 +85,9 @@ def candidates_of(lm: Any, candidates: Iterable[Mapping[str, Any]]) -> list[Cand
 
 def new_head(lm: Any, keywords: Mapping[str, Any], *, seed: int = 0) -> DraftHead:
     """A head of these sizes for this model, with random weights."""
+    own = {name: value for name, value in keywords.items() if name not in TRAINING}
     with locally_seeded(seed):
-        head = DraftHead(hidden_size=lm.unembedding.shape[1], vocab_size=lm.vocab_size, **keywords)
+        head = DraftHead(hidden_size=lm.unembedding.shape[1], vocab_size=lm.vocab_size, **own)
     return head.to(lm.device).attach(lm).eval().requires_grad_(False)
 
 

@@ -122,13 +122,6 @@ def head_ratios(
     return torch.cat([_text_ratios(lm, head, row, start, law) for row in tokens.split(1)])
 
 
-def cycles_per_text(
-    ratios: Float[Tensor, "texts starts drafted"], rule: str
-) -> Float[Tensor, " texts"]:
-    """Expected number of cycles along each text, which emit one token per start."""
-    return start_probs(kept_along_text(ratios, rule)).sum(1)
-
-
 def forecast_from_ratios(
     ratios: Float[Tensor, "texts starts drafted"], *, rule: str = "block", confidence: float = 0.95
 ) -> CycleForecast:

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy import stats
 
+from cpmtp.forecasting.learning_curves.shape_choice import ShapeChoice
 from cpmtp.forecasting.outlook import HEAD, PLAIN, Option, Outlook
-from cpmtp.forecasting.shape_choice import ShapeChoice
 from cpmtp.latency import MeasuredLatency
 
 STOPS_BELOW = 0.01

@@ -15,7 +15,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from cpmtp.decoding.speculative import speculative_generate
-from cpmtp.forecasting.cycles import cycles_per_text, head_ratios
+from cpmtp.forecasting.cycles import forecast_from_ratios, head_ratios
 from cpmtp.language_model import sample_sequences
 from cpmtp.sampling_law import SamplingLaw
 
@@ -65,8 +65,8 @@ class HeldOut:
 
     @staticmethod
     def _cycles(ratios: Tensor, horizons: Sequence[int], rule: str) -> ndarray:
-        found = [cycles_per_text(ratios[..., : n - 1], rule).numpy() for n in horizons]
-        return np.stack(found)  # (horizons, texts)
+        found = [forecast_from_ratios(ratios[..., : n - 1], rule=rule).calls for n in horizons]
+        return torch.stack(found).numpy()  # (horizons, texts)
 
 
 def lookup_matches(text: list[int], start: int, horizon: int) -> Float[Tensor, "starts drafted"]:

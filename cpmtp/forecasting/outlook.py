@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from cpmtp.forecasting.candidates import Candidate
-from cpmtp.forecasting.curve_tasks import Tasks, reference_of
-from cpmtp.forecasting.shape_choice import ShapeChoice
-from cpmtp.forecasting.shapes import forecast_logs
+from cpmtp.forecasting.learning_curves.shape_choice import ShapeChoice
+from cpmtp.forecasting.learning_curves.shapes import forecast_logs
+from cpmtp.forecasting.learning_curves.tasks import Tasks, reference_of
 from cpmtp.resampling import resampling_weights
 
 PLAIN, LOOKUP, HEAD = "plain", "lookup", "head"

@@ -14,6 +14,7 @@ have, standardised, a mean square of one.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,15 +22,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy import stats
 
-from cpmtp.forecasting.curve_tasks import (
-    Tasks,
-    checked_curves,
-    differences_to,
-    reference_of,
-    seed_variance,
-    tasks_of,
-)
-from cpmtp.forecasting.shapes import (
+from cpmtp.forecasting.learning_curves.shapes import (
     DIFFERENCES,
     LEVELS,
     Shape,
@@ -39,6 +32,14 @@ from cpmtp.forecasting.shapes import (
     losses_known,
     reference_rows,
     slopes_of,
+)
+from cpmtp.forecasting.learning_curves.tasks import (
+    Tasks,
+    checked_curves,
+    differences_to,
+    reference_of,
+    seed_variance,
+    tasks_of,
 )
 
 
@@ -88,8 +89,19 @@ class ShapeChoice:
     residuals: pd.DataFrame = field(repr=False)
 
     @classmethod
-    def of(cls, curves: pd.DataFrame) -> ShapeChoice:
-        """From a table of stored curves, see `cpmtp.forecasting.curve_tasks`.
+    def stored(cls) -> ShapeChoice:
+        """From the curves that come with the package, without their losses."""
+        return cls.of(pd.read_csv(_stored_curves()), losses=False)
+
+    @classmethod
+    def of(cls, curves: pd.DataFrame, *, losses: bool = True) -> ShapeChoice:
+        """From a table of stored curves, see `cpmtp.forecasting.learning_curves.tasks`.
+
+        Parameters
+        ----------
+        curves : pandas.DataFrame
+        losses : bool
+            Whether forecasts may be made of held-out losses, where the table has them.
 
         Raises
         ------
@@ -106,7 +118,9 @@ class ShapeChoice:
             )
         judged = _Judged(batches, reference, groups)
         errors, level = [], None
-        for family, scale in LEVELS if losses_known(batches) else LEVELS[:-1]:
+        for family, scale in LEVELS:
+            if family == "loss" and not (losses and losses_known(batches)):
+                continue
             errors.append(("level", family, scale, judged.level_error(family, scale)))
         level = min(errors, key=lambda row: row[3])[1:3]
         for family, scale in DIFFERENCES:
@@ -170,6 +184,12 @@ class ShapeChoice:
         """The same with each task's reference given."""
         slopes = slopes_of(self.level, self.difference, tasks, reference)
         return (slopes**2).sum(-1) + 1 / tasks.truth_seeds
+
+
+def _stored_curves() -> Path:
+    installed = Path(__file__).parents[2] / "_data" / "curves"
+    folder = installed if installed.is_dir() else Path(__file__).parents[3] / "data" / "curves"
+    return folder / "stored.csv"
 
 
 @dataclass(frozen=True)

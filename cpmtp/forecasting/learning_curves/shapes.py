@@ -14,14 +14,14 @@ import pandas as pd
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from cpmtp.forecasting.curve_tasks import Tasks
-from cpmtp.forecasting.learning_curves import (
+from cpmtp.forecasting.learning_curves.families import (
     RATIOS,
     MonotoneLink,
     Profile,
     damped_trend,
     power_law,
 )
+from cpmtp.forecasting.learning_curves.tasks import Tasks
 
 # Family and the scale it is taken on.
 LEVELS = (

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
+from numpy.typing import ArrayLike
 from scipy.optimize import isotonic_regression
 
 RATIOS = np.linspace(0.0, 1.0, 101)
@@ -63,16 +64,16 @@ def damped_trend(
     >>> round(float(damped_trend(probes, scores, 1200.0, 0.6)), 3)
     2.559
     """
-    between, ahead = np.log2(budgets[-1] / budgets[-2]), np.log2(at / budgets[-1])
-    factor = damped_factor(np.asarray(ratio, dtype=float), float(between), float(ahead))
+    between, ahead = float(np.log2(budgets[-1] / budgets[-2])), float(np.log2(at / budgets[-1]))
+    factor = damped_factor(np.asarray(ratio, dtype=float), between, ahead)
     step = values[..., -1] - values[..., -2]
     # (ratios, *batch)
-    return values[..., -1] + factor.reshape(factor.shape + (1,) * step.ndim) * step
+    return np.asarray(values[..., -1] + factor.reshape(factor.shape + (1,) * np.ndim(step)) * step)
 
 
 def damped_factor(ratio: Float[ndarray, "..."], between: float, ahead: float) -> ndarray:
     """By how many of the last steps a damped trend goes on: ``r^e (1 - r^d) / (1 - r^e)``."""
-    inside = np.clip(ratio, 0.0, 1.0 - 1e-12)
+    inside = np.asarray(np.clip(ratio, 0.0, 1.0 - 1e-12))
     going = inside**between * (1 - inside**ahead) / (1 - inside**between)
     return np.where(np.asarray(ratio) >= 1, ahead / between, going)
 
@@ -118,10 +119,10 @@ def power_law(
     bound = np.tensordot(falling, values - most, (-1, -1)) / _like(values, (falling**2).sum(-1))
     beyond = level > most
     level, slope = np.where(beyond, most, level), np.where(beyond, bound, slope)
-    return level + slope * _like(values, ratio ** np.log2(at / budgets[-1]))
+    return np.asarray(level + slope * _like(values, ratio ** np.log2(at / budgets[-1])))
 
 
-def _like(values: ndarray, numbers: ndarray) -> ndarray:
+def _like(values: ndarray, numbers: ArrayLike) -> ndarray:
     """Numbers (ratios,) with an axis for each of a batch's: (ratios, 1, …)."""
     return np.asarray(numbers).reshape(np.shape(numbers) + (1,) * (values.ndim - 1))
 
@@ -202,7 +203,7 @@ class Profile:
         known, wanted = heights[:-1], heights[-1]
         centred = known - known.mean()
         slope = values @ centred / max(float((centred**2).sum()), 1e-300)  # (*batch,)
-        return values.mean(-1) + slope * (wanted - known.mean())
+        return np.asarray(values.mean(-1) + slope * (wanted - known.mean()))
 
 
 def _lines(seen: ndarray, known: ndarray, heights: ndarray) -> tuple[ndarray, ndarray]:
