@@ -35,6 +35,14 @@ ARCHITECTURES = {
         _GROUPED | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
         "recorded rows",
     ),
+    # Attention beside a state space, whose share of the logits is small.
+    "falcon_h1": (
+        "FalconH1Config",
+        _GROUPED
+        | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+        | {"mamba_n_groups": 1, "mamba_chunk_size": 8},
+        "replayed",
+    ),
     "mamba2": (
         "Mamba2Config",
         _IDS

@@ -118,6 +118,12 @@ def generate(
             f"{found.positions} tokens (rounding alone: {found.rounding:.1e}); {stats.way}",
             file=sys.stderr,
         )
+        verdict = "exact up to rounding" if found.passed else "NOT the model's distribution"
+        print(
+            f"                   {found.distance:.1e} mean squared Hellinger distance, "
+            f"{found.allowed:.1e} allowed: {verdict}",
+            file=sys.stderr,
+        )
     if expected:
         print(drift_report(stats, *expected), file=sys.stderr)
 
