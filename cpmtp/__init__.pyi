@@ -30,6 +30,7 @@ from cpmtp.drafts.lookup import LookupDraft as LookupDraft
 from cpmtp.drafts.protocol import Draft as Draft
 from cpmtp.drafts.support import Support as Support
 from cpmtp.decomposition.fit_result import FitResult as FitResult
+from cpmtp.decomposition.components import top_tokens as top_tokens
 from cpmtp.decomposition.fitting import fit as fit
 from cpmtp.decomposition.floors import RankFloors as RankFloors
 from cpmtp.decomposition.floors import rank_floors as rank_floors
@@ -99,6 +100,7 @@ from cpmtp.report.document import write_report as write_report
 from cpmtp.report.learned import LearnedShare as LearnedShare
 from cpmtp.report.plots import COLOURS as COLOURS
 from cpmtp.report.plots import house_style as house_style
+from cpmtp.report.component_plot import plot_components as plot_components
 from cpmtp.report.plots import plot_error_against_rank as plot_error_against_rank
 from cpmtp.report.plots import plot_forecast as plot_forecast
 from cpmtp.report.plots import plot_lines_over_rank as plot_lines_over_rank

@@ -6,12 +6,15 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cpmtp.decomposition.components import top_tokens
 from cpmtp.decomposition.mixtures import Mixtures, Runs, Solved
 from cpmtp.drafts.cp_distribution import CPDistribution
+from cpmtp.joint_distribution.stored import Stored
 
 OK = "ok"
 NOT_CONVERGED = "not_converged"
@@ -19,7 +22,7 @@ FAILED = "failed"
 
 
 @dataclass(frozen=True)
-class FitResult:
+class FitResult(Stored):
     """A proper CP distribution and what it took to get there.
 
     For a joint with batch axes every number is a (*batch,) tensor, and `status` and `message` are
@@ -89,6 +92,10 @@ class FitResult:
             f"FitResult({self.method}, {type(self.distribution).__name__} "
             f"rank={self.distribution.rank}, batch_shape={shape}: {what})"
         )
+
+    def top_tokens(self, lm: Any, count: int = 5) -> pd.DataFrame:
+        """What the components say, see `cpmtp.top_tokens`."""
+        return top_tokens(self, lm, count)
 
     @classmethod
     def of(
