@@ -106,7 +106,8 @@ def test_a_tensor_goes_where_a_joint_goes_and_a_fit_where_a_draft_goes():
     joint = cpmtp.exact_joint(BigramTable(), IDS, 3)
     fit = cpmtp.fit(joint, 2)
     tokens = cpmtp.implied_acceptance(joint, fit.distribution).tokens_per_call
-    for given in (joint.probs, joint.probs.numpy(), joint.probs.clone().requires_grad_()):
+    learned = joint.probs.clone().requires_grad_()
+    for given in (joint.probs, joint.probs.numpy(), learned, cpmtp.JointDistribution(learned)):
         assert cpmtp.fit(given, 2).objective == fit.objective
         assert cpmtp.implied_acceptance(given, fit).tokens_per_call == tokens
         assert cpmtp.divergences(given, fit) == cpmtp.divergences(joint, fit.distribution)

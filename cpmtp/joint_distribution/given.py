@@ -183,6 +183,8 @@ def as_joint(given: Any) -> Any:
     """A tensor or an array as the joint whose axes are all tokens'; anything else as it is."""
     if isinstance(given, np.ndarray):
         given = torch.from_numpy(given)
+    if isinstance(given, JointDistribution) and given.probs.requires_grad:
+        return JointDistribution(given.probs.detach(), given.horizon)
     if not isinstance(given, Tensor):
         return given
     if not given.is_floating_point() or not given.ndim:
