@@ -177,6 +177,17 @@ def test_the_options_defaults_are_the_settings_own(monkeypatch, capsys):
     assert "Default: yes, as those of trained heads; no where a horizon is 2" in shown
 
 
+def test_help_shows_what_an_option_takes_and_cuts_no_summary(monkeypatch, capsys):
+    from cpmtp.cli import _COMMANDS
+
+    _, out, _ = run(monkeypatch, capsys, "--help")
+    commands = out.split("Commands:")[1]
+    assert "…" not in commands and "..." not in commands
+    for command in _COMMANDS:
+        _, out, _ = run(monkeypatch, capsys, command, "--help")
+        assert "list[" not in out and "…" not in out, command
+
+
 def test_the_version_and_help_are_shown(monkeypatch, capsys):
     assert re.fullmatch(r"cpmtp \d+\.\d+\.\d+\n", run(monkeypatch, capsys, "--version")[1])
     for command in ("study", "report", "train-base", "models"):

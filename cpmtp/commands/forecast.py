@@ -17,7 +17,9 @@ def forecast(
     model: Annotated[str, typer.Option(help="code, prose, a folder or a hub id.")] = "code",
     corpus: Annotated[
         list[str] | None,
-        typer.Option(help="Files, folders or globs; default: the model's own samples."),
+        typer.Option(
+            metavar="<str>", help="Files, folders or globs; default: the model's own samples."
+        ),
     ] = None,
     forms: Annotated[
         str, typer.Option(help="Forms of heads, separated by commas.")

@@ -56,7 +56,7 @@ def generate(
     ] = False,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="Text at which to stop; may be given several times."),
+        typer.Option(metavar="<str>", help="Text at which to stop; may be given several times."),
     ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Decode without the head as well: what it buys.")

@@ -26,15 +26,17 @@ def study(
     model: Annotated[
         list[str],
         typer.Option(
+            metavar="<str>",
             help="Embedded name, folder, GGUF file, hub id, or module:factory; several times for "
-            "several."
+            "several.",
         ),
     ] = ["code", "prose"],  # noqa: B006 - typer copies it
     corpus: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="<str>",
             help="File, folder or glob to cut contexts from; several times. Default: the model's "
-            "own samples."
+            "own samples.",
         ),
     ] = None,
     horizons: Annotated[
@@ -50,8 +52,9 @@ def study(
     domain: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="<str>",
             help="NAME=PATH: a named corpus (file, folder or glob); several times for domains "
-            "side by side."
+            "side by side.",
         ),
     ] = None,
     text_field: Annotated[

@@ -71,7 +71,9 @@ def train_one_head(
     ] = None,
     corpus: Annotated[
         list[str] | None,
-        typer.Option(help="Files, folders or globs; default: the model's own samples."),
+        typer.Option(
+            metavar="<str>", help="Files, folders or globs; default: the model's own samples."
+        ),
     ] = None,
     text_field: Annotated[
         str, typer.Option(help="The field of a line of JSON (.jsonl) that holds its text.")
@@ -97,7 +99,8 @@ def train_one_head(
 
     asked: dict[str, Any] = {"horizon": horizon, "rank": rank, "anchored": anchored}
     asked |= {"objective": objective, "steps": steps, "seconds": seconds, "seed": seed}
-    settings = HeadTrainingSettings(**asked, **({} if length is None else {"length": length}))
+    asked |= {} if length is None else {"length": length}
+    settings = HeadTrainingSettings(**asked)
     texts = read_documents(list(corpus), field=text_field) if corpus else []
     lm = load_language_model(model, device=device, dtype=dtype)
     if length is None and lm.max_context is not None and lm.max_context < settings.length:

@@ -104,7 +104,7 @@ def fit(
     --------
     >>> from cpmtp.joint_distribution import exact_joint
     >>> from cpmtp.language_model import separated_hmm
-    >>> joint = exact_joint(separated_hmm(2, 6), torch.tensor([], dtype=torch.long), 3)
+    >>> joint = exact_joint(separated_hmm(2, 6), [], 3)
     >>> result = fit(joint, rank=2)
     >>> result.status, result.objective < 1e-6
     ('ok', True)
@@ -167,7 +167,7 @@ def fit_path(
     --------
     >>> from cpmtp.joint_distribution import exact_joint
     >>> from cpmtp.language_model import separated_hmm
-    >>> joint = exact_joint(separated_hmm(3, 6), torch.tensor([], dtype=torch.long), 3)
+    >>> joint = exact_joint(separated_hmm(3, 6), [], 3)
     >>> one, two, three = fit_path(joint, [1, 2, 3])
     >>> one.objective > two.objective > three.objective
     True

@@ -32,14 +32,10 @@ own distribution whatever that is. It is of no use with any other base model.
 
 `recipe.json` beside this file has the settings of its training, `metrics.csv` its course.
 
-```python
-import cpmtp
-
-lm = cpmtp.load_language_model("{base}")
-head = cpmtp.CPHead.from_pretrained("path/of/this/folder")
-out = cpmtp.speculative_generate(lm, head, lm.encode("Once"), max_new_tokens=100)
-print(lm.decode(out.sequences[0]), out.stats.tokens_per_call)
-```
+    lm = cpmtp.load_language_model("{base}")
+    head = cpmtp.DraftHead.from_pretrained("path/of/this/folder")
+    out = cpmtp.speculative_generate(lm, head, "Once", max_new_tokens=100)
+    print(lm.decode(out.sequences[0]), out.stats.tokens_per_call)
 """
 Head = TypeVar("Head", bound="StoredHead")
 
@@ -95,7 +91,9 @@ class StoredHead(PyTorchModelHubMixin):
         return self
 
     @classmethod
-    def from_pretrained(cls: type[Head], name: str | Path, **options: Any) -> Head:
+    def from_pretrained(  # type: ignore[override]  # one name, and the mixin's options
+        cls: type[Head], name: str | Path, **options: Any
+    ) -> Head:
         """The head in a folder, or of the Hugging Face hub by OWNER/NAME.
 
         Raises
