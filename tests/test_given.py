@@ -195,3 +195,15 @@ def test_a_study_that_cannot_be_is_refused_before_any_work(options, said, tmp_pa
     with pytest.raises(ValueError, match=said) as error:
         cpmtp.run_study(**{"models": [BigramTable()]} | options, out=tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_heads_and_their_forecasts_take_a_model_of_transformers(lm):
+    pair = (lm.model, lm.tokenizer)
+    head = cpmtp.train_head(lm, horizon=3, rank=1, steps=1, rows=1, length=8, sequences=1)
+    tokens = cpmtp.sample_sequences(lm, 2, 12, seed=0)
+    for call in (
+        lambda model: cpmtp.forecast_cycles(model, head, tokens).tokens_per_call,
+        lambda model: cpmtp.held_out_survival(model, head, tokens).sum().item(),
+        lambda model: cpmtp.head_draft(model, head, tokens[0]).prefix_probs(1).max().item(),
+    ):
+        assert call(pair) == call(lm)

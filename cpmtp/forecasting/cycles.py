@@ -27,6 +27,7 @@ from torch import Tensor
 from cpmtp.acceptance.verification import VERIFIED, check_rule, survival_along
 from cpmtp.heads.conditionals import path_conditionals
 from cpmtp.heads.draft_head import DraftHead
+from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.resampling import normal_half_width
 from cpmtp.sampling_law import SamplingLaw
 
@@ -71,6 +72,7 @@ class CycleForecast:
         return self.survived.sum(0) / self.calls.sum()
 
 
+@takes_what_is_given
 def forecast_cycles(
     lm: Any,
     head: DraftHead,

@@ -19,6 +19,7 @@ from cpmtp.forecasting.held_out import HeldOut, held_out_texts, split_texts
 from cpmtp.forecasting.learning_curves.shape_choice import ShapeChoice
 from cpmtp.forecasting.outlook import HEAD, Outlook, Scores
 from cpmtp.forecasting.probes import MOST_PASSES, ProbePlan, train_probes
+from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.latency import MeasuredLatency
 from cpmtp.whole_files import write_parquet, write_text
 
@@ -138,6 +139,7 @@ class HeadForecast:
         return float(rows["seconds_per_position"].median()) if len(rows) else 0.0
 
 
+@takes_what_is_given
 def forecast_heads(
     lm: Any,
     candidates: Sequence[Mapping[str, Any]] = CANDIDATES,

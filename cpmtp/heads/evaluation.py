@@ -24,10 +24,12 @@ from cpmtp.joint_distribution import (
     exact_joint,
     grid_rows,
 )
+from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.joint_distribution.progress import progress_bar
 
 
 @torch.no_grad()
+@takes_what_is_given
 def head_draft(
     lm: Any, head: DraftHead, context: Int[Tensor, " time"], *, horizon: int | None = None
 ) -> CPDistribution | MarkovMixture | JointDistribution:
@@ -99,6 +101,7 @@ def _enumerated(head: DraftHead, hidden: Float[Tensor, " d"], horizon: int) -> J
 
 
 @torch.no_grad()
+@takes_what_is_given
 def held_out_survival(
     lm: Any, head: DraftHead, tokens: Int[Tensor, "rows length"]
 ) -> Float[Tensor, "rows horizon"]:
@@ -117,6 +120,7 @@ def held_out_survival(
     return torch.stack(rows)
 
 
+@takes_what_is_given
 def waterfall(
     lm: Any,
     heads: Sequence[DraftHead],
