@@ -18,7 +18,13 @@ from cpmtp.heads.cp_head import CPHead
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.pretrained import load_language_model
 from cpmtp.pretrained.adapter import HuggingFaceLanguageModel
-from cpmtp.pretrained.trials import SHORT, boundaries, hidden_gap, tolerance
+from cpmtp.pretrained.trials import (
+    SHORT,
+    boundaries,
+    hidden_gap,
+    later_tokens_gap,
+    tolerance,
+)
 
 # Few passes each; the others stand behind the marker.
 QUICK = ("llama", "gemma2", "mistral", "bart", "lfm2", "roberta", "longrope")
@@ -139,6 +145,14 @@ def test_a_recurrent_state_is_never_cropped_however_little_it_says():
     with torch.inference_mode(), pytest.raises(ValueError, match="recurrent state"):
         WAYS["recorded rows"](lm, False).begin(prompts(9, 4))
     assert way_of(lm, rows=2, longest=30, hidden=False) == "replayed"
+
+
+def test_a_choice_among_all_tokens_is_seen_though_it_seldom_shows():
+    lm = tiny("deepseek_v32")
+    # Once in eight times just after the eighth token, and never before it.
+    with torch.inference_mode():
+        assert later_tokens_gap(lm, ()) <= tolerance(lm, 8)
+    assert way_of(lm, rows=1, longest=30, hidden=False) == "passes of prefixes"
 
 
 class _Faulty:
