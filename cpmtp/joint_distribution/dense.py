@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cpmtp.sampling_law import entropy, ratio
+from cpmtp.whole_files import write_tensors
 
 _SUM_TOLERANCE = 1e-6
 
@@ -139,8 +139,9 @@ class JointDistribution:
         ]
 
     def save(self, path: str | Path) -> None:
-        """Write to a safetensors file."""
-        save_file({"probs": self.probs.contiguous()}, path, {"horizon": str(self.horizon)})
+        """Write to a safetensors file, whole or not at all."""
+        tensors = {"probs": self.probs.contiguous()}
+        write_tensors(Path(path), tensors, {"horizon": str(self.horizon)})
 
     @classmethod
     def load(cls, path: str | Path) -> JointDistribution:
