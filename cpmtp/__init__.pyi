@@ -32,6 +32,7 @@ from cpmtp.drafts.lookup import LookupDraft as LookupDraft
 from cpmtp.drafts.protocol import Draft as Draft
 from cpmtp.drafts.support import Support as Support
 from cpmtp.decomposition.fit_result import FitResult as FitResult
+from cpmtp.decomposition.components import top_tokens as top_tokens
 from cpmtp.decomposition.fitting import fit as fit
 from cpmtp.decomposition.floors import RankFloors as RankFloors
 from cpmtp.decomposition.floors import rank_floors as rank_floors
@@ -70,6 +71,18 @@ from cpmtp.decoding.stats import GenerationStats as GenerationStats
 from cpmtp.forecasting.cycles import CycleForecast as CycleForecast
 from cpmtp.forecasting.cycles import forecast_cycles as forecast_cycles
 
+# The forecast before training
+from cpmtp.forecasting.forecast_plan import ForecastSettings as ForecastSettings
+from cpmtp.forecasting.head_choice import HeadChoice as HeadChoice
+from cpmtp.forecasting.head_forecast import HeadForecast as HeadForecast
+from cpmtp.forecasting.head_forecast import forecast_heads as forecast_heads
+from cpmtp.forecasting.learning_curves.shape_choice import ShapeChoice as ShapeChoice
+from cpmtp.forecasting.step_times import measure_latency as measure_latency
+from cpmtp.latency import MeasuredLatency as MeasuredLatency
+from cpmtp.latency import StepCurve as StepCurve
+from cpmtp.latency import StepTime as StepTime
+from cpmtp.latency import read_latency as read_latency
+
 # The choice of a rank
 from cpmtp.latency import LatencyModel as LatencyModel
 from cpmtp.latency import Throughput as Throughput
@@ -90,6 +103,7 @@ from cpmtp.report.document import write_report as write_report
 from cpmtp.report.learned import LearnedShare as LearnedShare
 from cpmtp.report.plots import COLOURS as COLOURS
 from cpmtp.report.plots import house_style as house_style
+from cpmtp.report.component_plot import plot_components as plot_components
 from cpmtp.report.plots import plot_error_against_rank as plot_error_against_rank
 from cpmtp.report.plots import plot_forecast as plot_forecast
 from cpmtp.report.plots import plot_lines_over_rank as plot_lines_over_rank

@@ -6,14 +6,17 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cpmtp.decomposition.components import top_tokens
 from cpmtp.decomposition.mixtures import Mixtures, Runs, Solved
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.drafts.hmm_distribution import HMMDistribution
 from cpmtp.drafts.markov_mixture import MarkovMixture
+from cpmtp.joint_distribution.stored import Stored
 
 OK = "ok"
 NOT_CONVERGED = "not_converged"
@@ -21,7 +24,7 @@ FAILED = "failed"
 
 
 @dataclass(frozen=True)
-class FitResult:
+class FitResult(Stored):
     """A proper distribution of the form asked for and what it took to get there.
 
     For a joint with batch axes every number is a (*batch,) tensor, and `status` and `message` are
@@ -79,6 +82,22 @@ class FitResult:
     restart_match_scores: Float[Tensor, "*batch restarts"]
     trace: tuple
     method: str
+
+    def __repr__(self) -> str:
+        shape = tuple(self.distribution.batch_shape)
+        what = self.status
+        if isinstance(self.objective, float):
+            what = f"{self.status}, objective={self.objective:.4g}, iterations={self.iterations}"
+        elif not isinstance(what, str):
+            what = ", ".join(f"{self.status.count(s)} {s}" for s in sorted(set(self.status)))
+        return (
+            f"FitResult({self.method}, {type(self.distribution).__name__} "
+            f"rank={self.distribution.rank}, batch_shape={shape}: {what})"
+        )
+
+    def top_tokens(self, lm: Any, count: int = 5) -> pd.DataFrame:
+        """What the components say, see `cpmtp.top_tokens`."""
+        return top_tokens(self, lm, count)
 
     @classmethod
     def of(

@@ -29,9 +29,11 @@ from cpmtp.decomposition.starts import repeated_marginals, stacked_marginals
 from cpmtp.decomposition.trees.problem import TreeProblem
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import JointDistribution
+from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.prefix_tree import PrefixTree
 
 
+@takes_what_is_given
 def fit(
     joint: JointDistribution | PrefixTree,
     rank: int,
@@ -111,7 +113,7 @@ def fit(
     >>> import torch
     >>> from cpmtp.joint_distribution import exact_joint
     >>> from cpmtp.language_model import separated_hmm
-    >>> joint = exact_joint(separated_hmm(2, 6), torch.tensor([], dtype=torch.long), 3)
+    >>> joint = exact_joint(separated_hmm(2, 6), [], 3)
     >>> result = fit(joint, rank=2)
     >>> result.status, result.objective < 1e-6
     ('ok', True)
@@ -136,6 +138,7 @@ def fit(
     return problem.result(solved, method, started)
 
 
+@takes_what_is_given
 def fit_path(
     joint: JointDistribution | PrefixTree,
     ranks: Sequence[int],
@@ -184,7 +187,7 @@ def fit_path(
     >>> import torch
     >>> from cpmtp.joint_distribution import exact_joint
     >>> from cpmtp.language_model import separated_hmm
-    >>> joint = exact_joint(separated_hmm(3, 6), torch.tensor([], dtype=torch.long), 3)
+    >>> joint = exact_joint(separated_hmm(3, 6), [], 3)
     >>> one, two, three = fit_path(joint, [1, 2, 3])
     >>> one.objective > two.objective > three.objective
     True
