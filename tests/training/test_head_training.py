@@ -85,6 +85,12 @@ def test_a_training_stopped_and_resumed_ends_with_the_same_weights(lm, tmp_path,
     assert not (tmp_path / "stopped" / "checkpoint.safetensors").exists()
 
 
+def environment(root) -> dict[str, str]:
+    """Of a process that imports this file."""
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
 TRAIN = """
 import sys, time, torch
 sys.path.insert(0, {tests!r})
@@ -99,21 +105,22 @@ train_head(a_model(), TINY, form="markov_mixture", transition_rank=2, steps=14, 
 
 def test_a_training_that_was_killed_goes_on_to_the_same_weights(root, tmp_path):
     script = TRAIN.format(tests=str(root / "tests" / "training"))
-    path = os.pathsep.join([str(root), str(root / "tests")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script]
     subprocess.run(
-        [*command, str(tmp_path / "whole")], check=True, capture_output=True, env=environment
+        [*command, str(tmp_path / "whole")], check=True, capture_output=True, env=environment(root)
     )
     with subprocess.Popen(
-        [*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True, env=environment
+        [*command, str(tmp_path / "killed")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(root),
     ) as process:
         while process.stdout.readline().strip() != "6":
             assert process.poll() is None
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     subprocess.run(
-        [*command, str(tmp_path / "killed")], check=True, capture_output=True, env=environment
+        [*command, str(tmp_path / "killed")], check=True, capture_output=True, env=environment(root)
     )
     assert weights(tmp_path / "whole") == weights(tmp_path / "killed")
 
@@ -150,7 +157,7 @@ def test_processes_that_share_the_windows_end_at_the_same_step_with_the_same_wei
         [*command, "--nproc_per_node", "2", script, tmp_path / "weights"],
         check=True,
         capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        env=environment(root),
     )
     found = [torch.load(tmp_path / f"weights{rank}", weights_only=True) for rank in (0, 1)]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
