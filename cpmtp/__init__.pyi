@@ -56,10 +56,12 @@ from cpmtp.study.settings import StudySettings as StudySettings
 
 # Learned heads
 from cpmtp.heads.cp_head import CPHead as CPHead
+from cpmtp.heads.draft_head import DraftHead as DraftHead
 from cpmtp.heads.evaluation import head_draft as head_draft
 from cpmtp.heads.evaluation import held_out_survival as held_out_survival
+from cpmtp.heads.evaluation import reachable_survival as reachable_survival
 from cpmtp.heads.evaluation import waterfall as waterfall
-from cpmtp.training.heads import HeadTrainingSettings as HeadTrainingSettings
+from cpmtp.training.head_settings import HeadTrainingSettings as HeadTrainingSettings
 from cpmtp.training.heads import train_head as train_head
 
 # Decoding and its forecast

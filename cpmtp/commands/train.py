@@ -57,8 +57,32 @@ def train_one_head(
         Path | None,
         typer.Option(help="Folder for head and checkpoint; default: runs/head-MODEL-rRANK."),
     ] = None,
+    form: Annotated[str, typer.Option(help="cp, markov, markov_mixture or recurrent.")] = "cp",
     horizon: Annotated[int, typer.Option(help="Tokens per call at most.")] = 4,
-    rank: Annotated[int, typer.Option(help="Components of the CP distribution.")] = 8,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Components; default: cp 8, markov_mixture 4, others have one."),
+    ] = None,
+    transition_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank of the token-to-token correction; default: markov 64, markov_mixture 32."
+        ),
+    ] = None,
+    gated: Annotated[bool, typer.Option(help="Whether the context gates that correction.")] = True,
+    over_text: Annotated[
+        bool,
+        typer.Option(
+            "--over-text", help="Recurrent: a transformer layer over the text; not for decoding."
+        ),
+    ] = False,
+    width: Annotated[
+        int | None, typer.Option(help="Of the trunk; default: the base model's.")
+    ] = None,
+    blocks: Annotated[int, typer.Option(help="Residual blocks of the trunk.")] = 1,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="Draft only so many of the most frequent tokens.")
+    ] = None,
     anchored: Annotated[
         bool, typer.Option(help="Whether the head is told the first token, as study's drafts are.")
     ] = True,
@@ -69,6 +93,12 @@ def train_one_head(
     seconds: Annotated[
         float | None, typer.Option(help="Train for this many seconds instead of --steps.")
     ] = None,
+    positions: Annotated[
+        int | None, typer.Option(help="Train on so many positions instead of --steps.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="Of the head's products: float32 or bfloat16.")
+    ] = "float32",
     corpus: Annotated[
         list[str] | None,
         typer.Option(
@@ -97,8 +127,11 @@ def train_one_head(
     from cpmtp.pretrained import load_language_model
     from cpmtp.training.heads import HeadTrainingSettings, train_head, windows_of_text
 
-    asked: dict[str, Any] = {"horizon": horizon, "rank": rank, "anchored": anchored}
-    asked |= {"objective": objective, "steps": steps, "seconds": seconds, "seed": seed}
+    asked: dict[str, Any] = {"form": form, "horizon": horizon, "rank": rank, "anchored": anchored}
+    asked |= {"transition_rank": transition_rank, "gated": gated, "over_text": over_text}
+    asked |= {"width": width, "blocks": blocks, "vocabulary": vocabulary, "precision": precision}
+    asked |= {"steps": steps, "positions": positions, "seconds": seconds, "seed": seed}
+    asked |= {"objective": objective}
     asked |= {} if length is None else {"length": length}
     settings = HeadTrainingSettings(**asked)
     texts = read_documents(list(corpus), field=text_field) if corpus else []
@@ -113,7 +146,7 @@ def train_one_head(
     tokens = windows_of_text(lm, [d.text for d in texts], settings.length) if corpus else None
     if tokens is not None:
         print(f"windows          {_kept(lm, texts, tokens)}")
-    folder = out or Path(f"runs/head-{lm.name}-r{rank}")
+    folder = out or Path(f"runs/head-{lm.name}-{settings.sizes.name}")
     head = train_head(lm, settings, out=folder, tokens=tokens, start=first)
     last = (folder / "metrics.csv").read_text("utf-8").splitlines()[-1].split(",")
     print(f"steps            {last[0]} in {float(last[1]):.0f} s")

@@ -119,6 +119,25 @@ def held_out_survival(
     return torch.stack(rows)
 
 
+def reachable_survival(
+    head: DraftHead, tokens: Int[Tensor, "rows length"]
+) -> Float[Tensor, "rows horizon"]:
+    """The probability that x_2 … x_k are all among what the head may draft, k = 1 … n, averaged
+    over each row's positions: no head of this draft vocabulary survives more often, whatever it
+    learns.
+
+    Examples
+    --------
+    >>> head = DraftHead(hidden_size=2, vocab_size=3, horizon=2, rank=1, vocabulary=[0, 1])
+    >>> reachable_survival(head, torch.tensor([[0, 0, 1, 2]]))
+    tensor([[1.0000, 0.5000]], dtype=torch.float64)
+    """
+    inside = (head.places[tokens] >= 0).double()  # (rows, length)
+    later = inside[:, 2:].unfold(1, head.horizon - 1, 1)  # (rows, positions, horizon - 1)
+    reached = later.cumprod(-1).mean(1)
+    return torch.cat([torch.ones_like(reached[:, :1]), reached], 1)
+
+
 @takes_what_is_given
 def waterfall(
     lm: Any,
