@@ -274,12 +274,12 @@ def _summary(
     ours = [time for time in timed if time.batch == smallest]
     first = next(time.seconds for time in plain if time.batch == smallest)
     calls = [t for t in steps if t.batch == smallest and t.tokens <= _SHORT_CALL]
-    columns = [
+    model = LatencyModel.fitted(
+        first,
         [*(t.horizon for t in ours), *(t.tokens for t in calls)],
         [*(t.rank for t in ours), *(0 for _ in calls)],
         [*(t.cycle for t in ours), *(t.seconds for t in calls)],
-    ]
-    model = LatencyModel.fitted(first, *columns)
+    )
     return MeasuredLatency(model, (StepCurve(OURS, steps),), timed, plain, _whereabouts(lm, found))
 
 
