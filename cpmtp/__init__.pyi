@@ -21,9 +21,13 @@ from cpmtp.prefix_tree import truncated_joint as truncated_joint
 
 # Drafts and their fits
 from cpmtp.drafts.cp_distribution import CPDistribution as CPDistribution
+from cpmtp.drafts.hmm_distribution import HMMDistribution as HMMDistribution
+from cpmtp.drafts.markov_mixture import MarkovMixture as MarkovMixture
 from cpmtp.drafts.divergence import Divergences as Divergences
 from cpmtp.drafts.divergence import divergences as divergences
+from cpmtp.drafts.lookup import LookupDraft as LookupDraft
 from cpmtp.drafts.protocol import Draft as Draft
+from cpmtp.drafts.support import Support as Support
 from cpmtp.decomposition.fit_result import FitResult as FitResult
 from cpmtp.decomposition.fitting import fit as fit
 from cpmtp.decomposition.floors import RankFloors as RankFloors
@@ -32,6 +36,8 @@ from cpmtp.decomposition.mixtures import factor_match_score as factor_match_scor
 from cpmtp.decomposition.fitting import fit_path as fit_path
 
 # Acceptance
+from cpmtp.acceptance.best_path import TokensPerCallBounds as TokensPerCallBounds
+from cpmtp.acceptance.best_path import best_path_tokens_per_call as best_path_tokens_per_call
 from cpmtp.acceptance.implied import AcceptanceProfile as AcceptanceProfile
 from cpmtp.acceptance.implied import implied_acceptance as implied_acceptance
 from cpmtp.acceptance.sampled import AcceptanceEstimate as AcceptanceEstimate
@@ -45,10 +51,12 @@ from cpmtp.study.settings import StudySettings as StudySettings
 
 # Learned heads
 from cpmtp.heads.cp_head import CPHead as CPHead
+from cpmtp.heads.draft_head import DraftHead as DraftHead
 from cpmtp.heads.evaluation import head_draft as head_draft
 from cpmtp.heads.evaluation import held_out_survival as held_out_survival
+from cpmtp.heads.evaluation import reachable_survival as reachable_survival
 from cpmtp.heads.evaluation import waterfall as waterfall
-from cpmtp.training.heads import HeadTrainingSettings as HeadTrainingSettings
+from cpmtp.training.head_settings import HeadTrainingSettings as HeadTrainingSettings
 from cpmtp.training.heads import train_head as train_head
 
 # Decoding and its forecast

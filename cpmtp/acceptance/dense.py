@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from cpmtp.acceptance.options import Thresholds
 from cpmtp.acceptance.verification import SUMMED, PrefixMasses, joint_scales
 from cpmtp.drafts.prefix_tables import PrefixTable, joints_of_prefixes, row_of, tables_of
 from cpmtp.drafts.protocol import Draft
@@ -22,23 +23,6 @@ from cpmtp.sampling_law import SamplingLaw, entropy, ratio
 
 # Entries of some rows; a few tensors of this size are alive at a time.
 _PIECE = 1 << 16
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """Of the typical rule: a token passes whose probability exceeds ``min(ε, δ exp(-H))``.
-
-    Attributes
-    ----------
-    epsilon, delta : float
-    """
-
-    epsilon: float = 0.3
-    delta: float = 0.09
-
-    def of(self, entropies: Tensor) -> Tensor:
-        """The highest probability that is still rejected, at these entropies in nats."""
-        return (self.delta * torch.exp(-entropies)).clamp_max(self.epsilon)
 
 
 @dataclass(frozen=True)
@@ -240,6 +224,8 @@ class _GreedyPath:
 
 
 def _processed(q: Float[Tensor, "*rows vocab"], law: SamplingLaw) -> Float[Tensor, "*rows vocab"]:
-    """Conditionals of rows of a joint, put through the law; after an impossible prefix any do."""
-    conditional = ratio(q, q.sum(-1, keepdim=True), otherwise=1 / q.shape[-1])
-    return law.process(conditional / conditional.sum(-1, keepdim=True))
+    """Conditionals of rows of a joint, put through the law; zeros where the draft says nothing."""
+    total = q.sum(-1, keepdim=True)
+    conditional = ratio(q, total, otherwise=1 / q.shape[-1])
+    processed = law.process(conditional / conditional.sum(-1, keepdim=True))
+    return torch.where(total > 0, processed, 0.0)

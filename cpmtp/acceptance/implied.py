@@ -16,14 +16,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cpmtp.acceptance.dense import Thresholds, survivals
+from cpmtp.acceptance.dense import survivals
+from cpmtp.acceptance.options import AcceptanceOptions
 from cpmtp.acceptance.truncated import AcceptanceInterval, certified_acceptance
-from cpmtp.acceptance.verification import check_first_token, check_rule
-from cpmtp.drafts.cp_distribution import CPDistribution, posterior_after_first
+from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.drafts.protocol import as_draft, is_anchored
 from cpmtp.joint_distribution import JointDistribution
 from cpmtp.prefix_tree import PrefixTree
-from cpmtp.sampling_law import SamplingLaw, ratio
+from cpmtp.sampling_law import ratio
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ def implied_acceptance(
     *,
     rule: str = "block",
     first_token: str = "target",
+    proposal: str = "sampled",
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -120,11 +121,15 @@ def implied_acceptance(
     joint : JointDistribution or PrefixTree
         The target's law; temperature, top-k and top-p are part of it (see `exact_joint` and
         `truncated_joint`).
-    draft : CPDistribution, JointDistribution or LanguageModel
+    draft : Draft, FitResult, JointDistribution or LanguageModel
         Over the joint's horizon; or anchored: with a further batch axis over the first token and
         horizon n-1.
     rule : {"token", "block", "coupling", "greedy", "typical"}
     first_token : {"target", "draft"}
+    proposal : {"sampled", "argmax"}
+        Whether the draft's tokens are drawn, or each is the most probable one after those before
+        it. Then ``S_k = sum_{x1} P(x1, y_2:k(x1))`` on that path y, by token, block and coupling
+        alike; a temperature, top-k or top-p of the draft changes nothing.
     temperature, top_k, top_p
         The law that the draft's conditionals are put through before sampling; default: none.
     context : (time,) long tensor, optional
@@ -135,8 +140,8 @@ def implied_acceptance(
     Returns
     -------
     AcceptanceProfile or AcceptanceInterval
-        With the joint's batch axes; for a truncated joint, bounds that contain the exact values
-        (see `certified_acceptance`).
+        With the joint's batch axes; for a truncated joint, bounds that contain the exact values,
+        equal where the tree is complete (see `certified_acceptance`).
 
     Raises
     ------
@@ -160,62 +165,43 @@ def implied_acceptance(
     [10, 11, 12]
     """
     options: dict[str, Any] = {
+        "first_token": first_token,
+        "proposal": proposal,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
         "context": context,
+        "epsilon": epsilon,
+        "delta": delta,
     }
     if isinstance(joint, PrefixTree):
-        return certified_acceptance(
-            joint,
-            draft,
-            rule=rule,
-            first_token=first_token,
-            epsilon=epsilon,
-            delta=delta,
-            **options,
-        )
-    return acceptance_profiles(
-        joint, draft, (rule,), first_token=first_token, epsilon=epsilon, delta=delta, **options
-    )[rule]
+        return certified_acceptance(joint, draft, rule=rule, **options)
+    return acceptance_profiles(joint, draft, (rule,), **options)[rule]
 
 
 def acceptance_profiles(
-    joint: JointDistribution,
-    draft: Any,
-    rules: Iterable[str],
-    *,
-    first_token: str = "target",
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    context: Int[Tensor, " time"] | None = None,
-    epsilon: float = 0.3,
-    delta: float = 0.09,
+    joint: JointDistribution, draft: Any, rules: Iterable[str], **options: Any
 ) -> dict[str, AcceptanceProfile]:
-    """The profiles of several rules with their common part computed once; parameters as for
-    `implied_acceptance`.
+    """The profiles of several rules with their common part computed once; parameters, options and
+    errors as for `implied_acceptance`.
     """
-    rules = tuple(rules)
+    rules, chosen = tuple(rules), AcceptanceOptions(**options)
     for rule in rules:
-        check_rule(rule, temperature=temperature)
-    check_first_token(first_token)
-    # Greedy matching judges argmaxes, which no temperature above zero moves; zero makes the draft
-    # take argmaxes, too.
-    law = SamplingLaw(1.0 if temperature is None else temperature, top_k, top_p)
+        chosen.check_rule(rule)
     shape = (joint.vocab_size, joint.horizon, tuple(joint.batch_shape))
-    anchored = is_anchored(draft, *shape, first_token=first_token)
+    anchored = is_anchored(draft, *shape, first_token=chosen.first_token)
     found = survivals(
         joint,
-        as_draft(draft, context=context, horizon=joint.horizon),
+        as_draft(draft, context=chosen.context, horizon=joint.horizon),
         rules,
-        law,
-        told=first_token == "target",
+        chosen.law,
+        told=chosen.told,
         anchored=anchored,
-        thresholds=Thresholds(epsilon, delta),
+        thresholds=chosen.thresholds,
     )
     return {
-        rule: AcceptanceProfile(survival, rule, first_token) for rule, survival in found.items()
+        rule: AcceptanceProfile(survival, rule, chosen.first_token)
+        for rule, survival in found.items()
     }
 
 
@@ -232,7 +218,7 @@ def revealed_component_survival(
     A counter-example, not a recommendation: it is lossless, since each component is a draft of its
     own, but earns less than the mixture does under ``block``, and less the higher the rank.
     """
-    total = torch.zeros(joint.horizon, dtype=torch.float64)
+    draft, total = draft.without_support(), torch.zeros(joint.horizon, dtype=torch.float64)
     certain = torch.ones(1, dtype=draft.weights.dtype)
     if first_token == "draft":
         for a in range(draft.rank):
@@ -245,7 +231,7 @@ def revealed_component_survival(
             )
         return total
     given, first = joint.given_first_token(), joint.prefix_probs(1)
-    posterior = posterior_after_first(draft)
+    posterior = draft.posterior_after_first()
     for a in range(draft.rank):
         # (vocab, vocab, 1) each
         factors = [f[:, a : a + 1].expand(joint.vocab_size, -1, -1) for f in draft.factors[1:]]

@@ -10,18 +10,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cpmtp.acceptance.children import ChildReader
+from cpmtp.acceptance.options import proposal_law
 from cpmtp.acceptance.verification import (
     VERIFIED,
     check_first_token,
     check_rule,
     survival_along,
 )
-from cpmtp.drafts.protocol import (
-    NextTokenReader,
-    draft_horizon,
-    is_anchored,
-    next_token_reader,
-)
+from cpmtp.drafts.protocol import draft_horizon, is_anchored
 from cpmtp.joint_distribution import check_context, conditional_probs, prefixes_at_once
 from cpmtp.language_model import LanguageModel
 from cpmtp.resampling import normal_half_width
@@ -69,6 +66,7 @@ def estimate_acceptance(
     seed: int = 0,
     rule: str = "block",
     first_token: str = "target",
+    proposal: str = "sampled",
     horizon: int | None = None,
     confidence: float = 0.95,
     temperature: float = 1.0,
@@ -88,7 +86,7 @@ def estimate_acceptance(
     ----------
     lm : LanguageModel
         The target.
-    draft : CPDistribution, JointDistribution or LanguageModel
+    draft : Draft, FitResult, JointDistribution or LanguageModel
         Anchored ones have one batch axis (vocab,) and horizon n - 1.
     context : (time,) long tensor
     samples : int
@@ -97,6 +95,8 @@ def estimate_acceptance(
     rule : {"block", "token"}
     first_token : {"target", "draft"}
         Whether the first token is known when the draft is judged, or drafted too.
+    proposal : {"sampled", "argmax"}
+        Whether the draft's tokens are drawn, or each is the most probable one.
     horizon : int, optional
         Number of tokens; by default the draft's own. A language model as draft has none.
     confidence : float
@@ -133,8 +133,10 @@ def estimate_acceptance(
     told = first_token == "target"
     anchored = is_anchored(draft, lm.vocab_size, horizon, first_token=first_token)
     check_context(lm, context, horizon)
-    read = next_token_reader(draft, law, anchored=anchored, told=told, context=context)
-    ratios = _sampled_ratios(lm, read, context, law, (samples, horizon), told=told, seed=seed)
+    children = ChildReader.of(
+        draft, proposal_law(proposal, law), anchored=anchored, told=told, context=context
+    )
+    ratios = _sampled_ratios(lm, children, context, law, (samples, horizon), told=told, seed=seed)
     running = survival_along(ratios, rule)  # (samples, horizon)
     tokens = running.sum(1) + (first_token == "draft")
     return AcceptanceEstimate(
@@ -168,7 +170,7 @@ def _bounded_mean_interval(
 
 def _sampled_ratios(
     lm: LanguageModel,
-    read: NextTokenReader,
+    children: ChildReader,
     context: Tensor,
     law: SamplingLaw,
     size: tuple[int, int],
@@ -196,7 +198,7 @@ def _sampled_ratios(
             probs = conditional_probs(lm, context, part, law)  # (some, vocab)
             drawn[rows] = _drawn(probs, row, uniform[rows])
             if depth or not told:
-                q = read(part)[row, drawn[rows]]  # (rows,)
+                q = children.probs(part, row, drawn[rows])  # (rows,)
                 ratios[rows, depth] = q / probs[row, drawn[rows]]
         tokens = torch.cat([tokens, drawn[:, None]], 1)  # (samples, depth + 1)
     return ratios

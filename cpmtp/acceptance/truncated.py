@@ -11,21 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from cpmtp.acceptance.dense import Thresholds
-from cpmtp.acceptance.verification import (
-    PrefixMasses,
-    accepted_mass,
-    check_first_token,
-    check_rule,
-)
-from cpmtp.drafts.protocol import NextTokenReader, is_anchored, next_token_reader
+from cpmtp.acceptance.children import ChildReader
+from cpmtp.acceptance.options import AcceptanceOptions, Thresholds
+from cpmtp.acceptance.verification import PrefixMasses, accepted_mass
+from cpmtp.drafts.protocol import is_anchored
 from cpmtp.prefix_tree import PrefixTree
-from cpmtp.sampling_law import SamplingLaw
 
-_ENTRIES_AT_ONCE = 1 << 21
+# Children judged together: a draft's components are asked for all of them.
+_CHILDREN_AT_ONCE = 1 << 18
+# Probability of all sequences that a complete tree may leave out.
+_UNKEPT_MASS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -58,17 +56,7 @@ class AcceptanceInterval:
 
 
 def certified_acceptance(
-    tree: PrefixTree,
-    draft: Any,
-    *,
-    rule: str = "block",
-    first_token: str = "target",
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    context: Int[Tensor, " time"] | None = None,
-    epsilon: float = 0.3,
-    delta: float = 0.09,
+    tree: PrefixTree, draft: Any, *, rule: str = "block", **options: Any
 ) -> AcceptanceInterval:
     """Bounds of what `implied_acceptance` gives for the whole joint, from the kept prefixes alone.
 
@@ -76,7 +64,8 @@ def certified_acceptance(
     adds, for every place where something was left out, the most that can be accepted below it: all
     that is accepted at an unexpanded prefix, and at dropped children their mass under the rule.
     What is added is never more than ``min(1 - P(kept), 1 - Q(kept))`` for ``token``, ``block`` and
-    ``coupling``, nor than ``1 - Q(kept)`` for ``typical``; ``greedy`` is exact.
+    ``coupling``, nor than ``1 - Q(kept)`` for ``typical``; ``greedy`` is exact. On a complete tree,
+    which has all mass but 1e-9, both bounds are the sum over what is kept.
 
     Parameters
     ----------
@@ -85,7 +74,8 @@ def certified_acceptance(
     draft : CPDistribution, JointDistribution or LanguageModel
         Over the tree's horizon; or anchored: with one batch axis over the first token and horizon
         n-1.
-    rule, first_token, temperature, top_k, top_p, context, epsilon, delta
+    rule : {"token", "block", "coupling", "greedy", "typical"}
+    **options
         As for `implied_acceptance`.
 
     Raises
@@ -108,15 +98,15 @@ def certified_acceptance(
     >>> round(bounds.tokens_per_call_lower, 2), round(bounds.tokens_per_call_upper, 2)
     (2.81, 3.0)
     """
-    check_rule(rule, temperature=temperature)
-    check_first_token(first_token)
-    anchored = is_anchored(draft, tree.vocab_size, tree.horizon, first_token=first_token)
-    law = SamplingLaw(1.0 if temperature is None else temperature, top_k, top_p)
-    told = first_token == "target"
-    read = next_token_reader(draft, law, anchored=anchored, told=told, context=context)
+    chosen = AcceptanceOptions(**options)
+    chosen.check_rule(rule)
+    anchored = is_anchored(draft, tree.vocab_size, tree.horizon, first_token=chosen.first_token)
+    children = ChildReader.of(
+        draft, chosen.law, anchored=anchored, told=chosen.told, context=chosen.context
+    )
     if rule == "greedy":
-        return _greedy_interval(tree, read, first_token)
-    return _interval(_Walk(tree, read, rule, Thresholds(epsilon, delta)), first_token)
+        return _greedy_interval(tree, children, chosen.first_token)
+    return _interval(_Walk(tree, children, rule, chosen.thresholds), chosen.first_token)
 
 
 @dataclass(frozen=True)
@@ -124,7 +114,7 @@ class _Walk:
     """What stays the same from depth to depth."""
 
     tree: PrefixTree
-    read: NextTokenReader
+    children: ChildReader
     rule: str
     thresholds: Thresholds
 
@@ -140,7 +130,7 @@ def _interval(walk: _Walk, first_token: str) -> AcceptanceInterval:
             bounds.append((1.0, 1.0))
             continue
         kept, left_out = _descend(walk, length, kept)
-        lost += left_out
+        lost = 0.0 if is_complete(walk.tree) else lost + left_out
         lower = min(float(kept.accepted.sum()), bounds[-1][1])
         bounds.append((lower, min(lower + lost, bounds[-1][1])))
     lowers, uppers = torch.tensor(bounds[1:], dtype=torch.float64).unbind(1)
@@ -158,16 +148,35 @@ def _descend(walk: _Walk, length: int, parents: PrefixMasses) -> tuple[PrefixMas
     prefixes = tree.expanded_prefixes(length - 1)  # (expanded, length - 1)
     draft, accepted = torch.empty_like(level.probs), torch.empty_like(level.probs)
     ends = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])  # (expanded + 1,)
-    for nodes in _pieces(len(owners), tree.vocab_size):
+    for nodes in _pieces(len(owners), int(counts.max())):
         some = slice(int(ends[nodes.start]), int(ends[nodes.stop]))
         row = torch.arange(nodes.stop - nodes.start).repeat_interleave(counts[nodes])  # (children,)
-        q = walk.read(prefixes[nodes])[row, level.tokens[some]]  # (children,)
         p, parent = level.conditionals[some], parents[owners[nodes]]
+        q, q_total = _drafted(walk, prefixes[nodes], parent.draft > 0, row, level.tokens[some])
         threshold = walk.thresholds.of(level.parent_entropies[nodes])  # (nodes,)
         draft[some] = parent.draft[row] * q
         accepted[some] = _accepted(walk.rule, parent[row], p, q, threshold[row])
-        left_out += float(_left_out(walk.rule, parent, row, p, q, threshold).sum())
+        p_dropped = (1 - _sum_by(row, p, len(parent.target))).clamp_min(0)  # (nodes,)
+        q_dropped = (q_total - _sum_by(row, q, len(parent.target))).clamp_min(0)  # (nodes,)
+        lowest = torch.full_like(p_dropped, torch.inf).scatter_reduce(0, row, p, "amin")  # (nodes,)
+        dropped = _Dropped(p_dropped, q_dropped, torch.minimum(lowest, p_dropped))
+        left_out += float(_left_out(walk.rule, parent, dropped, threshold).sum())
     return PrefixMasses(level.probs, draft, accepted), left_out
+
+
+def _drafted(
+    walk: _Walk, prefixes: Tensor, live: Tensor, row: Tensor, tokens: Tensor
+) -> tuple[Float[Tensor, " children"], Float[Tensor, " nodes"]]:
+    """The draft's conditionals of children, and all that it gives after each node; none where no
+    draft gets to.
+    """
+    where = live.cumsum(0) - 1  # a live node's place among them
+    asked = live[row]  # (children,)
+    q = torch.zeros(len(row), dtype=torch.float64)
+    q[asked] = walk.children.probs(prefixes[live], where[row[asked]], tokens[asked])
+    total = torch.zeros(len(live), dtype=torch.float64)
+    total[live] = walk.children.proposes(prefixes[live]).double()
+    return q, total
 
 
 def _accepted(rule: str, parent: PrefixMasses, p: Tensor, q: Tensor, threshold: Tensor) -> Tensor:
@@ -177,28 +186,41 @@ def _accepted(rule: str, parent: PrefixMasses, p: Tensor, q: Tensor, threshold: 
     return accepted_mass(rule, parent, p, q)
 
 
-def _left_out(
-    rule: str, parent: PrefixMasses, row: Tensor, p: Tensor, q: Tensor, threshold: Tensor
-) -> Tensor:
+@dataclass(frozen=True)
+class _Dropped:
+    """A node's dropped children together.
+
+    Attributes
+    ----------
+    p, q : (nodes,) tensors
+        Their conditional mass under target and draft.
+    highest : (nodes,) tensor
+        The most probable one has no more: no kept sibling has less, nor have all of them together.
+    """
+
+    p: Float[Tensor, " nodes"]
+    q: Float[Tensor, " nodes"]
+    highest: Float[Tensor, " nodes"]
+
+
+def _left_out(rule: str, parent: PrefixMasses, dropped: _Dropped, threshold: Tensor) -> Tensor:
     """The most that the rule accepts of each node's dropped children together."""
-    p_dropped = (1 - _sum_by(row, p, len(parent.target))).clamp_min(0)  # (nodes,)
-    q_dropped = (1 - _sum_by(row, q, len(parent.target))).clamp_min(0)  # (nodes,)
     if rule != "typical":
-        return accepted_mass(rule, parent, p_dropped, q_dropped)
-    # No dropped child is more probable than a kept sibling, nor than all dropped ones together.
-    highest = torch.full_like(p_dropped, torch.inf)
-    highest = highest.scatter_reduce(0, row, p, "amin").minimum(p_dropped)  # (nodes,)
-    return parent.accepted * q_dropped * (highest > threshold)
+        return accepted_mass(rule, parent, dropped.p, dropped.q)
+    return parent.accepted * dropped.q * (dropped.highest > threshold)
 
 
 def _greedy_interval(
-    tree: PrefixTree, read: NextTokenReader, first_token: str
+    tree: PrefixTree, children: ChildReader, first_token: str
 ) -> AcceptanceInterval:
     """The greedy path is always kept, so both bounds are the exact value."""
     survival = torch.ones(tree.horizon, dtype=torch.float64)
     path = tree.greedy_path
     for length in range(int(first_token == "target"), tree.horizon):
-        survival[length:] *= read(path[None, :length])[0, path[length]]  # (later,)
+        here = children.probs(
+            path[None, :length], torch.zeros(1, dtype=torch.long), path[length, None]
+        )
+        survival[length:] *= here  # (later,)
     return AcceptanceInterval(survival, survival.clone(), "greedy", first_token)
 
 
@@ -206,6 +228,11 @@ def _sum_by(row: Tensor, values: Tensor, rows: int) -> Tensor:
     return torch.zeros(rows, dtype=values.dtype).index_add_(0, row, values)
 
 
-def _pieces(count: int, vocab_size: int) -> Iterator[slice]:
-    size = max(_ENTRIES_AT_ONCE // vocab_size, 1)
+def _pieces(count: int, most_children: int) -> Iterator[slice]:
+    size = max(_CHILDREN_AT_ONCE // most_children, 1)
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def is_complete(tree: PrefixTree) -> bool:
+    """Whether all mass but 1e-9 is kept: what is said of the joint is exact then."""
+    return bool(tree.mass[-1] >= 1 - _UNKEPT_MASS)

@@ -92,7 +92,7 @@ def executor_at(address: str | None, workers: int | None):
 
 def load_head(name: str | Path, model: str, device: str):
     """The head in a folder, or one that comes with an embedded model."""
-    from cpmtp.heads.cp_head import CPHead
+    from cpmtp.heads.draft_head import DraftHead
     from cpmtp.pretrained import embedded_heads
 
     known = embedded_heads(model)
@@ -103,4 +103,4 @@ def load_head(name: str | Path, model: str, device: str):
             f"the folder {str(name)!r} holds no head: expected config.json and model.safetensors "
             f"in it{others}"
         )
-    return CPHead.from_pretrained(folder).to(device)
+    return DraftHead.from_pretrained(folder).to(device)

@@ -50,8 +50,32 @@ def train_one_head(
         Path | None,
         typer.Option(help="Folder for head and checkpoint; default: runs/head-MODEL-rRANK."),
     ] = None,
+    form: Annotated[str, typer.Option(help="cp, markov, markov_mixture or recurrent.")] = "cp",
     horizon: Annotated[int, typer.Option(help="Tokens per call at most.")] = 4,
-    rank: Annotated[int, typer.Option(help="Components of the CP distribution.")] = 8,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Components; default: cp 8, markov_mixture 4, others have one."),
+    ] = None,
+    transition_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank of the token-to-token correction; default: markov 64, markov_mixture 32."
+        ),
+    ] = None,
+    gated: Annotated[bool, typer.Option(help="Whether the context gates that correction.")] = True,
+    over_text: Annotated[
+        bool,
+        typer.Option(
+            "--over-text", help="Recurrent: a transformer layer over the text; not for decoding."
+        ),
+    ] = False,
+    width: Annotated[
+        int | None, typer.Option(help="Of the trunk; default: the base model's.")
+    ] = None,
+    blocks: Annotated[int, typer.Option(help="Residual blocks of the trunk.")] = 1,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="Draft only so many of the most frequent tokens.")
+    ] = None,
     anchored: Annotated[
         bool, typer.Option(help="Whether the head is told the first token, as study's drafts are.")
     ] = True,
@@ -62,6 +86,13 @@ def train_one_head(
     seconds: Annotated[
         float | None, typer.Option(help="Train for this many seconds instead of --steps.")
     ] = None,
+    positions: Annotated[
+        int | None, typer.Option(help="Train on so many positions instead of --steps.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
+    precision: Annotated[
+        str, typer.Option(help="Of the head's products: float32 or bfloat16.")
+    ] = "float32",
     corpus: Annotated[
         list[str] | None,
         typer.Option(help="Files, folders or globs; default: the model's own samples."),
@@ -81,12 +112,22 @@ def train_one_head(
     from cpmtp.training.heads import HeadTrainingSettings, train_head, windows_of_text
 
     settings = HeadTrainingSettings(
+        form=form,
         horizon=horizon,
         rank=rank,
+        transition_rank=transition_rank,
+        gated=gated,
+        over_text=over_text,
         anchored=anchored,
+        width=width,
+        blocks=blocks,
+        vocabulary=vocabulary,
         objective=objective,
         steps=steps,
+        positions=positions,
         seconds=seconds,
+        length=length,
+        precision=precision,
         seed=seed,
     )
     lm = load_language_model(model, device=device)
@@ -95,7 +136,7 @@ def train_one_head(
         if corpus
         else None
     )
-    folder = out or Path(f"runs/head-{lm.name}-r{rank}")
+    folder = out or Path(f"runs/head-{lm.name}-{settings.sizes.name}")
     train_head(
         lm,
         settings,

@@ -26,6 +26,7 @@ from cpmtp.decoding.trials import CALLS, PREFIXES, open_target
 from cpmtp.drafts.blocks import Block, CPBlock
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.heads.draft_head import DraftHead
+from cpmtp.heads.drafting import drafted_block
 from cpmtp.sampling_law import SamplingLaw, draw
 
 _RULES = (*VERIFIED, "greedy")
@@ -272,7 +273,7 @@ class _Run:
             return CPBlock.empty(len(self.known), self.known.device)
         if isinstance(self.draft, DraftHead):
             assert self.hidden is not None  # a head without hidden states is refused
-            return self.draft.block(self.hidden, self.known).first(longest)
+            return drafted_block(self.draft, self.hidden, self.known).first(longest)
         return CPBlock.of_distributions([self.draft(text) for text in self.texts()]).first(longest)
 
     def _uniform(self, *shape: int) -> Tensor:

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.drafts.cp_distribution import CPDistribution
+from cpmtp.drafts.support import Support
 from cpmtp.sampling_law import SamplingLaw, draw
 
 # Position and the token before it (None at first) to the components' distributions there, float64
@@ -47,26 +48,6 @@ class Block(Protocol):
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The ids that a head may draft.
-
-    Attributes
-    ----------
-    ids : (support,) long tensor
-        Ascending.
-    vocab_size : int
-    """
-
-    ids: Int[Tensor, " support"]
-    vocab_size: int
-
-    def spread(self, probs: Float[Tensor, "*batch support"]) -> Float[Tensor, "*batch vocab"]:
-        """Probabilities over all ids; 0 where nothing is drafted."""
-        whole = probs.new_zeros(*probs.shape[:-1], self.vocab_size)  # (*batch, vocab)
-        return whole.index_copy(-1, self.ids, probs)
-
-
-@dataclass(frozen=True)
 class CPBlock:
     """A mixture of products per request, float64.
 
@@ -74,20 +55,20 @@ class CPBlock:
     ----------
     weights : (batch, rank) tensor
     factors : (batch, length, rank, support) tensor
-    kept : Kept, optional
-        What the support is; default: all ids.
+    support : Support, optional
+        The ids that may be drafted, the same at all positions; default: all.
     """
 
     weights: Float[Tensor, "batch rank"]
     factors: Float[Tensor, "batch length rank support"]
-    kept: Kept | None = None
+    support: Support | None = None
 
     @classmethod
-    def of(cls, weights: Tensor, factors: Tensor, kept: Kept | None = None) -> CPBlock:
+    def of(cls, weights: Tensor, factors: Tensor, support: Support | None = None) -> CPBlock:
         """In double precision and normalised again there."""
         weights, factors = weights.double(), factors.double()
         weights = weights / weights.sum(-1, keepdim=True)
-        return cls(weights, factors / factors.sum(-1, keepdim=True), kept)
+        return cls(weights, factors / factors.sum(-1, keepdim=True), support)
 
     @classmethod
     def of_distributions(cls, drafts: Sequence[CPDistribution]) -> CPBlock:
@@ -119,9 +100,14 @@ class CPBlock:
             nothing = self.factors.new_zeros(len(self.weights), 0, 1)
             return nothing[..., 0].long(), nothing
         if law.is_identity:
-            return _tokens(self.kept, *self._at_once(uniform))
+            return _tokens(self.support, *self._at_once(uniform))
         return _in_turn(
-            self.weights, self.length, lambda k, token: self.factors[:, k], self.kept, law, uniform
+            self.weights,
+            self.length,
+            lambda k, token: self.factors[:, k],
+            self.support,
+            law,
+            uniform,
         )
 
     def _at_once(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,8 +137,8 @@ class MarkovBlock:
     left, right : (vocab, transition_rank) and (transition_rank, support) tensors
     gates : (batch, length - 1, transition_rank) tensor, optional
         Default: ones.
-    kept : Kept, optional
-        What the support is; default: all ids.
+    support : Support, optional
+        The ids that may be drafted, the same at all positions; default: all.
     """
 
     weights: Float[Tensor, "batch rank"]
@@ -160,7 +146,7 @@ class MarkovBlock:
     left: Float[Tensor, "vocab transition_rank"]
     right: Float[Tensor, "transition_rank support"]
     gates: Tensor | None = None
-    kept: Kept | None = None
+    support: Support | None = None
 
     @property
     def length(self) -> int:
@@ -184,7 +170,7 @@ class MarkovBlock:
         self, law: SamplingLaw, uniform: Float[Tensor, "batch numbers"]
     ) -> tuple[Int[Tensor, "batch length"], Float[Tensor, "batch length vocab"]]:
         """One token after another; see `Block`."""
-        return _in_turn(self.weights, self.length, self._rows, self.kept, law, uniform)
+        return _in_turn(self.weights, self.length, self._rows, self.support, law, uniform)
 
     def _rows(self, position: int, token: Tensor | None) -> Tensor:
         logits = self.logits[:, position]  # (batch, rank, support)
@@ -210,15 +196,15 @@ class RecurrentBlock:
         Of (position, states), (batch, support).
     advance : callable
         States and the token drafted after them to the states after it.
-    kept : Kept, optional
-        What the support is; default: all ids.
+    support : Support, optional
+        The ids that may be drafted, the same at all positions; default: all.
     """
 
     state: Float[Tensor, "batch width"]
     length: int
     logits: Callable[[int, Tensor], Tensor]
     advance: Callable[[Tensor, Tensor], Tensor]
-    kept: Kept | None = None
+    support: Support | None = None
 
     def first(self, length: int) -> RecurrentBlock:
         """Only the first tokens."""
@@ -236,14 +222,14 @@ class RecurrentBlock:
             return self.logits(position, state).double().softmax(-1).unsqueeze(1)
 
         weights = torch.ones(len(state), 1, dtype=torch.float64, device=state.device)
-        return _in_turn(weights, self.length, rows, self.kept, law, uniform)
+        return _in_turn(weights, self.length, rows, self.support, law, uniform)
 
 
 def _in_turn(
     weights: Float[Tensor, "batch rank"],
     length: int,
     rows: Rows,
-    kept: Kept | None,
+    support: Support | None,
     law: SamplingLaw,
     uniform: Float[Tensor, "batch numbers"],
 ) -> tuple[Tensor, Tensor]:
@@ -260,11 +246,15 @@ def _in_turn(
         weights = weights / weights.sum(-1, keepdim=True)
         path.append(place)
         along.append(probs)
-        token = place if kept is None else kept.ids[place]
+        token = place if support is None else support.tokens(k, place)
     # (batch, length), (batch, length, support)
-    return _tokens(kept, torch.stack(path, 1), torch.stack(along, 1))
+    return _tokens(support, torch.stack(path, 1), torch.stack(along, 1))
 
 
-def _tokens(kept: Kept | None, places: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+def _tokens(support: Support | None, places: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
     """Ids and probabilities over all of them, from places in the support."""
-    return (places, probs) if kept is None else (kept.ids[places], kept.spread(probs))
+    if support is None:
+        return places, probs
+    ids = [support.tokens(k, place) for k, place in enumerate(places.unbind(1))]
+    spread = [support.scatter(k, row) for k, row in enumerate(probs.unbind(1))]
+    return torch.stack(ids, 1), torch.stack(spread, 1)  # (batch, length), (batch, length, vocab)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+# Probabilities made at once where only some of each row are wanted.
+_ENTRIES_AT_ONCE = 1 << 21
 
 
 @runtime_checkable
@@ -23,6 +27,14 @@ class PrefixTable(Protocol):
 
     def row(self, prefix: Int[Tensor, "*batch"], batch: int) -> Float[Tensor, "*batch 1 vocab"]:
         """The row of one prefix per batch entry, numbered over all axes after the batch's."""
+        ...
+
+
+class GrowingTable(PrefixTable, Protocol):
+    """A mixture's table, which says how much of each longer prefix every component has."""
+
+    def grown(self) -> Float[Tensor, "*lead longer rank"]:
+        """Masses of the components after one token more, the new token varying fastest."""
         ...
 
 
@@ -74,6 +86,10 @@ class LowRankTable:
             columns = columns.take_along_dim(first, batch).squeeze(batch)  # (*batch, vocab, rank)
         return row_of(self.rows, prefix, batch) @ columns.mT
 
+    def grown(self) -> Float[Tensor, "*lead longer rank"]:
+        """Masses of the components after one token more."""
+        return (self.rows.unsqueeze(-2) * self.columns.unsqueeze(-3)).flatten(-3, -2)
+
 
 def row_of(table: Tensor, prefix: Int[Tensor, "*batch"], batch: int) -> Tensor:
     """The row (*batch, 1, width) of one prefix per batch entry of a table (*batch, …, width)."""
@@ -96,13 +112,22 @@ def joints_of_prefixes(probs: Tensor, horizon: int) -> list[Tensor]:
     return found[::-1]
 
 
-def grown_rows(
-    rows: Float[Tensor, "*lead prefixes rank"], factor: Float[Tensor, "*lead2 vocab rank"]
-) -> Float[Tensor, "*lead longer rank"]:
-    """Every prefix's components with one token more, the new token varying fastest."""
-    return (rows.unsqueeze(-2) * factor.unsqueeze(-3)).flatten(-3, -2)
-
-
 def broadcast_first(first: Tensor, rest: Tensor) -> Tensor:
     """`first` with an axis of one for each of the later axes of `rest`."""
     return first.reshape(*first.shape, *(1,) * (rest.ndim - first.ndim))  # (*first, 1, …, 1)
+
+
+def picked(
+    read: Callable[[Tensor], Tensor],
+    prefixes: Int[Tensor, "count length"],
+    row: Int[Tensor, " children"],
+    place: Int[Tensor, " children"],
+    width: int,
+) -> Float[Tensor, " children"]:
+    """Entries (row, place) of what is read of prefixes, (count, width), some prefixes at a time."""
+    found = torch.zeros(len(row), dtype=torch.float64)
+    size = max(_ENTRIES_AT_ONCE // width, 1)
+    for start in range(0, len(prefixes), size):
+        here = (row >= start) & (row < start + size)  # (children,)
+        found[here] = read(prefixes[start : start + size])[row[here] - start, place[here]].double()
+    return found

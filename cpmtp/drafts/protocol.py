@@ -5,12 +5,12 @@ Everything that takes a draft reads it through these; a new form is a class with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cpmtp.drafts.prefix_tables import (
@@ -18,14 +18,12 @@ from cpmtp.drafts.prefix_tables import (
     PrefixTable,
     broadcast_first,
     joints_of_prefixes,
+    picked,
     tables_of,
 )
-from cpmtp.joint_distribution import JointDistribution, conditional_probs, exact_joint
+from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import LanguageModel
 from cpmtp.sampling_law import SamplingLaw, ratio
-
-# Prefixes (count, length) to the next token's probabilities (count, vocab), float64.
-NextTokenReader = Callable[[Tensor], Tensor]
 
 
 @runtime_checkable
@@ -66,6 +64,29 @@ class Draft(Protocol):
         With `told` the first token is the target's: where the draft gives it no mass, it speaks of
         the others as if that token were unknown.
         """
+        ...
+
+    def child_probs(
+        self,
+        prefixes: Int[Tensor, "count length"],
+        row: Int[Tensor, " children"],
+        tokens: Int[Tensor, " children"],
+        *,
+        law: SamplingLaw,
+        told: bool,
+    ) -> Float[Tensor, " children"]:
+        """What a draft without batch axes says of some tokens, put through a law: conditionals
+        (float64) of `tokens` after the prefixes that `row` numbers.
+
+        The same as ``law.process(following(prefixes))[row, tokens]``, without that table where the
+        draft can do without it.
+        """
+        ...
+
+    def proposes(
+        self, prefixes: Int[Tensor, "count length"], *, told: bool
+    ) -> Bool[Tensor, " count"]:
+        """Whether anything is drafted after each prefix: if not, `following` is zero there."""
         ...
 
     def prefix_tables(
@@ -121,6 +142,30 @@ class JointDraft:
             others = JointDraft(JointDistribution(self.joint.probs.sum(0)))
             found[excluded] = others.following(prefixes[excluded, 1:], told=False)
         return found
+
+    def child_probs(
+        self,
+        prefixes: Int[Tensor, "count length"],
+        row: Int[Tensor, " children"],
+        tokens: Int[Tensor, " children"],
+        *,
+        law: SamplingLaw,
+        told: bool,
+    ) -> Float[Tensor, " children"]:
+        """Read off the conditionals, which are there; see `Draft`."""
+        return picked(
+            lambda some: law.process(self.following(some, told=told)),
+            prefixes,
+            row,
+            tokens,
+            self.vocab_size,
+        )
+
+    def proposes(
+        self, prefixes: Int[Tensor, "count length"], *, told: bool
+    ) -> Bool[Tensor, " count"]:
+        """Always something; see `Draft`."""
+        return torch.ones(len(prefixes), dtype=torch.bool)
 
     def prefix_tables(
         self, first: Float[Tensor, "*batch vocab"] | None, *, anchored: bool
@@ -181,71 +226,11 @@ def as_draft(
     if isinstance(proposed, Draft):
         return proposed
     if isinstance(proposed, LanguageModel):
-        return JointDraft(exact_joint(proposed, _needed(context), horizon or 1))
+        return JointDraft(exact_joint(proposed, needed_context(context), horizon or 1))
     raise ValueError(
         f"a {type(proposed).__name__} as draft: expected a distribution over the tokens to come, a "
         "fit, a joint or a language model"
     )
-
-
-def next_token_reader(
-    proposed: Any,
-    law: SamplingLaw,
-    *,
-    anchored: bool,
-    told: bool,
-    context: Int[Tensor, " time"] | None = None,
-) -> NextTokenReader:
-    """A function from prefixes (count, length) to next-token probabilities (count, vocab), float64.
-
-    Parameters
-    ----------
-    proposed : Draft, FitResult, JointDistribution or LanguageModel
-        Without batch axes, or, anchored, with that of the first token.
-    law : SamplingLaw
-        What the draft's next-token distributions are put through.
-    anchored, told : bool
-        Whether it holds one distribution per first token; whether that token is the target's.
-    context : (time,) long tensor, optional
-        Needed by a language model only.
-
-    Raises
-    ------
-    ValueError
-        If a language model comes without a context, or an anchored draft is asked for the first
-        token.
-
-    Examples
-    --------
-    >>> from cpmtp.drafts.cp_distribution import CPDistribution
-    >>> half = torch.tensor([0.5, 0.5], dtype=torch.float64)
-    >>> draft = CPDistribution(half, [torch.eye(2, dtype=torch.float64)] * 2)
-    >>> reader = next_token_reader(draft, SamplingLaw(), anchored=False, told=True)
-    >>> reader(torch.tensor([[0], [1]]))
-    tensor([[1., 0.],
-            [0., 1.]], dtype=torch.float64)
-    """
-    if isinstance(proposed, LanguageModel):
-        given = _needed(context)
-        return lambda prefixes: conditional_probs(proposed, given, prefixes, law)
-    draft = as_draft(proposed)
-    if not anchored:
-        return lambda prefixes: law.process(draft.following(prefixes, told=told))
-    return lambda prefixes: law.process(_anchored_following(draft, prefixes))
-
-
-def _anchored_following(
-    draft: Draft, prefixes: Int[Tensor, "count length"]
-) -> Float[Tensor, "count vocab"]:
-    if prefixes.shape[1] == 0:
-        raise ValueError(
-            "an anchored draft says nothing of the first token: it needs first_token='target'"
-        )
-    found = torch.empty(len(prefixes), draft.vocab_size, dtype=torch.float64)
-    for first in prefixes[:, 0].unique().tolist():
-        rows = prefixes[:, 0] == first
-        found[rows] = draft[first].following(prefixes[rows, 1:], told=False)
-    return found
 
 
 def is_anchored(
@@ -302,7 +287,8 @@ def draft_horizon(proposed: Any) -> int | None:
     return proposed.horizon + (tuple(proposed.batch_shape) == (proposed.vocab_size,))
 
 
-def _needed(context: Tensor | None) -> Tensor:
+def needed_context(context: Tensor | None) -> Tensor:
+    """The context, or a ValueError that says why it is needed."""
     if context is None:
         raise ValueError(
             "a draft that is a language model needs context=, the token ids it continues"

@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cpmtp.drafts.blocks import Block, CPBlock, Kept, MarkovBlock, RecurrentBlock
 from cpmtp.drafts.cp_distribution import CPDistribution
+from cpmtp.drafts.markov_mixture import MarkovMixture
+from cpmtp.drafts.support import Support
 from cpmtp.heads.features import Features
 from cpmtp.heads.shape import HeadSizes, checked_vocabulary
 from cpmtp.heads.stored import StoredHead
@@ -77,6 +78,11 @@ class DraftHead(nn.Module, StoredHead):
     2
     """
 
+    kept: Tensor
+    places: Tensor
+    unembedding: Tensor
+    embedding: Tensor
+
     def __init__(
         self,
         *,
@@ -115,6 +121,7 @@ class DraftHead(nn.Module, StoredHead):
         self.mixture = nn.Linear(width, self.rank)
         nn.init.zeros_(self.mixture.weight)
         nn.init.zeros_(self.mixture.bias)
+        self.mixture.requires_grad_(self.rank > 1)  # the weight of a single component is one
         self._make_memory(width)
         kept = torch.arange(vocab_size) if vocabulary is None else torch.tensor(self.vocabulary)
         places = torch.full((vocab_size,), -1).scatter(0, kept, torch.arange(len(kept)))
@@ -155,6 +162,13 @@ class DraftHead(nn.Module, StoredHead):
         """Ids that may be drafted."""
         return len(self.kept)
 
+    def support(self, batch_shape: Sequence[int] = ()) -> Support | None:
+        """The ids that may be drafted, of every modelled position; None: all."""
+        if self.vocabulary is None:
+            return None
+        own = {"vocab_size": self.vocab_size, "positions": self.drafted}
+        return Support.of(self.kept, batch_shape=batch_shape, **own)
+
     @property
     def has_transitions(self) -> bool:
         """Whether there are left and right factors: not for a single drafted token."""
@@ -162,22 +176,34 @@ class DraftHead(nn.Module, StoredHead):
 
     def forward(
         self, hidden: Float[Tensor, "*batch d"], first_token: Int[Tensor, "*batch"] | None = None
-    ) -> CPDistribution:
-        """A cp head's own distribution: over x_1 … x_n, or, anchored, over x_2 … x_n given
+    ) -> CPDistribution | MarkovMixture:
+        """The head's own distribution: over x_1 … x_n, or, anchored, over x_2 … x_n given
         `first_token`.
+
+        Raises
+        ------
+        ValueError
+            If the head is recurrent: its distribution has no factors.
         """
-        self._require_cp()
+        if self.form == "recurrent":
+            raise ValueError(
+                "a recurrent head has no factors to show: see what it drafts along texts, or its "
+                "joint by `head_draft`"
+            )
         z = self.trunk(hidden, first_token)
-        features = Features(self._log_weights(z), z)
-        factors = self._spread(self.logits(hidden, features, self.readout()).softmax(-1))
-        # factors (*batch, vocab, rank)
-        return CPDistribution(features.log_weights.exp(), factors.mT.unbind(-3))
+        scores, logits = self.log_weights(z), self.state_logits(hidden, z, self.readout())
+        support = self.support(hidden.shape[:-1])
+        if self.has_transitions:
+            left, right = self.left[None], self.right[None]
+            return MarkovMixture(scores.exp(), logits, left, right, self.gates(z), support)
+        # factors (*batch, support, rank)
+        return CPDistribution(scores.exp(), logits.softmax(-1).mT.unbind(-3), support)
 
     def draft(
         self, hidden: Float[Tensor, "*batch d"], first_token: Int[Tensor, "*batch"]
-    ) -> CPDistribution:
-        """The law of x_2 … x_n once x_1 is known, of a cp head: read off it (anchored) or by the
-        posterior update.
+    ) -> CPDistribution | MarkovMixture:
+        """The law of x_2 … x_n once x_1 is known: read off it (anchored) or by the posterior
+        update.
 
         Parameters
         ----------
@@ -186,42 +212,8 @@ class DraftHead(nn.Module, StoredHead):
         first_token : (*batch,) long tensor
             x_1.
         """
-        self._require_cp()
-        weights, factors = self.draft_factors(hidden, first_token)
-        # factors (*batch, vocab, rank)
-        return CPDistribution(weights, self._spread(factors).mT.unbind(-3))
-
-    def draft_factors(
-        self, hidden: Float[Tensor, "*batch d"], first_token: Int[Tensor, "*batch"]
-    ) -> tuple[Float[Tensor, "*batch rank"], Float[Tensor, "*batch rest rank support"]]:
-        """What `draft` is made of, unchecked: a decoder asks for it at every call."""
-        z = self.trunk(hidden, first_token)
-        scores, logits = self._told(first_token, *self._static(hidden, z))
-        return scores.softmax(-1), logits.softmax(-1)
-
-    def block(self, hidden: Float[Tensor, "batch d"], first_token: Int[Tensor, " batch"]) -> Block:
-        """What a decoder draws from: the draft of each row.
-
-        Raises
-        ------
-        ValueError
-            If the head's step is a layer over the text.
-        """
-        hidden = hidden.to(self.maps)
-        if self.form == "cp":
-            return CPBlock.of(*self.draft_factors(hidden, first_token), self._support())
-        stream = self.stream(hidden, first_token)
-        if self.form == "recurrent":
-            return self._recurrent_block(hidden, first_token, stream)
-        z = stream if self.plain else self.norm(stream)
-        scores, logits = self._told(first_token, *self._static(hidden, z))
-        if not self.has_transitions:
-            return CPBlock.of(scores.softmax(-1), logits.softmax(-1), self._support())
-        gates = self.gates(z)
-        block = MarkovBlock(
-            scores.double().softmax(-1), logits, self.left, self.right, gates, self._support()
-        )
-        return block if self.anchored else block.after(first_token)
+        own = self(hidden, first_token)
+        return own if self.anchored else own.condition(first_token.unsqueeze(-1))
 
     def trunk(
         self, hidden: Float[Tensor, "*batch d"], first_token: Int[Tensor, "*batch"] | None
@@ -270,9 +262,9 @@ class DraftHead(nn.Module, StoredHead):
         stream = self.stream(hidden, paths[..., 0])
         if self.form != "recurrent":
             z = stream if self.plain else self.norm(stream)
-            return Features(self._log_weights(z), z, self._left(z, before))
+            return Features(self.log_weights(z), z, self._left(z, before))
         states = self._states(stream, before)  # (rows, time, drafted, width)
-        return Features(self._log_weights(states[..., 0, :]), states)
+        return Features(self.log_weights(states[..., 0, :]), states)
 
     def logits(
         self,
@@ -329,8 +321,9 @@ class DraftHead(nn.Module, StoredHead):
         rows = states.flatten(0, -3).transpose(0, 1)  # (drafted, positions, width)
         return (rows @ maps.mT).transpose(0, 1).unflatten(0, states.shape[:-2])
 
-    def _log_weights(self, z: Tensor) -> Tensor:
-        return self.mixture(z).log_softmax(-1)  # (*batch, rank)
+    def log_weights(self, z: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch rank"]:
+        """Of the components."""
+        return self.mixture(z).log_softmax(-1)
 
     def _left(self, z: Tensor, before: Int[Tensor, "*batch later"]) -> Tensor | None:
         if not self.has_transitions:
@@ -346,54 +339,3 @@ class DraftHead(nn.Module, StoredHead):
         for token in embedded.unbind(-2):
             states.append(self.step(states[-1], token))
         return self.norm(torch.stack(states, -2))  # (rows, time, drafted, width)
-
-    def _static(self, hidden: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-weights and logits of a draft that nothing is known of."""
-        return self._log_weights(z), self.state_logits(hidden, z, self.readout())
-
-    def _told(self, first_token: Tensor, scores: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for x_2 … x_n once x_1 is known; log-weights unnormalised."""
-        if self.anchored:
-            return scores, logits
-        place = self.places[first_token]
-        known = logits[..., 0, :, :]  # (*batch, rank, support)
-        at = place.clamp_min(0)[..., None, None].expand(*known.shape[:-1], 1)  # (*batch, rank, 1)
-        # (*batch, rank)
-        chosen = (known.gather(-1, at) - known.logsumexp(-1, keepdim=True)).squeeze(-1)
-        # A token that is never drafted says nothing of the components.
-        scores = scores + torch.where(place[..., None] >= 0, chosen, 0.0)
-        return scores, logits[..., 1:, :, :]
-
-    def _recurrent_block(
-        self, hidden: Tensor, first_token: Tensor, stream: Tensor
-    ) -> RecurrentBlock:
-        if self.over_text:
-            raise ValueError(
-                "a head with a layer over the text is trained and forecast, not decoded with: "
-                "choose over_text=False"
-            )
-        skipped = self.drafted - self.horizon + 1
-
-        def advance(state: Tensor, token: Tensor) -> Tensor:
-            return self.step(state, self.embedded(token))
-
-        def logits(position: int, state: Tensor) -> Tensor:
-            moved = functional.linear(self.norm(state), self.maps[position + skipped])  # (batch, d)
-            return functional.linear(hidden + moved, self.unembedding)  # (batch, support)
-
-        state = advance(stream, first_token) if skipped else stream
-        return RecurrentBlock(state, self.horizon - 1, logits, advance, self._support())
-
-    def _support(self) -> Kept | None:
-        return None if self.vocabulary is None else Kept(self.kept, self.vocab_size)
-
-    def _spread(self, factors: Tensor) -> Tensor:
-        """Over all ids what is over those that may be drafted."""
-        kept = self._support()
-        return factors if kept is None else kept.spread(factors)
-
-    def _require_cp(self) -> None:
-        if self.form != "cp":
-            raise ValueError(
-                f"a head of form {self.form!r} gives no CP distribution: ask for its draft_table"
-            )

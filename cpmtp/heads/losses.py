@@ -235,7 +235,7 @@ class _InParts(torch.autograd.Function):
     ) -> Tensor:
         features = len(inputs.features.tensors)
         gradients = [torch.zeros_like(x) for x in tensors]
-        total: Tensor | float = 0.0
+        total = tensors[0].new_zeros(drawn.head.horizon)
         for part in parts:
             with torch.enable_grad():
                 own = [x[part].detach().requires_grad_() for x in tensors[:features]]

@@ -78,6 +78,19 @@ class HeadSizes:
             )
         return cls(form, horizon, rank, transition_rank)
 
+    @property
+    def name(self) -> str:
+        """What tells a head from others of its base model, for folders.
+
+        Examples
+        --------
+        >>> HeadSizes.of("cp", 4, 8, None).name, HeadSizes.of("markov", 4, None, None).name
+        ('r8', 'markov-r1-k64')
+        """
+        form = "" if self.form == "cp" else f"{self.form}-"
+        transitions = f"-k{self.transition_rank}" if self.transition_rank else ""
+        return f"{form}r{self.rank}{transitions}"
+
 
 def checked_vocabulary(ids: Sequence[int] | None, vocab_size: int) -> list[int] | None:
     """The ids that may be drafted, ascending; None: all of them.

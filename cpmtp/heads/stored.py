@@ -19,6 +19,15 @@ Head = TypeVar("Head", bound="StoredHead")
 class StoredHead(PyTorchModelHubMixin):
     """`save_pretrained` and `from_pretrained` of a head, and the base model it reads."""
 
+    hidden_size: int
+    vocab_size: int
+    base: str
+    base_sha256: str
+    tokenizer_sha256: str
+    maps: Tensor
+    vocabulary: list[int] | None
+    kept: Tensor
+
     def attach(self: Head, lm: Any) -> Head:
         """Give the head its base model's embeddings; returns the head.
 

@@ -31,7 +31,8 @@ class HeadTrainingSettings:
     Attributes
     ----------
     form, horizon, rank, transition_rank, gated, over_text, anchored, width, blocks, vocabulary
-        The head, see `DraftHead`; told the first token by default, as the drafts of a study are.
+        The head, see `DraftHead`; told the first token by default, as the drafts of a study are. A
+        vocabulary that is a number: so many of the most frequent ids of the windows.
     objective : {"distillation", "likelihood", "acceptance"}
         See `head_loss`. ``acceptance`` has vanishing gradients far from the target: give
         `train_head` a head to start from.
@@ -48,9 +49,9 @@ class HeadTrainingSettings:
     sequences : int
         How many windows are drawn from the base model when no data is given.
     learning_rate : float
-        Peak rate of AdamW; Muon, which trains the trunk's matrices, takes twice as much. Linear
-        warm-up over 30 steps or a tenth of them, constant, and linear decay to zero over the second
-        half.
+        Peak rate of AdamW; Muon, which trains the matrices of trunk and maps, takes twice as much.
+        Linear warm-up over 30 steps or a tenth of them, constant, and linear decay to zero
+        over the second half.
     precision : {"float32", "bfloat16"}
         Of the head's matrix products; weights, losses and probabilities stay in float32.
     seed : int
@@ -66,7 +67,7 @@ class HeadTrainingSettings:
     anchored: bool = True
     width: int | None = None
     blocks: int = 1
-    vocabulary: tuple[int, ...] | None = None
+    vocabulary: tuple[int, ...] | int | None = None
     objective: str = "distillation"
     balance: float = 0.0
     steps: int = 500
@@ -88,10 +89,10 @@ class HeadTrainingSettings:
             raise ValueError(
                 f"unknown precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}"
             )
-        HeadSizes.of(self.form, self.horizon, self.rank, self.transition_rank, blocks=self.blocks)
-        for name in ("steps", "positions", "rows", "sequences"):
+        _ = self.sizes  # refuses what is out of range
+        for name in ("steps", "positions", "rows", "sequences", "vocabulary"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} {value}: expected at least 1")
         if self.seconds is not None and not self.seconds > 0:
             raise ValueError(f"seconds {self.seconds}: expected a positive number")
@@ -101,6 +102,12 @@ class HeadTrainingSettings:
             raise ValueError(
                 f"windows of {self.length} tokens for a horizon of {self.horizon}: lengthen them"
             )
+
+    @property
+    def sizes(self) -> HeadSizes:
+        """The head's, with the form's own defaults."""
+        own = (self.form, self.horizon, self.rank, self.transition_rank)
+        return HeadSizes.of(*own, blocks=self.blocks)
 
     @property
     def planned_steps(self) -> int:

@@ -31,7 +31,7 @@ from cpmtp.training.new_models import locally_seeded
 from cpmtp.whole_files import write_tensors, write_text
 
 _SAMPLED_AT_ONCE = 128
-_TRUNK = ("enter", "blocks", "step")  # whose matrices Muon trains
+_MATRICES = ("enter", "blocks", "step", "maps")  # which Muon trains
 _METRICS = "step,seconds,loss,tokens_per_call"
 
 
@@ -115,6 +115,7 @@ def train_heads(
         folder.mkdir(parents=True, exist_ok=True)
     if tokens is None:
         tokens = _own_samples(lm, plan, folders[0] if folders else None)
+    settings = [_with_ids(setting, tokens, lm.vocab_size) for setting in settings]
     nothing = [None] * len(settings)
     runs = [
         _run_of(lm, setting, folder, start=start, data=tokens, accelerator=accelerator)
@@ -158,6 +159,29 @@ def windows_of_text(lm: Any, texts: Sequence[str], length: int) -> Int[Tensor, "
     if not len(windows):
         raise ValueError(f"no text is {length} tokens long: give longer files or shorter windows")
     return windows
+
+
+def most_frequent(tokens: Int[Tensor, "*windows"], count: int, vocab_size: int) -> tuple[int, ...]:
+    """The ids that come most often, ascending; of equally frequent ones the lowest.
+
+    Examples
+    --------
+    >>> most_frequent(torch.tensor([[3, 1, 3], [0, 1, 3]]), 2, vocab_size=5)
+    (1, 3)
+    """
+    counts = torch.bincount(tokens.flatten().long(), minlength=vocab_size)
+    order = counts.sort(descending=True, stable=True).indices
+    return tuple(sorted(order[:count].tolist()))
+
+
+def _with_ids(
+    settings: HeadTrainingSettings, tokens: Tensor, vocab_size: int
+) -> HeadTrainingSettings:
+    """The settings with the ids that a number of them stands for."""
+    count = settings.vocabulary
+    if not isinstance(count, int):
+        return settings
+    return replace(settings, vocabulary=most_frequent(tokens, count, vocab_size))
 
 
 class _Objective(nn.Module):
@@ -269,7 +293,7 @@ def _new_head(lm, settings: HeadTrainingSettings) -> DraftHead:
 
 def _optimisers(head: DraftHead, rate: float) -> list[torch.optim.Optimizer]:
     named = dict(head.named_parameters())
-    trunk = [p for name, p in named.items() if p.ndim == 2 and name.split(".")[0] in _TRUNK]
+    trunk = [p for name, p in named.items() if p.ndim > 1 and name.split(".")[0] in _MATRICES]
     others = [p for p in named.values() if not any(p is t for t in trunk)]
     optimisers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)

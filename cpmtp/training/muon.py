@@ -18,7 +18,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is replaced by its nearest semi-orthogonal matrix.
 
     The update is scaled by ``0.2 sqrt(max(rows, columns))`` so that its root mean square is AdamW's
-    (Liu et al. 2025). Parameters must be matrices.
+    (Liu et al. 2025). Parameters must be matrices, or stacks of them, each of which is one.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
                 updates = torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
-                updates = orthogonalise(updates, self._iterations) * (0.2 * max(shape) ** 0.5)
+                updates = orthogonalise(updates, self._iterations) * (0.2 * max(shape[-2:]) ** 0.5)
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
                         update, alpha=group["lr"]
@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Map the singular values of each matrix of a batch (batch, rows, columns) towards one."""
+    """Map the singular values of each matrix of a batch (…, rows, columns) towards one."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -33,6 +33,7 @@ import cpmtp
 from cpmtp.corpora import split_held_out, standard_library_documents
 from cpmtp.forecasting.cycles import forecast_cycles
 from cpmtp.heads.draft_head import DraftHead
+from cpmtp.heads.drafting import drafted_block
 from cpmtp.resampling import normal_half_width
 from cpmtp.sampling_law import SamplingLaw
 from cpmtp.training.heads import HeadTrainingSettings, train_heads
@@ -48,7 +49,7 @@ FORMS += [
     {"form": "recurrent", "over_text": True},
 ]
 IN_BOTH_SIZES = (FORMS[3], FORMS[5], FORMS[7])
-RATES = (4e-3, 8e-3, 1.6e-2)
+RATES = (6e-3, 1.2e-2, 2.4e-2)
 ROWS, LENGTH = 4, 256  # 1,024 positions a step
 BUDGETS = {32: 2, 64: 2, 128: 2, 1024: 1, 4096: 1}  # thousands (1,024) of positions: seeds
 SAMPLED_AT_ONCE = 128
@@ -211,8 +212,7 @@ def run(out: Path, training: Training, deadline: float) -> None:
         row |= {"training_seconds": seconds, "draft_milliseconds": draft_milliseconds(head)}
         row |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
         write_text(row_file(out, training, shape), json.dumps(row) + "\n")
-    # Data frames have no room for a row's lists of unequal length in fewer words.
-    write_parquet(read_rows(out), out / "curves.parquet")
+    write_parquet(out / "curves.parquet", read_rows(out))
 
 
 def key_of(training: Training, shape: dict, head: DraftHead) -> dict:
@@ -266,7 +266,7 @@ def draft_milliseconds(head: DraftHead, repeats: int = 40) -> float | None:
     uniform, law, times = torch.rand(1, HORIZON, dtype=torch.float64), SamplingLaw(), []
     for _ in range(repeats):
         begun = time.perf_counter()
-        head.block(hidden, token).sample(law, uniform)
+        drafted_block(head, hidden, token).sample(law, uniform)
         times.append(time.perf_counter() - begun)
     return 1e3 * float(torch.tensor(times).median())
 

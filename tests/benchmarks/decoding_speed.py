@@ -20,6 +20,7 @@ import torch
 
 from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.drafting import drafted_block
 from cpmtp.language_model import sample_sequences
 from cpmtp.pretrained import load_language_model
 
@@ -130,7 +131,7 @@ def cycle_cost(lm, folders: list[Path], *, repeats: int = 200) -> None:
                 bare.append(time.perf_counter() - begun)
                 cache.crop(-tokens.shape[1])
                 begun = time.perf_counter()
-                head.draft_factors(hidden[:, -1].to(head.maps), tokens[:, 0])
+                drafted_block(head, hidden[:, -1], tokens[:, 0])
                 alone.append(time.perf_counter() - begun)
         floor = statistics.median(bare) + statistics.median(alone)
         print(

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from random_drafts import FORMS, random_form
 from rounding import kl_rounding, rounding
 
 from cpmtp.drafts.cp_distribution import CPDistribution
@@ -70,6 +71,15 @@ def test_an_anchored_draft_takes_the_first_token_from_the_target():
     dense = JointDistribution(draft.to_tensor(), 2)
     assert as_list(divergences(joint, dense)) == pytest.approx(
         naive(joint.probs, whole), abs=2 * kl_rounding(4**3)
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("some", [False, True])
+def test_every_form_is_compared_as_its_tensor(form, some):
+    joint, draft = random_joint(4, 3, seed=1), random_form(form, 4, 3, 2, seed=2, some=some)
+    assert as_list(divergences(joint, draft)) == pytest.approx(
+        naive(joint.probs, draft.to_tensor()), abs=2 * kl_rounding(4**3)
     )
 
 
