@@ -15,7 +15,8 @@ from numpy import ndarray
 from torch import Tensor
 
 from cpmtp.decoding.speculative import speculative_generate
-from cpmtp.forecasting.cycles import forecast_from_ratios, head_ratios
+from cpmtp.forecasting.cycles import ReadText, forecast_from_ratios, head_ratios
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.language_model import sample_sequences
 from cpmtp.sampling_law import SamplingLaw
 
@@ -37,12 +38,15 @@ class HeldOut:
         The document each text begins as: what is resampled.
     law : SamplingLaw
         What the texts were drawn by.
+    read : tuple of ReadText
+        What the base model says of them.
     """
 
     tokens: Int[Tensor, "texts time"]
     start: int
     documents: Int[ndarray, " texts"]
     law: SamplingLaw
+    read: tuple[ReadText, ...]
 
     @property
     def drawn(self) -> int:
@@ -50,11 +54,10 @@ class HeldOut:
         return self.tokens.shape[1] - self.start - 1
 
     def cycles_of_head(
-        self, lm: Any, head: Any, horizons: Sequence[int], rule: str
+        self, head: DraftHead, horizons: Sequence[int], rule: str
     ) -> Float[ndarray, "horizons texts"]:
         """Expected cycles along each text at horizons up to the head's own."""
-        ratios = head_ratios(lm, head, self.tokens, start=self.start, law=self.law)
-        return self._cycles(ratios, horizons, rule)
+        return self._cycles(head_ratios(head, self.read, self.start), horizons, rule)
 
     def cycles_of_lookup(
         self, horizons: Sequence[int], rule: str
@@ -156,7 +159,9 @@ def held_out_texts(
         seed=seed + 1,
         **sampling,  # type: ignore[arg-type]
     )
-    return HeldOut(torch.stack(out.sequences), start, documents, law)  # (texts, start + drawn + 1)
+    tokens = torch.stack(out.sequences)  # (texts, start + drawn + 1)
+    read = tuple(ReadText.of(lm, row, law) for row in tokens.split(1))
+    return HeldOut(tokens, start, documents, law, read)
 
 
 def _beginnings(

@@ -180,7 +180,7 @@ def _trained(
     tables = []
     for index, head in enumerate(heads):
         horizons = [n for n in plan.horizons if n <= head.horizon]
-        cycles = held_out.cycles_of_head(lm, head, horizons, plan.rule)  # (horizons, texts)
+        cycles = held_out.cycles_of_head(head, horizons, plan.rule)  # (horizons, texts)
         for horizon, row in zip(horizons, cycles, strict=True):
             found = {"candidate": index, "budget": budget, "horizon": horizon}
             told = {"document": held_out.documents, "tokens": held_out.drawn, "cycles": row}
