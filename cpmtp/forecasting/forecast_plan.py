@@ -161,9 +161,10 @@ class Work:
         if largest is None:
             largest = self._kept_plan(folder) or self._affordable(plan, texts, asked)
         windows, available = training_windows(self.lm, texts, positions=largest, **asked)
-        if folder is not None:
+        budgets = probe_budgets(largest, plan.step)
+        if folder is not None and len(budgets) > 1:
             write_text(folder / "largest_probe.json", json.dumps({"positions": largest}))
-        return replace(plan, budgets=probe_budgets(largest, plan.step)), windows, available
+        return replace(plan, budgets=budgets), windows, available
 
     @staticmethod
     def _kept_plan(folder: Path | None) -> int | None:
