@@ -203,6 +203,12 @@ class MeasuredLatency:
     plain: tuple[PlainTime, ...] = ()
     measured_on: dict[str, str] | None = None
 
+    @property
+    def where(self) -> str:
+        """Device and precision, as far as they are known."""
+        told = self.measured_on or {}
+        return ", ".join(told[name] for name in ("device", "dtype") if name in told)
+
     def curve(self, source: str | None = None) -> StepCurve | None:
         """The step curve of this source; without one the first, None where none was measured.
 

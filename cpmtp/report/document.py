@@ -55,8 +55,9 @@ def read_extras(
     tables = {name: folder / f"{name}.parquet" for name in ("waterfall", "decoding", "step_times")}
     found = {name: pd.read_parquet(path) for name, path in tables.items() if path.is_file()}
     path = Path(latency) if latency else folder / "latency.json"
-    model = read_latency(path).model if latency or path.is_file() else None
-    return ReportExtras(latency=model, price=price, learned_share=learned_share, **found)
+    measured = read_latency(path) if latency or path.is_file() else None
+    told = {} if measured is None else {"latency": measured.model, "latency_source": measured.where}
+    return ReportExtras(**told, price=price, learned_share=learned_share, **found)
 
 
 @dataclass(frozen=True)
