@@ -272,6 +272,7 @@ def choice_losses(
                 truth = tasks.truths + speed
                 for rule, scores in rules(shapes, tasks, ceilings.get(group)).items():
                     best = (scores + speed) == (scores + speed).max()
+                    best |= rule == "random"  # the mean over all of them
                     loss = 1 - np.exp(truth[best].mean() - truth.max())
                     spread = 1 - np.exp(truth.min() - truth.max())
                     key = {"group": group, "seed": seed, "times": tasks.at / tasks.budgets[-1]}
