@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -56,7 +57,9 @@ def read_extras(
     found = {name: pd.read_parquet(path) for name, path in tables.items() if path.is_file()}
     path = Path(latency) if latency else folder / "latency.json"
     measured = read_latency(path) if latency or path.is_file() else None
-    told = {} if measured is None else {"latency": measured.model, "latency_source": measured.where}
+    told: dict[str, Any] = {}
+    if measured is not None:
+        told = {"latency": measured.model, "latency_source": measured.where}
     return ReportExtras(**told, price=price, learned_share=learned_share, **found)
 
 

@@ -60,8 +60,8 @@ def latency(slope: float = 0.0001) -> MeasuredLatency:
     """Calls that cost more the more tokens all requests verify."""
     times = [StepTime(b, n, 0.010 + slope * max(b * n - 8, 0)) for b in (1, 64) for n in (1, 4, 16)]
     heads = [
-        HeadTime(**size, batch=1, draft=0.0002 * size["rank"], verification=0.0, rest=0.0, cycle=1)
-        for size in SIZES
+        HeadTime(**size, batch=1, draft=draft, verification=0.0, rest=0.0, cycle=0.010 + draft)
+        for size, draft in zip(SIZES, (0.0002, 0.0008), strict=True)
     ]
     model = LatencyModel(0.01, 0.01)
     return MeasuredLatency(model, (StepCurve(OURS, tuple(times)),), tuple(heads))
