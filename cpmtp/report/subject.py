@@ -80,8 +80,8 @@ class Economics:
         if t is None:
             words = (
                 "assumed, not measured: one request at a time on a device that only reads weights, "
-                f"{_ASSUMED_LAYERS} layers, {1e3 * _ASSUMED_STEP:.0f} ms a plain step; give your "
-                "own with --latency"
+                f"{_ASSUMED_LAYERS} layers, {1e3 * _ASSUMED_STEP:.0f} ms a plain step; "
+                "`cpmtp latency` measures yours in a minute"
             )
             assumed = memory_bound_latency(_ASSUMED_STEP, _ASSUMED_LAYERS)
             return cls(assumed, words, extras.price)
