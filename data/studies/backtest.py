@@ -4,6 +4,7 @@ stopped.
 Run from the checkout, one after the other:
 
     python data/studies/backtest.py curves OUT [--group NAME=MODEL[:CORPUS]] [--minutes M]
+    python data/studies/backtest.py adopt OUT --table FILE
     python data/studies/backtest.py commit OUT --group NAME=MODEL[:CORPUS]
     python data/studies/backtest.py judge OUT [--ceilings FILE]
     python data/studies/backtest.py store OUT
@@ -11,10 +12,12 @@ Run from the checkout, one after the other:
 `curves` trains every candidate side by side in every group (a base model with a kind of text; by
 default both embedded models, each on its own samples and on what Python carries): two seeds of
 probes of one, two and four units, and two seeds of targets of sixteen and thirty-two units on other
-windows and other held-out texts. A unit is 8,192 positions, a step 256. `commit` writes down, from
-the groups that are trained, what will be said of one that is not. `judge` leaves one group out
-after another: families, shapes and the interval's scale come from the others. `store` puts the
-curves where forecasts borrow shapes from.
+windows and other held-out texts. A unit is 8,192 positions, a step 256. `adopt` takes the table
+that `data/studies/curves.py` makes in the place of the groups of own samples: its budgets up to
+128k are probes, the larger ones targets (of the same seeds and documents, which flatters forecasts
+a little). `commit` writes down, from the groups that are trained, what will be said of one that is
+not. `judge` leaves one group out after another, of three at least: families, shapes and the
+interval's scale come from the others. `store` puts the curves where forecasts borrow shapes from.
 
 A training is kept as soon as it is done; twelve hours of one core for the four groups by default.
 """
@@ -60,6 +63,9 @@ PROBES, TARGETS = (1, 2, 4), (16, 32)
 SEEDS = {"probe": (0, 1), "target": (100, 101)}
 TEXTS, START, DRAWN = 64, 32, 48
 CONFIDENCE = 0.9
+LARGEST_PROBE = 128  # of the grid, in thousands of positions
+COLUMNS = ["group", "role", "seed", "budget", "form", "horizon", "rank", "transition_rank"]
+COLUMNS += ["width", "blocks", "tokens_per_call", "s_doc", "seconds_per_position"]
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,29 @@ def read_curves(out: Path) -> pd.DataFrame:
     return pd.concat(map(pd.read_parquet, files), ignore_index=True)
 
 
+def adopt(out: Path, file: Path) -> None:
+    """The grid of curves as groups: a base model's own samples each."""
+    table = pd.read_parquet(file)
+    table = table[table["tokens_per_call"].notna() & ~table["over_text"].astype(bool)]
+    half = (table["tokens_per_call_high"] - table["tokens_per_call_low"]) / 2
+    table = table.assign(
+        group=table["model"] + ", own samples",
+        role=np.where(table["budget"] <= LARGEST_PROBE, "probe", "target"),
+        budget=table["positions"],
+        s_doc=half / stats.norm.ppf(0.975) / table["tokens_per_call"],
+        seconds_per_position=table["training_seconds"] / table["positions"],
+    )
+    for group in table["group"].unique():
+        if (out / "groups" / group / "probe-0" / "probes.json").exists():
+            raise SystemExit(f"{group} has curves of its own: one group must not be two")
+    for (group, role, seed), rows in table.groupby(["group", "role", "seed"]):
+        write_parquet(out / "groups" / group / f"{role}-{seed}" / "curve.parquet", rows[COLUMNS])
+        lm = cpmtp.load_language_model(rows["model"].iloc[0])
+        shapes = rows[["form", "rank", "transition_rank", "width", "blocks"]].drop_duplicates()
+        heads = [keywords | {"horizon": HORIZON} for keywords in shapes.to_dict("records")]
+        time_heads(lm, heads, out / "groups" / group / "latency.json")
+
+
 def commit(out: Path, groups: list[Group]) -> None:
     """What the trained groups say of one that is not: written before its curves are."""
     table = read_curves(out)
@@ -192,6 +221,8 @@ def judge(out: Path, ceilings: dict[str, str]) -> None:
     """Every group forecast from the others, and every group from the others' other forms."""
     table = read_curves(out)
     groups = sorted(table["group"].unique())
+    if len(groups) < 3:
+        raise SystemExit(f"{len(groups)} groups: at least three are needed to leave one out")
     parts = [forecast_rows(table, group, None) for group in groups]
     parts += [forecast_rows(table, group, form) for group in groups for form in forms(table)]
     rows = pd.concat(parts, ignore_index=True)
@@ -319,18 +350,18 @@ def report_choices(losses: pd.DataFrame) -> None:
 
 
 def store(out: Path) -> None:
-    kept = ["group", "form", "rank", "transition_rank", "horizon", "width", "blocks", "seed"]
-    kept += ["budget", "role", "tokens_per_call", "s_doc"]
+    kept = COLUMNS[:-1]
     file = Path(__file__).parents[1] / "curves" / "stored.csv"
     write_text(file, read_curves(out)[kept].round(6).to_csv(index=False))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=("curves", "commit", "judge", "store"))
+    parser.add_argument("stage", choices=("curves", "adopt", "commit", "judge", "store"))
     parser.add_argument("out", type=Path)
     parser.add_argument("--group", action="append", help="NAME=MODEL or NAME=MODEL:CORPUS")
     parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--table", type=Path, help="of data/studies/curves.py, to adopt")
     parser.add_argument("--ceilings", type=Path, help="JSON: group to the candidate they choose")
     parser.add_argument("--unit", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=4)
@@ -345,6 +376,7 @@ def main() -> None:
     ceilings = json.loads(given.ceilings.read_text("utf-8")) if given.ceilings else {}
     stages: dict[str, Callable[[], None]] = {
         "curves": lambda: curves(given.out, groups, size, deadline),
+        "adopt": lambda: adopt(given.out, given.table),
         "commit": lambda: commit(given.out, groups),
         "judge": lambda: judge(given.out, ceilings),
         "store": lambda: store(given.out),
