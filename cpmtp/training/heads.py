@@ -216,7 +216,7 @@ def _run_of(
     return Run(
         head,
         _Objective(head, settings),
-        _optimisers(head, settings.learning_rate),
+        _optimisers(head, settings),
         checkpoint=folder and folder / "checkpoint.safetensors",
         key=_resume_key(lm, settings, data),
         accelerator=accelerator,
@@ -291,7 +291,8 @@ def _new_head(lm, settings: HeadTrainingSettings) -> DraftHead:
     return head.to(lm.device).attach(lm)
 
 
-def _optimisers(head: DraftHead, rate: float) -> list[torch.optim.Optimizer]:
+def _optimisers(head: DraftHead, settings: HeadTrainingSettings) -> list[torch.optim.Optimizer]:
+    rate, dtype = settings.learning_rate, getattr(torch, settings.precision)
     named = dict(head.named_parameters())
     trunk = [p for name, p in named.items() if p.ndim > 1 and name.split(".")[0] in _MATRICES]
     others = [p for p in named.values() if not any(p is t for t in trunk)]
@@ -299,7 +300,7 @@ def _optimisers(head: DraftHead, rate: float) -> list[torch.optim.Optimizer]:
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     ]
     if trunk:
-        optimisers.append(Muon(trunk, 2 * rate))
+        optimisers.append(Muon(trunk, 2 * rate, dtype=dtype))
     return optimisers
 
 

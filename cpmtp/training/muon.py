@@ -18,7 +18,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is replaced by its nearest semi-orthogonal matrix.
 
     The update is scaled by ``0.2 sqrt(max(rows, columns))`` so that its root mean square is AdamW's
-    (Liu et al. 2025). Parameters must be matrices, or stacks of them, each of which is one.
+    (Liu et al. 2025). Parameters must be matrices, or stacks of them, each of which is one. Where
+    there are units for bfloat16, `dtype` may be that: then it is twice as fast.
     """
 
     def __init__(
@@ -29,9 +30,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         iterations: int = 5,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self._iterations = iterations
+        self._iterations, self._dtype = iterations, dtype
 
     @torch.no_grad()
     def step(self, closure=None) -> None:  # type: ignore[override]  # there is no closure to evaluate again
@@ -42,6 +44,7 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
                 updates = torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
+                updates = updates.to(self._dtype)
                 updates = orthogonalise(updates, self._iterations) * (0.2 * max(shape[-2:]) ** 0.5)
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(

@@ -49,11 +49,11 @@ FORMS += [
     {"form": "recurrent", "over_text": True},
 ]
 IN_BOTH_SIZES = (FORMS[3], FORMS[5], FORMS[7])
-RATES = (6e-3, 1.2e-2, 2.4e-2)
+RATES = (8e-3, 1.6e-2, 3.2e-2)
 ROWS, LENGTH = 4, 256  # 1,024 positions a step
 BUDGETS = {32: 2, 64: 2, 128: 2, 1024: 1, 4096: 1}  # thousands (1,024) of positions: seeds
 SAMPLED_AT_ONCE = 128
-PROMPT, NEW_TOKENS, TEXTS = 64, 128, 64
+PROMPT, NEW_TOKENS, TEXTS, CHOSEN_BY = 64, 128, 64, 16
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def candidates(out: Path, training: Training) -> list[dict[str, Any]]:
     if training.tunes:
         found = [SMALL | form | {"learning_rate": rate} for form in FORMS for rate in RATES]
     else:
-        best = best_rates(out, training.model)
+        best = best_rates(read_rows(out), training.model)
         shapes = [SMALL | form for form in FORMS] + [LARGE | form for form in IN_BOTH_SIZES]
         if training.budget > 1024:
             shapes = best_shapes(out, training.model, shapes)
@@ -102,9 +102,8 @@ def kind(shape: dict) -> str:
     return shape["form"] + ("_over_text" if shape.get("over_text") else "")
 
 
-def best_rates(out: Path, model: str) -> dict[str, float]:
+def best_rates(table: pd.DataFrame, model: str) -> dict[str, float]:
     """The learning rate of each kind: of most tokens per call on the texts kept for choosing."""
-    table = read_rows(out)
     tuned = table[(table["model"] == model) & (table["tuning"])]
     kinds = tuned["form"] + tuned["over_text"].map({True: "_over_text", False: ""})
     means = tuned.groupby([kinds, "learning_rate"])["chosen_by"].mean().unstack()
@@ -185,6 +184,7 @@ def run(out: Path, training: Training, deadline: float) -> None:
         positions=training.budget * 1024,
         rows=ROWS,
         length=LENGTH,
+        precision="bfloat16",
         seed=training.seed,
     )
     settings = [replace(shared, **shape) for shape in shapes]
@@ -203,14 +203,19 @@ def run(out: Path, training: Training, deadline: float) -> None:
 
     heads = train_heads(lm, settings, folders, tokens=tokens, callback=spent)
     texts, names = held_out_texts(lm, out)
-    others = windows(lm, out, TEXTS // 2, seed=90)  # to choose learning rates by
+    others = windows(lm, out, CHOSEN_BY, seed=90)  # to choose learning rates by
+    rows = []
     for shape, head, each in zip(shapes, heads, steps, strict=True):
-        row = key_of(training, shape, head) | scores(lm, head, texts, names)
+        row = key_of(training, shape, head) | {"precision": shared.precision}
         if training.tunes:
             row["chosen_by"] = forecast_cycles(lm, head, others, start=PROMPT).tokens_per_call
         seconds = float(pd.Series(each).median()) * shared.planned_steps if each else None
         row |= {"training_seconds": seconds, "draft_milliseconds": draft_milliseconds(head)}
-        row |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        rows.append(row | {"torch": torch.__version__, "threads": torch.get_num_threads()})
+    best = best_rates(pd.concat([read_rows(out), pd.DataFrame(rows)]), training.model)
+    for row, shape, head in zip(rows, shapes, heads, strict=True):
+        if shape["learning_rate"] == best[kind(shape)]:
+            row |= scores(lm, head, texts, names)
         write_text(row_file(out, training, shape), json.dumps(row) + "\n")
     write_parquet(out / "curves.parquet", read_rows(out))
 
