@@ -34,7 +34,8 @@ def curve(batches=(1, 4), tokens=(1, 2, 4, 8, 16, 100)) -> StepCurve:
 
 def head(horizon: int, batch: int, **changes) -> HeadTime:
     draft = 0.001 * horizon * batch
-    times = {"draft": draft, "verification": 0.002, "rest": 0.0005, "cycle": 0.02}
+    times = {"draft": draft, "verification": 0.002, "rest": 0.0005}
+    times["cycle"] = law(batch, horizon) + sum(times.values())
     return HeadTime(**(CP | {"horizon": horizon, "batch": batch} | times | changes))
 
 
@@ -161,3 +162,15 @@ def test_heads_that_were_not_timed_are_named():
         measured().cycle_seconds(CP | {"rank": 16, "horizon": 4})
     with pytest.raises(ValueError, match="without times"):
         StepCurve("nobody", ())
+
+
+def test_a_call_that_takes_longer_inside_the_loop_is_counted_as_it_ran():
+    slow = tuple(replace(time, cycle=time.cycle + 0.003) for time in measured().heads)
+    found = replace(measured(), heads=slow)
+    sizes = CP | {"horizon": 3}
+    assert found.cycle_seconds(sizes) - measured().cycle_seconds(sizes) == pytest.approx(0.003)
+    engine = StepCurve("an engine", (StepTime(1, 1, 0.003), StepTime(1, 8, 0.004)))
+    theirs = [
+        m.with_curve(engine).cycle_seconds(sizes, source="an engine") for m in (found, measured())
+    ]
+    assert theirs[0] == theirs[1]  # whose loop is not ours

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,7 +67,7 @@ def forecast(
 
     wanted = integers("--horizons", horizons)
     candidates = head_grid(forms, ranks, transition_ranks, str(max(wanted, default=2)))
-    asked = {
+    asked: dict[str, Any] = {
         "budget": positions("--budget", budget),
         "probe_budget": probe_budget and int(positions("--probe-budget", probe_budget)),
         "loads": integers("--loads", loads),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from cpmtp.forecasting.learning_curves.tasks import candidate_name
 from cpmtp.heads.draft_head import DraftHead
+from cpmtp.language_model import sample_sequences
 from cpmtp.training.new_models import locally_seeded
 
 # What a head is asked for where a candidate says nothing.
@@ -15,6 +18,9 @@ DEFAULTS = {"form": "cp", "horizon": 4, "anchored": True, "blocks": 1}
 KNOWN = (*DEFAULTS, "rank", "transition_rank", "gated", "width", "vocabulary", "over_text")
 # Of the training, not of the head; each form learns best at a rate of its own.
 TRAINING = ("learning_rate",)
+# From so many tokens on, heads draft the most frequent ones alone unless they are told otherwise.
+LARGE_VOCABULARY, DRAFTED = 1 << 14, 1 << 12
+_SAMPLED = (64, 64)  # of a model that is given no text: samples and tokens of each
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,28 @@ def candidates_of(lm: Any, candidates: Iterable[Mapping[str, Any]]) -> list[Cand
             '{"form": "cp", "rank": 4, "horizon": 4}'
         )
     return list(found.values())
+
+
+def with_draft_vocabulary(
+    lm: Any, candidates: Iterable[Mapping[str, Any]], texts: Sequence[str] | None, *, seed: int
+) -> list[dict[str, Any]]:
+    """Candidates that draft the most frequent tokens alone, where the vocabulary is large; those
+    that say what they draft are left as they are.
+
+    Every component of a head is an unembedding: over all tokens probes of a large vocabulary take
+    the time that training takes over few.
+    """
+    made = [dict(keywords) for keywords in candidates]
+    if lm.vocab_size <= LARGE_VOCABULARY or all("vocabulary" in keywords for keywords in made):
+        return made
+    if texts is None:
+        tokens = sample_sequences(lm, *_SAMPLED, seed=seed).flatten()
+    else:
+        tokens = torch.cat([lm.encode_document(text) for text in texts])
+    counts = torch.bincount(tokens, minlength=lm.vocab_size)
+    kept = counts.topk(min(DRAFTED, int((counts > 0).sum()))).indices.sort().values
+    vocabulary = tuple(kept.tolist())
+    return [{"vocabulary": vocabulary} | keywords for keywords in made]
 
 
 def new_head(lm: Any, keywords: Mapping[str, Any], *, seed: int = 0) -> DraftHead:

@@ -17,6 +17,7 @@ cycles is integrated out; only that of texts is left.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -112,16 +113,45 @@ def forecast_cycles(
             f"start {start} of texts of {tokens.shape[1]} tokens: expected a prompt, a known "
             "token and more after it"
         )
-    ratios = head_ratios(lm, head, tokens, start=start, law=law)
+    ratios = head_ratios(head, (ReadText.of(lm, row, law) for row in tokens.split(1)), start)
     return forecast_from_ratios(ratios, rule=rule, confidence=confidence)
 
 
+@dataclass(frozen=True)
+class ReadText:
+    """What the base model says of one text, whatever the head.
+
+    Attributes
+    ----------
+    tokens : (1, time) long tensor
+    hidden : (1, time - 1, hidden) tensor
+        After each token but the last.
+    probs : (time - 1,) tensor
+        Of each token but the first, under the sampling law.
+    law : SamplingLaw
+    """
+
+    tokens: Int[Tensor, "1 time"]
+    hidden: Float[Tensor, "1 _ d"]
+    probs: Float[Tensor, " _"]
+    law: SamplingLaw
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, lm: Any, row: Int[Tensor, "1 time"], law: SamplingLaw) -> ReadText:
+        """One pass of the base model."""
+        row = row.to(lm.device)
+        hidden = lm.hidden_states(row)[:, :-1]  # (1, time - 1, d)
+        target = law.process(lm.unembed(hidden[0]).double().softmax(-1))  # (time - 1, vocab)
+        probs = target.gather(-1, row[0, 1:, None]).squeeze(-1)  # (time - 1,)
+        return cls(row, hidden, probs, law)
+
+
 def head_ratios(
-    lm: Any, head: DraftHead, tokens: Int[Tensor, "texts time"], *, start: int, law: SamplingLaw
+    head: DraftHead, texts: Iterable[ReadText], start: int
 ) -> Float[Tensor, "texts starts drafted"]:
     """``q / p`` along texts for a head, see `forecast_from_ratios`."""
-    # (texts, starts, drafted)
-    return torch.cat([_text_ratios(lm, head, row, start, law) for row in tokens.split(1)])
+    return torch.cat([_text_ratios(head, text, start) for text in texts])
 
 
 def forecast_from_ratios(
@@ -184,16 +214,13 @@ def start_probs(kept: Float[Tensor, "texts starts horizon"]) -> Float[Tensor, "t
 
 
 @torch.no_grad()
-def _text_ratios(lm: Any, head: DraftHead, row: Tensor, start: int, law: SamplingLaw) -> Tensor:
-    """``q / p`` (1, starts, drafted) of one text (1, time); what lies beyond its end is 0."""
-    row = row.to(lm.device)
-    hidden = lm.hidden_states(row)[:, :-1]  # (1, time - 1, d)
+def _text_ratios(head: DraftHead, text: ReadText, start: int) -> Tensor:
+    """``q / p`` (1, starts, drafted) of one text; what lies beyond its end is 0."""
+    row, hidden, law = text.tokens, text.hidden, text.law
     time, drafted = row.shape[1], head.horizon - 1
     # Beyond the end stand copies of the last token: read by nobody, but the shapes stay.
     padded = torch.cat([row, row[:, -1:].expand(-1, drafted)], 1)  # (1, time + drafted)
-    target = law.process(lm.unembed(hidden[0]).double().softmax(-1))  # (time - 1, vocab)
-    of_text = target.gather(-1, row[0, 1:, None]).squeeze(-1)  # (time - 1,)
-    of_text = torch.cat([of_text, of_text.new_ones(drafted)])  # (time - 1 + drafted,)
+    of_text = torch.cat([text.probs, text.probs.new_ones(drafted)])  # (time - 1 + drafted,)
 
     hidden = hidden.to(head.maps)
     features, weights = head.features(hidden, padded), head.weights()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cpmtp.forecasting.candidates import Candidate
+from cpmtp.forecasting.held_out import HeldOut, held_out_texts
 from cpmtp.forecasting.probes import (
     FEWEST_STEPS,
     ProbePlan,
@@ -23,7 +25,8 @@ from cpmtp.sampling_law import SamplingLaw
 from cpmtp.whole_files import write_text
 
 LOADS = (1,)
-_SHARE_OF_LATENCY, _SHARE_OF_PROBES = 0.15, 0.8
+# Of the time: the rest is for held-out texts and for judging heads by them.
+_SHARE_OF_LATENCY, _SHARE_OF_PROBES = 0.15, 0.6
 _DEFAULT_STEPS = 128
 
 
@@ -126,11 +129,24 @@ class Work:
         return measure_latency(
             self.lm,
             heads,
-            sorted({1, *self.horizons, 2 * most, 4 * most}),
+            sorted({1, *self.horizons, 2 * most}),
             batches=self.settings.loads,
             context=self.settings.start + self.settings.drawn,
             seconds=60.0 if minutes is None else _SHARE_OF_LATENCY * 60 * minutes,
             seed=self.settings.seed,
+        )
+
+    def held_out(self, texts: Sequence[str] | None) -> HeldOut:
+        """What heads are judged on."""
+        settings = self.settings
+        return held_out_texts(
+            self.lm,
+            texts,
+            count=settings.held_out,
+            start=settings.start,
+            drawn=settings.drawn,
+            law=settings.law,
+            seed=settings.seed + 1,
         )
 
     def plan(self, texts: list[str] | None, folder: Path | None) -> tuple[ProbePlan, Any, int]:
@@ -145,9 +161,10 @@ class Work:
         if largest is None:
             largest = self._kept_plan(folder) or self._affordable(plan, texts, asked)
         windows, available = training_windows(self.lm, texts, positions=largest, **asked)
-        if folder is not None:
+        budgets = probe_budgets(largest, plan.step)
+        if folder is not None and len(budgets) > 1:
             write_text(folder / "largest_probe.json", json.dumps({"positions": largest}))
-        return replace(plan, budgets=probe_budgets(largest, plan.step)), windows, available
+        return replace(plan, budgets=budgets), windows, available
 
     @staticmethod
     def _kept_plan(folder: Path | None) -> int | None:

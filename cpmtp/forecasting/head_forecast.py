@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cpmtp.forecasting.candidates import candidates_of
+from cpmtp.forecasting.candidates import candidates_of, with_draft_vocabulary
 from cpmtp.forecasting.forecast_plan import ForecastSettings, Work
 from cpmtp.forecasting.head_choice import HeadChoice, Loaded, chosen, schedule
-from cpmtp.forecasting.held_out import HeldOut, held_out_texts, split_texts
+from cpmtp.forecasting.held_out import HeldOut, split_texts
 from cpmtp.forecasting.learning_curves.shape_choice import ShapeChoice
 from cpmtp.forecasting.outlook import HEAD, Outlook, Scores
 from cpmtp.forecasting.probes import MOST_PASSES, ProbePlan, train_probes
@@ -48,7 +48,8 @@ class HeadForecast:
         Empty, or why there is no forecast of heads.
     probes : pandas.DataFrame
         What was measured, see `cpmtp.forecasting.probes.train_probes`; empty without a forecast.
-    latency : MeasuredLatency
+    latency : MeasuredLatency, optional
+        None where nothing was forecast and none was given.
     shapes : ShapeChoice
     settings : ForecastSettings
     """
@@ -56,7 +57,7 @@ class HeadForecast:
     table: pd.DataFrame
     status: str
     probes: pd.DataFrame = field(repr=False)
-    latency: MeasuredLatency = field(repr=False)
+    latency: MeasuredLatency | None = field(repr=False)
     shapes: ShapeChoice = field(repr=False)
     settings: ForecastSettings = field(repr=False)
     outlooks: tuple[Outlook, ...] = field(repr=False, default=())
@@ -77,12 +78,12 @@ class HeadForecast:
         ValueError
             If there was not enough to forecast from.
         """
-        scores = self._scores()
+        self._scores()
         at = next(i for i, o in enumerate(self.outlooks) if o.budget >= self.settings.budget)
         return chosen(
             self.outlooks,
             at,
-            Loaded.of(scores.options, self.latency, load or self.settings.loads[0], source=source),
+            self._loaded(load or self.settings.loads[0], source),
             self.shapes,
             seconds_per_position=self._seconds_per_position,
             confidence=self.settings.confidence,
@@ -113,15 +114,17 @@ class HeadForecast:
 
     def schedule(self, loads: Sequence[int] | None = None) -> pd.DataFrame:
         """The best option by load, see `cpmtp.forecasting.head_choice.schedule`."""
-        scores, sizes = self._scores(), sorted(set(loads or self.settings.loads))
+        sizes = sorted(set(loads or self.settings.loads))
+        self._scores()
         at = next(o for o in self.outlooks if o.budget >= self.settings.budget)
-        return schedule(at, [Loaded.of(scores.options, self.latency, size) for size in sizes])
+        return schedule(at, [self._loaded(size) for size in sizes])
 
     def write(self, folder: str | Path) -> Path:
         """`forecast.parquet`, `latency.json` and `forecast.json` into a folder."""
         folder = Path(folder)
         write_parquet(folder / "forecast.parquet", self.table)
-        self.latency.write(folder / "latency.json")
+        if self.latency is not None:
+            self.latency.write(folder / "latency.json")
         told: dict[str, Any] = {"settings": asdict(self.settings), "status": self.status}
         told["shapes"] = {"level": self.shapes.level.words, "groups": list(self.shapes.groups)}
         if not self.status:
@@ -133,6 +136,11 @@ class HeadForecast:
         if self.scores is None:
             raise ValueError(self.status)
         return self.scores
+
+    def _loaded(self, load: int, source: str | None = None) -> Loaded:
+        scores = self._scores()
+        assert self.latency is not None  # there is one wherever there are scores
+        return Loaded.of(scores.options, self.latency, load, source=source)
 
     def _seconds_per_position(self, candidate: int) -> float:
         rows = self.probes[self.probes["candidate"] == candidate]
@@ -160,7 +168,9 @@ def forecast_heads(
     ----------
     lm : HuggingFaceLanguageModel
     candidates : sequence of dicts
-        Keywords of `DraftHead`. Shorter horizons are read off the longest head.
+        Keywords of `DraftHead`, and `learning_rate`. Shorter horizons are read off the longest
+        head. Over more than 16,384 tokens heads draft the 4,096 most frequent ones of the text,
+        unless a candidate has a `vocabulary`.
     settings : ForecastSettings
     texts : sequence of str, optional
         Documents like those that will be decoded; default: the model's own samples.
@@ -181,32 +191,23 @@ def forecast_heads(
     """
     settings, begun = replace(settings, **changes), time.perf_counter()
     shapes = ShapeChoice.stored() if curves is None else ShapeChoice.of(curves, losses=False)
-    made = candidates_of(lm, candidates)
-    folder = None if out is None else Path(out)
-    work = Work(lm, made, settings, begun)
-    latency = latency or work.measured_latency()
     training, held_back = (None, None) if texts is None else split_texts(texts)
-    held_out = held_out_texts(
-        lm,
-        held_back,
-        count=settings.held_out,
-        start=settings.start,
-        drawn=settings.drawn,
-        law=settings.law,
-        seed=settings.seed + 1,
-    )
+    asked = with_draft_vocabulary(lm, candidates, training, seed=settings.seed)
+    work = Work(lm, candidates_of(lm, asked), settings, begun)
+    folder = None if out is None else Path(out)
     plan, windows, available = work.plan(training, folder)
     if len(plan.budgets) < 2:
-        found = HeadForecast(
-            pd.DataFrame(), work.too_little(plan), pd.DataFrame(), latency, shapes, settings
-        )
+        empty = pd.DataFrame()
+        found = HeadForecast(empty, work.too_little(plan), empty, latency, shapes, settings)
     else:
-        probes = train_probes(lm, made, plan, windows, held_out, folder=folder)
+        latency = latency or work.measured_latency()
+        held_out = work.held_out(held_back)
+        probes = train_probes(lm, work.candidates, plan, windows, held_out, folder=folder)
         lookup = _lookup(held_out, plan)
-        scores = Scores.of(made, probes, lookup, seed=settings.seed)
-        budgets = _grid(plan.budgets[-1], settings.budget)
+        scores = Scores.of(work.candidates, probes, lookup, seed=settings.seed)
         outlooks = tuple(
-            scores.outlook(shapes, budget, settings.confidence, settings.seed) for budget in budgets
+            scores.outlook(shapes, budget, settings.confidence, settings.seed)
+            for budget in _grid(plan.budgets[-1], settings.budget)
         )
         found = HeadForecast(
             pd.DataFrame(), "", probes, latency, shapes, settings, outlooks, scores
@@ -244,7 +245,7 @@ def _table(found: HeadForecast, lookup: pd.DataFrame, available: int) -> pd.Data
 def _rows(found: HeadForecast, lookup: pd.DataFrame, available: int) -> Iterator[dict[str, Any]]:
     scores = found.scores
     assert scores is not None
-    loaded = Loaded.of(scores.options, found.latency, found.settings.loads[0])
+    loaded = found._loaded(found.settings.loads[0])
     plain = 1 / loaded.seconds[[o.horizon for o in scores.options].index(1)]
     last = pd.concat([found.probes[found.probes["budget"] == scores.budgets[-1]], lookup])
     tenth = {

@@ -15,13 +15,14 @@ from numpy import ndarray
 from torch import Tensor
 
 from cpmtp.decoding.speculative import speculative_generate
-from cpmtp.forecasting.cycles import forecast_from_ratios, head_ratios
+from cpmtp.drafts.lookup import looked_up
+from cpmtp.forecasting.cycles import ReadText, forecast_from_ratios, head_ratios
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.language_model import sample_sequences
 from cpmtp.sampling_law import SamplingLaw
 
 HELD_OUT_SHARE = 0.2
 _FEWEST_DOCUMENTS = 4
-_LONGEST_MATCH = 3
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,15 @@ class HeldOut:
         The document each text begins as: what is resampled.
     law : SamplingLaw
         What the texts were drawn by.
+    read : tuple of ReadText
+        What the base model says of them.
     """
 
     tokens: Int[Tensor, "texts time"]
     start: int
     documents: Int[ndarray, " texts"]
     law: SamplingLaw
+    read: tuple[ReadText, ...]
 
     @property
     def drawn(self) -> int:
@@ -50,17 +54,16 @@ class HeldOut:
         return self.tokens.shape[1] - self.start - 1
 
     def cycles_of_head(
-        self, lm: Any, head: Any, horizons: Sequence[int], rule: str
+        self, head: DraftHead, horizons: Sequence[int], rule: str
     ) -> Float[ndarray, "horizons texts"]:
         """Expected cycles along each text at horizons up to the head's own."""
-        ratios = head_ratios(lm, head, self.tokens, start=self.start, law=self.law)
-        return self._cycles(ratios, horizons, rule)
+        return self._cycles(head_ratios(head, self.read, self.start), horizons, rule)
 
     def cycles_of_lookup(
         self, horizons: Sequence[int], rule: str
     ) -> Float[ndarray, "horizons texts"]:
         """The same for drafts that are looked up."""
-        rows = [lookup_matches(row.tolist(), self.start, max(horizons)) for row in self.tokens]
+        rows = [lookup_matches(row, self.start, max(horizons)) for row in self.tokens]
         return self._cycles(torch.stack(rows), horizons, rule)  # (texts, starts, drafted)
 
     @staticmethod
@@ -69,31 +72,24 @@ class HeldOut:
         return torch.stack(found).numpy()  # (horizons, texts)
 
 
-def lookup_matches(text: list[int], start: int, horizon: int) -> Float[Tensor, "starts drafted"]:
-    """One where a looked-up draft says what the text says, 0 elsewhere: ``min(1, q / p)`` of it.
-
-    What is proposed after the known token is what came after the last place at which the text so
-    far holds its own last three tokens, else its last two, else its last one; it is one path, which
-    the target's own token follows or leaves.
+def lookup_matches(
+    text: Int[Tensor, " time"], start: int, horizon: int
+) -> Float[Tensor, "starts drafted"]:
+    """One where a looked-up draft says what the text says, 0 elsewhere: ``min(1, q / p)`` of it,
+    since it proposes one path for certain.
 
     Examples
     --------
-    >>> lookup_matches([5, 6, 7, 5, 6, 7], 3, 3)
+    >>> lookup_matches(torch.tensor([5, 6, 7, 5, 6, 7]), 3, 3)
     tensor([[1., 1.],
             [1., 0.]])
     """
-    rows, seen = [], [dict[tuple, int]() for _ in range(_LONGEST_MATCH)]
-    for t in range(len(text) - 1):
-        ends = [tuple(text[t - size : t + 1]) for size in range(_LONGEST_MATCH) if size <= t]
-        if t >= start:
-            places = [seen[size][end] for size, end in enumerate(ends) if end in seen[size]]
-            proposed = text[places[-1] + 1 : t + 1][: horizon - 1] if places else []
-            wanted = text[t + 1 : t + horizon]
-            said = [float(a == b) for a, b in zip(proposed, wanted, strict=False)]
-            rows.append(said + [0.0] * (horizon - 1 - len(said)))
-        for size, end in enumerate(ends):
-            seen[size][end] = t
-    return torch.tensor(rows)  # (starts, drafted)
+    found = torch.zeros(len(text) - 1 - start, horizon - 1)  # (starts, drafted)
+    for row, known in enumerate(range(start, len(text) - 1)):
+        proposed = looked_up(text[: known + 1], horizon - 1)
+        wanted = text[known + 1 : known + 1 + len(proposed)]
+        found[row, : len(wanted)] = (proposed[: len(wanted)] == wanted).float()
+    return found
 
 
 def split_texts(texts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -156,7 +152,9 @@ def held_out_texts(
         seed=seed + 1,
         **sampling,  # type: ignore[arg-type]
     )
-    return HeldOut(torch.stack(out.sequences), start, documents, law)  # (texts, start + drawn + 1)
+    tokens = torch.stack(out.sequences)  # (texts, start + drawn + 1)
+    read = tuple(ReadText.of(lm, row, law) for row in tokens.split(1))
+    return HeldOut(tokens, start, documents, law, read)
 
 
 def _beginnings(

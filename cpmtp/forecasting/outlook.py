@@ -20,7 +20,7 @@ from cpmtp.forecasting.candidates import Candidate
 from cpmtp.forecasting.learning_curves.shape_choice import ShapeChoice
 from cpmtp.forecasting.learning_curves.shapes import forecast_logs
 from cpmtp.forecasting.learning_curves.tasks import Tasks, reference_of
-from cpmtp.resampling import resampling_weights
+from cpmtp.resampling import normal_half_width, resampling_weights
 
 PLAIN, LOOKUP, HEAD = "plain", "lookup", "head"
 
@@ -147,6 +147,9 @@ class Scores:
         gains = logs - self.logs[:, -1]
         variances = shapes.of_level.seeds * weights
         half = shapes.half_widths(gains, documents.var(0), weights, confidence=confidence)
+        # What is not trained is not extrapolated: its documents are all that is uncertain.
+        trained = np.array([option.kind == HEAD for option in self.options])
+        half = np.where(trained, half, normal_half_width(1.0, confidence) * documents.std(0))
         most = np.log([max(option.horizon, 1) for option in self.options])
         low, high = np.maximum(logs - half, 0.0), np.minimum(logs + half, most)
         off = self._off(shapes, gains, variances, len(documents), seed)

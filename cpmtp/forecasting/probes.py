@@ -180,7 +180,7 @@ def _trained(
     tables = []
     for index, head in enumerate(heads):
         horizons = [n for n in plan.horizons if n <= head.horizon]
-        cycles = held_out.cycles_of_head(lm, head, horizons, plan.rule)  # (horizons, texts)
+        cycles = held_out.cycles_of_head(head, horizons, plan.rule)  # (horizons, texts)
         for horizon, row in zip(horizons, cycles, strict=True):
             found = {"candidate": index, "budget": budget, "horizon": horizon}
             told = {"document": held_out.documents, "tokens": held_out.drawn, "cycles": row}
@@ -195,11 +195,17 @@ def _trained(
 def _settings(
     candidates: Sequence[Candidate], plan: ProbePlan, positions: int
 ) -> list[HeadTrainingSettings]:
-    shared = {"rows": plan.rows, "length": plan.length, "seed": plan.seed}
+    shared: dict[str, Any] = {"rows": plan.rows, "length": plan.length, "seed": plan.seed}
     return [
         HeadTrainingSettings(**candidate.keywords, **shared, positions=positions)
         for candidate in candidates
     ]
+
+
+def _short(keywords: dict[str, Any]) -> dict[str, Any]:
+    """With the sum of a draft vocabulary in its place."""
+    kept = keywords.get("vocabulary")
+    return keywords if kept is None else keywords | {"vocabulary": [len(kept), sum(kept)]}
 
 
 def _claim(
@@ -214,7 +220,7 @@ def _claim(
     own = asdict(plan) | {"budgets": []}  # others may be added
     described = {
         "model": lm.fingerprint,
-        "candidates": [c.keywords for c in candidates],
+        "candidates": [_short(c.keywords) for c in candidates],
         "plan": own | {"horizons": list(plan.horizons)},
         "windows": [*windows.shape, int(windows.sum())],
         "held_out": [*held_out.tokens.shape, int(held_out.tokens.sum())],

@@ -39,7 +39,7 @@ VERIFIED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 HEADS: tuple[dict[str, Any], ...] = ({"rank": 1}, {"rank": 4})
 _CYCLES = 6
 _LEAST_SECONDS, _MOST_REPEATS = 0.02, 8
-_FEWEST_ROUNDS = 3
+_FEWEST_ROUNDS, _MUCH_TOO_LONG = 3, 1.5
 _SHORT_CALL = 16
 
 
@@ -68,9 +68,9 @@ def measure_latency(
     context : int
         Tokens before the call.
     rounds : int
-        At most so many, at least three.
+        At most so many, at least three (two where three take far longer than `seconds`).
     seconds : float
-        No round begins later than this, once three are done.
+        No round begins later than this, once enough are done.
     seed : int
         Of weights, tokens and the order within rounds.
 
@@ -131,7 +131,9 @@ def _measured(
     order, chance = list(jobs), random.Random(seed)
     begun = time.perf_counter()
     for turn in range(max(rounds, _FEWEST_ROUNDS) + 1):
-        if turn > _FEWEST_ROUNDS and time.perf_counter() - begun > seconds:
+        # Two rounds are the fewest that have quartiles; three are taken where there is time.
+        spent = time.perf_counter() - begun
+        if spent > seconds and turn > (2 if spent > _MUCH_TOO_LONG * seconds else _FEWEST_ROUNDS):
             break
         chance.shuffle(order)
         for name in order:
@@ -274,12 +276,12 @@ def _summary(
     ours = [time for time in timed if time.batch == smallest]
     first = next(time.seconds for time in plain if time.batch == smallest)
     calls = [t for t in steps if t.batch == smallest and t.tokens <= _SHORT_CALL]
-    columns = [
+    model = LatencyModel.fitted(
+        first,
         [*(t.horizon for t in ours), *(t.tokens for t in calls)],
         [*(t.rank for t in ours), *(0 for _ in calls)],
         [*(t.cycle for t in ours), *(t.seconds for t in calls)],
-    ]
-    model = LatencyModel.fitted(first, *columns)
+    )
     return MeasuredLatency(model, (StepCurve(OURS, steps),), timed, plain, _whereabouts(lm, found))
 
 

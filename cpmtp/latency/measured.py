@@ -203,6 +203,12 @@ class MeasuredLatency:
     plain: tuple[PlainTime, ...] = ()
     measured_on: dict[str, str] | None = None
 
+    @property
+    def where(self) -> str:
+        """Device and precision, as far as they are known."""
+        told = self.measured_on or {}
+        return ", ".join(told[name] for name in ("device", "dtype") if name in told)
+
     def curve(self, source: str | None = None) -> StepCurve | None:
         """The step curve of this source; without one the first, None where none was measured.
 
@@ -249,27 +255,21 @@ class MeasuredLatency:
         curve = self.curve(source)
         if curve is None:
             return self.model.call_seconds(sizes["horizon"], sizes.get("rank") or 1)
-        return curve.seconds(batch, sizes["horizon"]) + self._added(sizes, batch)
+        return curve.seconds(batch, sizes["horizon"]) + self._added(sizes, batch, curve)
 
-    def _added(self, sizes: dict[str, Any], batch: int) -> float:
-        """What a head adds to the target's call, linear in horizon and batch between measured
-        ones.
+    def _added(self, sizes: dict[str, Any], batch: int, curve: StepCurve) -> float:
+        """What a cycle takes beyond a call of this curve, linear in horizon and batch between
+        measured ones.
         """
         others = {name: value for name, value in sizes.items() if name != "horizon"}
         timed = [time for time in self.heads if time.is_of(others)]
         if not timed:
             told = ", ".join(f"{name} {value}" for name, value in sizes.items())
             raise ValueError(f"no head of {told} was timed: measure the latency with it")
-        horizons = sorted({time.horizon for time in timed})
-        rows = [
-            (
-                n,
-                _straight(
-                    sorted((t.batch, t.beside_target) for t in timed if t.horizon == n), batch
-                ),
-            )
-            for n in horizons
-        ]
+        rows = []
+        for horizon in sorted({time.horizon for time in timed}):
+            at = [(t.batch, _beyond_call(t, curve)) for t in timed if t.horizon == horizon]
+            rows.append((horizon, _straight(sorted(at), batch)))
         return rows[0][1] if len(rows) == 1 else _straight(rows, sizes["horizon"])
 
     def lookup_seconds(self, horizon: int, batch: int = 1, *, source: str | None = None) -> float:
@@ -279,7 +279,7 @@ class MeasuredLatency:
         curve = self.curve(source)
         if curve is None:
             return self.model.call_seconds(horizon, 0)
-        around = sorted((t.batch, t.verification + t.rest) for t in self.heads)
+        around = sorted((t.batch, max(_beyond_call(t, curve) - t.draft, 0.0)) for t in self.heads)
         least = {b: min(t for other, t in around if other == b) for b, _ in around}
         extra = _straight(sorted(least.items()), batch) if least else 0.0
         return curve.seconds(batch, horizon) + extra
@@ -299,6 +299,15 @@ class MeasuredLatency:
         found["heads"] = [asdict(time) for time in self.heads]
         text = json.dumps(found, indent=1, allow_nan=True)
         return write_text(Path(path), text.replace("NaN", "null") + "\n")
+
+
+def _beyond_call(time: HeadTime, curve: StepCurve) -> float:
+    """A cycle as it ran, less a bare call of our own curve: a call inside the loop finds colder
+    caches. On another's curve the head's own stages.
+    """
+    if curve.source != OURS:
+        return time.beside_target
+    return max(time.cycle - curve.seconds(time.batch, time.horizon), 0.0)
 
 
 def read_latency(path: str | Path) -> MeasuredLatency:

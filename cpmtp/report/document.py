@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -57,8 +58,11 @@ def read_extras(
     tables = {name: folder / f"{name}.parquet" for name in ("waterfall", "decoding", "step_times")}
     found = {name: pd.read_parquet(path) for name, path in tables.items() if path.is_file()}
     path = Path(latency) if latency else folder / "latency.json"
-    model = read_latency(path).model if latency or path.is_file() else None
-    return ReportExtras(latency=model, price=price, learned_share=learned_share, **found)
+    measured = read_latency(path) if latency or path.is_file() else None
+    told: dict[str, Any] = {}
+    if measured is not None:
+        told = {"latency": measured.model, "latency_source": measured.where}
+    return ReportExtras(**told, price=price, learned_share=learned_share, **found)
 
 
 @dataclass(frozen=True)

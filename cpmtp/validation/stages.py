@@ -74,8 +74,6 @@ class Workplace:
     def heads(
         self, plan: BasePlan, lm: HuggingFaceLanguageModel
     ) -> Iterator[tuple[str, DraftHead]]:
-        self, plan: BasePlan, lm: HuggingFaceLanguageModel
-    ) -> Iterator[tuple[str, DraftHead]]:
         """Every trained head of a base model, by name."""
         for settings in head_settings(self.preset):
             folder = self.head_folder(plan, settings)

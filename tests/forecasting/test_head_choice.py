@@ -60,8 +60,8 @@ def latency(slope: float = 0.0001) -> MeasuredLatency:
     """Calls that cost more the more tokens all requests verify."""
     times = [StepTime(b, n, 0.010 + slope * max(b * n - 8, 0)) for b in (1, 64) for n in (1, 4, 16)]
     heads = [
-        HeadTime(**size, batch=1, draft=0.0002 * size["rank"], verification=0.0, rest=0.0, cycle=1)
-        for size in SIZES
+        HeadTime(**size, batch=1, draft=draft, verification=0.0, rest=0.0, cycle=0.010 + draft)
+        for size, draft in zip(SIZES, (0.0002, 0.0008), strict=True)
     ]
     model = LatencyModel(0.01, 0.01)
     return MeasuredLatency(model, (StepCurve(OURS, tuple(times)),), tuple(heads))
@@ -176,3 +176,15 @@ def test_scores_are_pooled_tokens_over_pooled_cycles():
     # Documents are drawn together: a paired difference varies less than either.
     drawn = scores.drawn[:, 2:, -1]
     assert (drawn[:, 1] - drawn[:, 0]).std() < 0.6 * drawn[:, 0].std()
+
+
+def test_what_is_not_trained_is_uncertain_by_its_documents_alone(shapes):
+    lookup = looked_up(documents=40)
+    lookup["cycles"] *= np.exp(0.2 * np.random.default_rng(1).standard_normal(40))
+    tables = table((damped(2.0, 0.1), damped(2.1, 0.1)))
+    scores = Scores.of(CANDIDATES, tables, lookup, seed=0)
+    outlook = scores.outlook(with_errors(shapes, 1.0, 1.0), 8000, 0.9, 0)
+    error = 0.2 / 40**0.5
+    assert outlook.high[1] - outlook.logs[1] == pytest.approx(1.645 * error, rel=0.3)
+    assert outlook.low[0] == outlook.high[0] == 0  # plain decoding
+    assert (outlook.high[2:] - outlook.logs[2:] > 0.09).all()

@@ -183,7 +183,7 @@ def test_a_looked_up_draft_is_what_followed_the_longest_match():
     generator = torch.Generator().manual_seed(0)
     for vocab in (2, 4, 30):
         text = torch.randint(vocab, (60,), generator=generator).tolist()
-        assert lookup_matches(text, 5, 4).tolist() == brute_matches(text, 5, 4)
+        assert lookup_matches(torch.tensor(text), 5, 4).tolist() == brute_matches(text, 5, 4)
 
 
 def test_one_path_survives_where_the_target_draws_it():

@@ -108,9 +108,9 @@ def power_law(
     >>> round(float(found), 6)
     2.9375
     """
-    ratio = np.clip(np.asarray(ratio, dtype=float), 0.01, 0.99)
+    inside = np.asarray(np.clip(np.asarray(ratio, dtype=float), 0.01, 0.99))
     x = np.log2(budgets / budgets[-1])
-    falling = ratio[..., None] ** x  # (ratios, probes)
+    falling = inside[..., None] ** x  # (ratios, probes)
     centred = falling - falling.mean(-1, keepdims=True)
     # (ratios, *batch)
     slope = np.tensordot(centred, values, (-1, -1)) / _like(values, (centred**2).sum(-1))
@@ -119,7 +119,7 @@ def power_law(
     bound = np.tensordot(falling, values - most, (-1, -1)) / _like(values, (falling**2).sum(-1))
     beyond = level > most
     level, slope = np.where(beyond, most, level), np.where(beyond, bound, slope)
-    return np.asarray(level + slope * _like(values, ratio ** np.log2(at / budgets[-1])))
+    return np.asarray(level + slope * _like(values, inside ** np.log2(at / budgets[-1])))
 
 
 def _like(values: ndarray, numbers: ArrayLike) -> ndarray:

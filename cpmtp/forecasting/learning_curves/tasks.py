@@ -110,7 +110,9 @@ def candidate_name(sizes: dict) -> str:
         "markov": [transition],
         "markov_mixture": [rank, transition],
     }.get(form, [])
-    shown = " ".join([form.replace("_", " "), *(str(int(n)) for n in told if _known(n))])
+    shown = " ".join(
+        [form.replace("_", " "), *(str(int(n)) for n in told if n is not None and _known(n))]
+    )
     more = [f"n = {int(sizes['horizon'])}"] if _known(sizes.get("horizon")) else []
     more += [f"{n} {int(sizes[n])}" for n in ("width", "blocks") if _known(sizes.get(n))]
     more += ["not gated"] if form.startswith("markov") and sizes.get("gated") is False else []
@@ -148,7 +150,9 @@ def tasks_of(table: pd.DataFrame, *, probes: Sequence[float] | None = None) -> l
                 if len(budgets) >= 2 and at > budgets[-1]:
                     task = _task(curve, ends) | {"group": name[0], "candidate": name[1]}
                     found.setdefault((budgets, at, name[2]), []).append(task | {"seed": seed})
-    return [_stacked(*key, rows) for key, rows in sorted(found.items())]
+    return [
+        _stacked(budgets, at, most, rows) for (budgets, at, most), rows in sorted(found.items())
+    ]
 
 
 def _task(curve: list[dict], ends: list[dict]) -> dict:
