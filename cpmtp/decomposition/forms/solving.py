@@ -125,7 +125,10 @@ def solve_markov(groups: Groups, shape: Shape, plans: Plans, below: Ends | None 
         return Ends.joined(parts)
     plan = plans.form if shape.rank > 1 else plans.chain
     by_kl = plan if plan.method != "acceptance" else replace(plan, method="em")
-    near = _one_chain(groups, shape, by_kl) if shape.rank == 1 else _mixture(groups, shape, by_kl)
+    if shape.rank == 1:
+        near = _one_chain(groups, shape, by_kl)
+    else:
+        near = _mixture(groups, shape, by_kl, plans.chain)
     found = near if by_kl is plan else _run(groups, shape, near.found, plan)
     for parent in _parents(groups, shape, plans, found.objective, below):
         if bool((parent.objective < found.objective).any()):
@@ -151,11 +154,15 @@ def _one_chain(groups: Groups, shape: Shape, plan: Plan) -> Ends:
     return _run(groups, shape, _lifted(chains, groups, tokens, shape), plan)
 
 
-def _mixture(groups: Groups, shape: Shape, plan: Plan) -> Ends:
-    """The best mixture by the divergence, from disturbed copies of a chain."""
+def _mixture(groups: Groups, shape: Shape, plan: Plan, of_chain: Plan) -> Ends:
+    """The best mixture by the divergence, from disturbed copies of a chain: where members share
+    its transitions of one that is fitted to its end.
+    """
+    several = groups.mass.shape[1] > 1
+    before = replace(of_chain, method=plan.method) if several else plan
     core = _core(groups, shape)
     if core is None:
-        chain = _one_chain(groups, replace(shape, rank=1), plan).found
+        chain = _one_chain(groups, replace(shape, rank=1), before).found
         copies = split(chain, shape.rank, groups, plan.restarts * _TRIALS, plan.seed)
         brief = replace(plan, max_iterations=min(_TRIAL_PASSES, plan.max_iterations))
         tried = Ends.of(*_descended(groups, shape, copies, brief), _TRIALS)
@@ -163,7 +170,7 @@ def _mixture(groups: Groups, shape: Shape, plan: Plan) -> Ends:
     tokens, some = core
     narrow = shape.narrowed(tokens)
     single = replace(narrow, rank=1)
-    chain = _run(some, single, single.start(some), plan).found
+    chain = _run(some, single, single.start(some), before).found
     copies = split(chain, shape.rank, some, plan.restarts, plan.seed)
     chains = _run(some, narrow, copies, plan).found
     rest = replace(plan, max_iterations=plan.max_iterations // _SHARE_ON_ALL)

@@ -16,6 +16,8 @@ from cpmtp.decomposition.starts import repeated_marginals, restart_generator
 # How far the components that one chain is split into start from each other, in nats: smaller ones
 # stay alike for long, larger ones forget the chain (0.3, 1 and 3 tried on code and prose joints).
 _SPLIT = 1.0
+# The same where several members share the transitions: their chain is nearer to the joint.
+_SPLIT_OF_SEVERAL = 0.2
 # What a pair of neighbours has at least, as a share of what independence would give it.
 _LEAST_SHARE = 1e-3
 # Keeps the factors of tokens that hardly occur small.
@@ -71,8 +73,9 @@ def split(chain: Chains, rank: int, groups: Groups, restarts: int, seed: int) ->
             for restart in range(restarts)
         ]
     ).repeat(len(chain.weights), 1, 1, 1, 1)  # (runs, members, positions, rank, vocab)
-    noise = noise.to(runs.logits)
-    logits = torch.where(runs.logits > LOWEST_LOGIT, runs.logits + _SPLIT * noise, runs.logits)
+    far = _SPLIT if groups.mass.shape[1] == 1 else _SPLIT_OF_SEVERAL
+    noise = far * noise.to(runs.logits)
+    logits = torch.where(runs.logits > LOWEST_LOGIT, runs.logits + noise, runs.logits)
     weights = runs.weights.expand(-1, -1, rank).contiguous()  # (runs, members, rank)
     return replace(runs, weights=weights, logits=logits)
 
