@@ -12,6 +12,7 @@ from command_line import run
 from samples import random_llama_folder
 
 from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.pretrained import embedded_models, load_language_model
 
 SHORT = ("generate", "recommended", "--model", "code", "--max-new-tokens", 60)
@@ -171,6 +172,27 @@ def test_windows_are_of_any_length_and_the_end_says_what_to_do_next(
     )
     card = (tmp_path / "h" / "README.md").read_text("utf-8")
     assert f"# A draft head for {base.name}" in card and "| rank | 2 |" in card
+
+
+def test_a_head_of_another_form_is_trained_and_decoded_with(
+    monkeypatch, capsys, tmp_path, base, text
+):
+    shape = ("--form", "markov_mixture", "--rank", 2, "--transition-rank", 3, "--vocabulary", 6)
+    budget = ("--positions", 1000, "--length", 64, "--precision", "bfloat16")
+    given = ("--model", base, *shape, *budget, "--corpus", text, "--out", tmp_path)
+    status, out, err = run(monkeypatch, capsys, "train-head", *given)
+    assert status == 0, err
+    assert "steps            2 in" in out
+    head = DraftHead.from_pretrained(tmp_path)
+    assert (head.form, head.rank, head.transition_rank) == ("markov_mixture", 2, 3)
+    assert head.support_size == 6
+    tokens = ("--max-new-tokens", 5)
+    status, _, err = run(monkeypatch, capsys, "generate", tmp_path, "--model", base, *tokens)
+    assert status == 0 and "tokens per call" in err
+    status, out, err = run(
+        monkeypatch, capsys, "train-head", "--model", base, "--form", "cp", "--transition-rank", 2
+    )
+    assert (status, out) == (2, "") and "has no transitions" in err
 
 
 BAD = [
