@@ -105,7 +105,7 @@ from cpmtp.report.document import write_report as write_report
 from cpmtp.report.learned import LearnedShare as LearnedShare
 from cpmtp.report.plots import COLOURS as COLOURS
 from cpmtp.report.plots import house_style as house_style
-from cpmtp.report.component_plot import plot_components as plot_components
+from cpmtp.report.plots import plot_components as plot_components
 from cpmtp.report.plots import plot_error_against_rank as plot_error_against_rank
 from cpmtp.report.plots import plot_forecast as plot_forecast
 from cpmtp.report.plots import plot_lines_over_rank as plot_lines_over_rank

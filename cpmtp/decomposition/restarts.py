@@ -12,18 +12,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.decomposition.als import Solver, squared_error_runs
-from cpmtp.decomposition.descent.gradient import (
-    Goal,
-    acceptance_runs,
-    gradient_runs,
-    tree_acceptance_runs,
-)
-from cpmtp.decomposition.em import (
+from cpmtp.decomposition.descent.em import (
     CountingTargets,
     Targets,
     em_runs,
     expected_counts,
     promising,
+)
+from cpmtp.decomposition.descent.gradient import (
+    Goal,
+    acceptance_runs,
+    gradient_runs,
+    tree_acceptance_runs,
 )
 from cpmtp.decomposition.mixtures import Mixtures, Runs, Solved
 from cpmtp.decomposition.starts import (

@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.acceptance.implied import acceptance_profiles
+from cpmtp.decomposition.descent.em import CountingTargets, Targets, expected_counts
 from cpmtp.decomposition.descent.quasi_newton import Minima, minimise
-from cpmtp.decomposition.em import CountingTargets, Targets, expected_counts
 from cpmtp.decomposition.mixtures import Mixtures, Runs
 from cpmtp.decomposition.trees.targets import TreeTargets
 from cpmtp.drafts.cp_distribution import CPDistribution
