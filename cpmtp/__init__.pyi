@@ -32,6 +32,7 @@ from cpmtp.drafts.lookup import LookupDraft as LookupDraft
 from cpmtp.drafts.protocol import Draft as Draft
 from cpmtp.drafts.support import Support as Support
 from cpmtp.decomposition.fit_result import FitResult as FitResult
+from cpmtp.decomposition.components import top_tokens as top_tokens
 from cpmtp.decomposition.fitting import fit as fit
 from cpmtp.decomposition.floors import RankFloors as RankFloors
 from cpmtp.decomposition.floors import rank_floors as rank_floors
@@ -55,10 +56,12 @@ from cpmtp.study.settings import StudySettings as StudySettings
 
 # Learned heads
 from cpmtp.heads.cp_head import CPHead as CPHead
+from cpmtp.heads.draft_head import DraftHead as DraftHead
 from cpmtp.heads.evaluation import head_draft as head_draft
 from cpmtp.heads.evaluation import held_out_survival as held_out_survival
+from cpmtp.heads.evaluation import reachable_survival as reachable_survival
 from cpmtp.heads.evaluation import waterfall as waterfall
-from cpmtp.training.heads import HeadTrainingSettings as HeadTrainingSettings
+from cpmtp.training.head_settings import HeadTrainingSettings as HeadTrainingSettings
 from cpmtp.training.heads import train_head as train_head
 
 # Decoding and its forecast
@@ -69,6 +72,18 @@ from cpmtp.decoding.speculative import speculative_generate as speculative_gener
 from cpmtp.decoding.stats import GenerationStats as GenerationStats
 from cpmtp.forecasting.cycles import CycleForecast as CycleForecast
 from cpmtp.forecasting.cycles import forecast_cycles as forecast_cycles
+
+# The forecast before training
+from cpmtp.forecasting.forecast_plan import ForecastSettings as ForecastSettings
+from cpmtp.forecasting.head_choice import HeadChoice as HeadChoice
+from cpmtp.forecasting.head_forecast import HeadForecast as HeadForecast
+from cpmtp.forecasting.head_forecast import forecast_heads as forecast_heads
+from cpmtp.forecasting.learning_curves.shape_choice import ShapeChoice as ShapeChoice
+from cpmtp.forecasting.step_times import measure_latency as measure_latency
+from cpmtp.latency import MeasuredLatency as MeasuredLatency
+from cpmtp.latency import StepCurve as StepCurve
+from cpmtp.latency import StepTime as StepTime
+from cpmtp.latency import read_latency as read_latency
 
 # The choice of a rank
 from cpmtp.latency import LatencyModel as LatencyModel
@@ -90,6 +105,7 @@ from cpmtp.report.document import write_report as write_report
 from cpmtp.report.learned import LearnedShare as LearnedShare
 from cpmtp.report.plots import COLOURS as COLOURS
 from cpmtp.report.plots import house_style as house_style
+from cpmtp.report.plots import plot_components as plot_components
 from cpmtp.report.plots import plot_error_against_rank as plot_error_against_rank
 from cpmtp.report.plots import plot_forecast as plot_forecast
 from cpmtp.report.plots import plot_lines_over_rank as plot_lines_over_rank

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
+from cpmtp.commands.forecast import forecast
 from cpmtp.commands.generate import generate
+from cpmtp.commands.latency import latency
 from cpmtp.commands.models import models
 from cpmtp.commands.report import compare, report
 from cpmtp.commands.study import study
@@ -34,6 +37,9 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 def main() -> None:
     """Entry point: bad input is one line and exit status 2, an interruption status 130."""
+    # A file's name may hold bytes that are no text: they are shown by their numbers.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = app(standalone_mode=False) or 0
         # Some versions of typer make a status of an interruption.
@@ -86,6 +92,8 @@ def _root(
 
 _COMMANDS: dict[str, Callable[..., None]] = {
     "study": study,
+    "forecast": forecast,
+    "latency": latency,
     "report": report,
     "compare": compare,
     "train-base": train_base_model,

@@ -58,8 +58,9 @@ def write_whole(path: Path, write: Callable[[Path], object], *, forced: bool = T
 
 
 def write_text(path: Path, text: str) -> Path:
-    """A text file, UTF-8."""
-    return write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    """A text file, UTF-8; bytes of a file's name that are no text are shown by their numbers."""
+    raw = text.encode("utf-8", "backslashreplace")
+    return write_whole(path, lambda partial: partial.write_bytes(raw))
 
 
 def write_parquet(

@@ -18,6 +18,11 @@ _BART |= {"encoder_ffn_dim": 48, "decoder_attention_heads": 4, "encoder_attentio
 _GPT = _IDS | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96}
 _BERT = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
 _BERT |= {"num_attention_heads": 4, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+_SPARSE = {"num_attention_heads": 4, "num_key_value_heads": 4, "moe_intermediate_size": 16}
+_SPARSE |= {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 2}
+_SPARSE |= {"topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8}
+_SPARSE |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "index_head_dim": 8}
+_SPARSE |= {"index_n_heads": 2, "index_topk": 8}
 _ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
 
 # Name: configuration class, settings, and the way a ragged batch is followed.
@@ -35,6 +40,14 @@ ARCHITECTURES = {
         _GROUPED | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
         "recorded rows",
     ),
+    # Attention beside a state space, whose share of the logits is small.
+    "falcon_h1": (
+        "FalconH1Config",
+        _GROUPED
+        | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
+        | {"mamba_n_groups": 1, "mamba_chunk_size": 8},
+        "replayed",
+    ),
     "mamba2": (
         "Mamba2Config",
         _IDS
@@ -49,6 +62,8 @@ ARCHITECTURES = {
     ),
     "openai-gpt": ("OpenAIGPTConfig", {k: _GPT[k] for k in list(_GPT)[4:]} | _IDS, "full passes"),
     "roberta": ("RobertaConfig", _BERT | {"is_decoder": True} | _LONG, "full passes"),
+    # Each token attends to the eight that an index chooses, among later ones as well.
+    "deepseek_v32": ("DeepseekV32Config", _WIDE | _LONG | _SPARSE, "passes of prefixes"),
     "longrope": (
         "Phi3Config",
         _GROUPED

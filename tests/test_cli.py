@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import os
 import re
 import subprocess
 
@@ -105,6 +107,29 @@ def test_bytes_that_are_no_utf8_are_counted_and_told(monkeypatch, capsys, tmp_pa
     assert "bits per byte" in out and re.search(r"r=1: \d\.\d\d \[\d\.\d\d, \d\.\d\d\]", out)
 
 
+def test_files_that_are_no_text_and_names_that_are_none_do_not_stop_a_study(
+    monkeypatch, capsys, tmp_path
+):
+    path = os.path.join(os.fsencode(tmp_path), b"caf\xe9.txt")
+    try:
+        with open(path, "w") as file:
+            file.write("words " * 20)
+    except OSError:
+        pytest.skip("this system allows no such name")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
+    arguments = ("--model", "samples:characters", "--ranks", "1,2", "--horizons", 2)
+    corpus = ("--corpus", os.fsdecode(path), "--corpus", tmp_path / "picture.png")
+    out = tmp_path / "out"
+    status, shown, err = run(
+        monkeypatch, capsys, "study", *SMALL[2:], *arguments, *corpus, "--out", out
+    )
+    assert status == 0, err
+    assert "domain corpus: 1 documents, 1 files that hold no text skipped" in shown
+    manifest = json.loads((out / "manifest.json").read_text("utf-8"))
+    assert "picture.png: zero bytes" in manifest["corpora"]["corpus"]["skipped"][0]
+    assert "caf" in (out / "report.html").read_text("utf-8")
+
+
 def test_a_quiet_study_says_nothing(monkeypatch, capsys, tmp_path):
     assert run(
         monkeypatch, capsys, "study", *SMALL, "--ranks", "1,2", "--quiet", "--out", tmp_path / "s"
@@ -163,6 +188,17 @@ def test_the_options_defaults_are_the_settings_own(monkeypatch, capsys):
     shown = " ".join(run(monkeypatch, capsys, "study", "--help")[1].split())
     assert ", ".join(METHODS) in shown
     assert "Default: yes, as those of trained heads; no where a horizon is 2" in shown
+
+
+def test_help_shows_what_an_option_takes_and_cuts_no_summary(monkeypatch, capsys):
+    from cpmtp.cli import _COMMANDS
+
+    _, out, _ = run(monkeypatch, capsys, "--help")
+    commands = out.split("Commands:")[1]
+    assert "…" not in commands and "..." not in commands
+    for command in _COMMANDS:
+        _, out, _ = run(monkeypatch, capsys, command, "--help")
+        assert "list[" not in out and "…" not in out, command
 
 
 def test_the_version_and_help_are_shown(monkeypatch, capsys):

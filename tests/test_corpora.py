@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import os
+
 import pytest
 
 from cpmtp.corpora import (
     Document,
     corpus_hash,
     installed_code_documents,
+    read_corpus,
     read_document,
     read_documents,
     split_held_out,
@@ -45,6 +50,96 @@ def test_bytes_that_are_no_utf8_are_counted_and_replaced(tmp_path):
     document = read_document(path)
     assert document.text == "ok \ufffd\ufffd \ufffd line\nend"
     assert document.replaced_bytes == 2
+
+
+WORDS = "größer ist das\nnächste Wort " * 9
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (WORDS.encode("utf-8-sig"), WORDS),
+        (WORDS.encode("utf-16"), WORDS),
+        (b"\xfe\xff" + WORDS.encode("utf-16-be"), WORDS),
+        (WORDS.encode("utf-32"), WORDS),
+        (b"\0\0\xfe\xff" + WORDS.encode("utf-32-be"), WORDS),
+        (gzip.compress(WORDS.encode("utf-16")), WORDS),
+        (b"a\rb\rc", "a\nb\nc"),
+        (b"a\r\nb\r\n", "a\nb\n"),
+        ("\u200bzero".encode(), "\u200bzero"),
+    ],
+)
+def test_a_text_is_read_as_it_was_written(tmp_path, raw, text):
+    (tmp_path / "a.txt").write_bytes(raw)
+    (document,) = read_documents([tmp_path])
+    assert (document.text, document.replaced_bytes) == (text, 0)
+
+
+NO_TEXT = {
+    "picture.png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)),
+    "no_mark.txt": WORDS.encode("utf-16-le"),
+    "cyrillic.txt": ("следующее слово " * 9).encode("cp1251"),
+    "controls.bin": bytes(range(1, 9)) * 40,
+    "broken.gz": gzip.compress(WORDS.encode())[:-9],
+    "picture.gz": gzip.compress(b"\x89PNG\0\0"),
+}
+
+
+def test_what_holds_no_text_is_skipped_and_counted(tmp_path):
+    for name, raw in NO_TEXT.items():
+        (tmp_path / name).write_bytes(raw)
+    with pytest.raises(ValueError, match=r"6 file.s. found, none holds text") as error:
+        read_corpus([tmp_path])
+    assert "damaged" in str(error.value) and "280 of 320" in str(error.value)
+    assert "\n" not in str(error.value)
+    (tmp_path / "text.txt").write_text(WORDS)
+    corpus = read_corpus([tmp_path])
+    assert [d.text for d in corpus.documents] == [WORDS]
+    assert sorted(line.split(": ")[0] for line in corpus.skipped) == [
+        str(tmp_path / name) for name in sorted(NO_TEXT)
+    ]
+    with pytest.raises(ValueError, match="is no text: zero bytes"):
+        read_document(tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_line_of_json_is_a_document(tmp_path, packed):
+    lines = [{"text": "one\ntwo", "id": 1}, "bare", {"text": " "}, {"text": "half \ud800 pair"}]
+    raw = "\n\n".join(map(json.dumps, lines)).encode()
+    path = tmp_path / ("a.jsonl.gz" if packed else "a.NDJSON")
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    found = read_documents([tmp_path])
+    assert [d.text for d in found] == ["one\ntwo", "bare", "half ? pair"]
+    assert [d.name for d in found] == [f"{path}:{k}" for k in (1, 3, 7)]
+
+
+def test_the_field_that_holds_the_text_can_be_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "words", "title": "no"}\n')
+    assert read_documents([tmp_path], field="body")[0].text == "words"
+    for text, said in (
+        ('{"body": "words"}', "no text in the field 'text' .fields body.: name the field"),
+        ('{"text": 3}', "no text in the field 'text'"),
+        ("[1]", "no text in the field 'text' .no object."),
+        ("{", "a.jsonl:1: no line of JSON"),
+    ):
+        (tmp_path / "a.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=said) as error:
+            read_documents([tmp_path])
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.txt", "größer.txt".encode(), b"a\nb|<i>$.txt"])
+def test_any_name_that_the_system_allows_is_read_and_can_be_written_down(tmp_path, name):
+    path = os.path.join(os.fsencode(tmp_path), name)
+    try:
+        with open(path, "w") as file:
+            file.write("words")
+    except OSError:
+        pytest.skip("this system allows no such name")
+    for patterns in ([tmp_path], [os.fsdecode(path)]):
+        (document,) = read_documents(patterns)
+        assert document.text == "words" and document.name.encode()
+        assert corpus_hash([document])
 
 
 def test_files_folders_and_globs_are_read_once_each(tmp_path):

@@ -15,6 +15,7 @@ NAMES = (
     "03_choosing_the_rank",
     "04_waterfall",
     "05_forecast",
+    "06_your_model_your_text",
 )
 
 

@@ -78,3 +78,8 @@ def test_each_kind_is_read_back_and_its_folder_is_made(tmp_path):
     )
     with safe_open(write_tensors(folder / "s", tensors, {"key": "k"}), "pt") as file:
         assert file.metadata() == {"key": "k"} and torch.equal(file.get_tensor("w"), tensors["w"])
+
+
+def test_a_name_that_is_no_text_is_written_by_its_numbers(tmp_path):
+    path = write_text(tmp_path / "a.txt", "größe caf\udce9.txt")
+    assert path.read_text("utf-8") == r"größe caf\udce9.txt"

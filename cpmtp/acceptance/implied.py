@@ -22,6 +22,7 @@ from cpmtp.acceptance.truncated import AcceptanceInterval, certified_acceptance
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.drafts.protocol import as_draft, is_anchored
 from cpmtp.joint_distribution import JointDistribution
+from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.prefix_tree import PrefixTree
 from cpmtp.sampling_law import ratio
 
@@ -81,11 +82,14 @@ class AcceptanceProfile:
                 "select one first"
             )
         rates = self.survival[1:] if self.first_token == "target" else self.survival
+        # Sums of many products: rounding may leave them above one or rising.
+        rates = rates.clamp(0.0, 1.0).cummin(0).values if len(rates) else rates  # (drafted,)
         return json.dumps(
             {"rejection_sample_method": "synthetic", "synthetic_acceptance_rates": rates.tolist()}
         )
 
 
+@takes_what_is_given
 def implied_acceptance(
     joint: JointDistribution | PrefixTree,
     draft: Any,

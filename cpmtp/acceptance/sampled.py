@@ -20,6 +20,7 @@ from cpmtp.acceptance.verification import (
 )
 from cpmtp.drafts.protocol import draft_horizon, is_anchored
 from cpmtp.joint_distribution import check_context, conditional_probs, prefixes_at_once
+from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.language_model import LanguageModel
 from cpmtp.resampling import normal_half_width
 from cpmtp.sampling_law import SamplingLaw, draw
@@ -57,6 +58,7 @@ class AcceptanceEstimate:
     first_token: str
 
 
+@takes_what_is_given
 def estimate_acceptance(
     lm: LanguageModel,
     draft: Any,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpmtp.commands.options import Device, Dtype, TopK, TopP, load_head
+from cpmtp.commands.options import Device, Dtype, TopK, TopP, integers, load_head
+
+if TYPE_CHECKING:
+    from cpmtp.decoding.stats import GenerationStats
 
 
 def generate(
@@ -42,6 +45,22 @@ def generate(
     audit: Annotated[
         bool, typer.Option("--audit", help="Hold what was drawn from against full forward passes.")
     ] = False,
+    eos: Annotated[
+        str | None,
+        typer.Option(
+            help="Token ids that end the text, separated by commas. Default: the model's own."
+        ),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end of the text.")
+    ] = False,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="<str>", help="Text at which to stop; may be given several times."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Decode without the head as well: what it buys.")
+    ] = False,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
@@ -54,33 +73,36 @@ def generate(
     runs/generate.jsonl
     """
     from cpmtp.decoding.drift import drift_report, expected_interval
+    from cpmtp.decoding.endings import OWN, end_tokens
     from cpmtp.decoding.speculative import speculative_generate
     from cpmtp.pretrained import load_language_model
     from cpmtp.sampling_law import SamplingLaw
 
+    if eos is not None and ignore_eos:
+        raise ValueError(
+            "--eos says what ends the text and --ignore-eos that nothing does: give one of them"
+        )
+    ends = integers("--eos", eos) if eos is not None else None if ignore_eos else OWN
+    for option, given in (("--expect", expect), ("--compare", compare)):
+        if given and head is None:
+            raise ValueError(f"{option} without a head: plain decoding has nothing to differ from")
     lm = load_language_model(model, device=device, dtype=dtype)
     SamplingLaw(temperature, top_k, top_p).check_vocabulary(lm.vocab_size)
     draft = None if head is None else load_head(head, model, device)
-    if expect and draft is None:
-        raise ValueError("--expect without a head: plain decoding has nothing to drift")
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     expected = None
     if expect and draft is not None:
         shape = {name: getattr(draft, name) for name in ("rank", "horizon", "anchored")}
         known = {"model": lm.name, "head": Path(head or "").name, "rule": rule}
         expected = expected_interval(expect, **known, **shape, **sampling)
-    out = speculative_generate(
-        lm,
-        draft,
-        lm.encode(prompt),
-        max_new_tokens=max_new_tokens,
-        rule=rule,
-        **sampling,
-        seed=seed,
-        monitor=monitor,
-        audit=audit,
-    )
-    print(lm.decode(out.sequences[0]))
+    asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "rule": rule, "seed": seed}
+    asked |= sampling | {"eos_token_id": ends, "stop_strings": tuple(stop or ())}
+    ids = lm.encode(prompt)
+    out = speculative_generate(lm, draft, ids, **asked, monitor=monitor, audit=audit)
+    # The end of the text is no part of it.
+    ended = bool(len(out.token_ids)) and int(out.token_ids[-1]) in end_tokens(lm, ends)
+    text = out.sequences[0]
+    print(lm.decode(text[:-1] if ended else text))
     stats = out.stats
     print(f"tokens per call    {stats.tokens_per_call:.3f} in {stats.calls} calls", file=sys.stderr)
     print(f"tokens per second  {stats.tokens_per_second:.1f}", file=sys.stderr)
@@ -89,11 +111,34 @@ def generate(
         f"{1e3 * stats.latency(0.95):.1f} ms p95",
         file=sys.stderr,
     )
+    if compare:
+        plain = speculative_generate(lm, None, ids, **asked).stats
+        print(_comparison(stats, plain), file=sys.stderr)
     if (found := stats.audit_findings) is not None:
         print(
             f"audit              {found.largest:.1e} largest total variation to full passes over "
             f"{found.positions} tokens (rounding alone: {found.rounding:.1e}); {stats.way}",
             file=sys.stderr,
         )
+        verdict = "exact up to rounding" if found.passed else "NOT the model's distribution"
+        print(
+            f"                   {found.distance:.1e} mean squared Hellinger distance, "
+            f"{found.allowed:.1e} allowed: {verdict}",
+            file=sys.stderr,
+        )
     if expected:
         print(drift_report(stats, *expected), file=sys.stderr)
+
+
+def _comparison(stats: GenerationStats, plain: GenerationStats) -> str:
+    """How fast both decode after the prompt is read and whatever is tried first is tried."""
+    fast, slow = (
+        (s.tokens - 1) / seconds if (seconds := sum(s.stage_seconds.values())) else 0.0
+        for s in (stats, plain)
+    )
+    if not fast or not slow:
+        return "plain decoding     not compared: no token came after the first"
+    return (
+        f"plain decoding     {slow:.1f} tokens per second, with the head {fast:.1f}: "
+        f"{fast / slow:.2f} times as fast"
+    )

@@ -27,7 +27,7 @@ def models(
     device: Device = "cpu",
     dtype: Dtype = "float32",
 ) -> None:
-    """List the embedded models, check that one is followed exactly, or convert one.
+    """List, check or convert models.
 
     Example: cpmtp models --convert model.gguf --dtype bfloat16 --out ./my-model
     """

@@ -67,6 +67,15 @@ def gigabytes_in_bytes(gigabytes: float) -> int:
     return max(int(gigabytes * 1e9), 1)
 
 
+def precision(name: str):
+    """The torch type of a precision's name."""
+    import torch
+
+    if name not in ("float32", "bfloat16", "float16", "float64"):
+        raise ValueError(f"--dtype {name!r}: choose float32, bfloat16, float16 or float64")
+    return getattr(torch, name)
+
+
 @contextmanager
 def executor_at(address: str | None, workers: int | None):
     """Dask's executor, or none."""
@@ -100,7 +109,7 @@ def executor_at(address: str | None, workers: int | None):
 
 def load_head(name: str | Path, model: str, device: str):
     """The head in a folder, or one that comes with an embedded model."""
-    from cpmtp.heads.cp_head import CPHead
+    from cpmtp.heads.draft_head import DraftHead
     from cpmtp.pretrained import embedded_heads
 
     known = embedded_heads(model)
@@ -111,4 +120,4 @@ def load_head(name: str | Path, model: str, device: str):
             f"the folder {str(name)!r} holds no head: expected config.json and model.safetensors "
             f"in it{others}"
         )
-    return CPHead.from_pretrained(folder).to(device)
+    return DraftHead.from_pretrained(folder).to(device)

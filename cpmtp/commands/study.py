@@ -26,15 +26,17 @@ def study(
     model: Annotated[
         list[str],
         typer.Option(
+            metavar="<str>",
             help="Embedded name, folder, GGUF file, hub id, or module:factory; several times for "
-            "several."
+            "several.",
         ),
     ] = ["code", "prose"],  # noqa: B006 - typer copies it
     corpus: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="<str>",
             help="File, folder or glob to cut contexts from; several times. Default: the model's "
-            "own samples."
+            "own samples.",
         ),
     ] = None,
     horizons: Annotated[
@@ -50,10 +52,14 @@ def study(
     domain: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="<str>",
             help="NAME=PATH: a named corpus (file, folder or glob); several times for domains "
-            "side by side."
+            "side by side.",
         ),
     ] = None,
+    text_field: Annotated[
+        str, typer.Option(help="The field of a line of JSON (.jsonl) that holds its text.")
+    ] = "text",
     temperatures: Annotated[
         str,
         typer.Option(
@@ -109,6 +115,7 @@ def study(
         models=tuple(model),
         corpus=tuple(corpus or ()),
         domains=tuple(pair("--domain", text) for text in domain or ()),
+        text_field=text_field,
         horizons=integers("--horizons", horizons),
         ranks=integers("--ranks", ranks),
         methods=tuple(part.strip() for part in methods.split(",") if part.strip()),

@@ -10,22 +10,24 @@ which is the next cycle's y.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from cpmtp.acceptance.verification import VERIFIED, accepted_lengths, check_rule, residual_law
 from cpmtp.decoding.audit import Audit, finished
+from cpmtp.decoding.endings import Endings
 from cpmtp.decoding.stats import GenerationStats, Recorder
 from cpmtp.decoding.trials import CALLS, PREFIXES, open_target
 from cpmtp.drafts.blocks import Block, CPBlock
 from cpmtp.drafts.cp_distribution import CPDistribution
-from cpmtp.heads.cp_head import CPHead
-from cpmtp.language_model import LanguageModel, TextLanguageModel
+from cpmtp.heads.draft_head import DraftHead
+from cpmtp.heads.drafting import drafted_block
+from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.sampling_law import SamplingLaw, draw
 
 _RULES = (*VERIFIED, "greedy")
@@ -58,10 +60,11 @@ class Generation:
         return [torch.cat([prompt, more]) for prompt, more in zip(self.prompts, new, strict=True)]
 
 
+@takes_what_is_given
 def speculative_generate(
-    lm: LanguageModel,
-    draft: CPHead | ContextDraft | None,
-    token_ids: Int[Tensor, " time"] | Sequence[Int[Tensor, " _"]],
+    lm: Any,
+    draft: DraftHead | ContextDraft | None,
+    token_ids: Any,
     *,
     max_new_tokens: int = 200,
     rule: str = "block",
@@ -69,8 +72,8 @@ def speculative_generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    eos_token_id: int | None = None,
-    stop_strings: Sequence[str] = (),
+    eos_token_id: Any = None,
+    stop_strings: Any = (),
     callback: Callable[[int, Tensor], bool | None] | None = None,
     monitor: str | Path | None = None,
     audit: bool = False,
@@ -81,11 +84,11 @@ def speculative_generate(
     ----------
     lm : HuggingFaceLanguageModel or LanguageModel
         The target.
-    draft : CPHead, callable or None
+    draft : DraftHead, callable or None
         A head of this target; or, for any target, a function of the text so far (time,), the known
         token being its last, to the CP distribution of the tokens after it. None: plain decoding,
         one token per call, through the same loop.
-    token_ids : (time,) long tensor, or several
+    token_ids : (time,) long tensor, list, array or text, or several
         A prompt of at least one token, or a batch of prompts, whose lengths may differ.
     max_new_tokens : int
         Per row.
@@ -93,9 +96,9 @@ def speculative_generate(
         ``greedy`` needs ``temperature=0``.
     temperature, top_k, top_p
         The target's law; the draft's next-token laws are put through the same.
-    eos_token_id : int, optional
-        A row ends with it; default: none.
-    stop_strings : sequence of str
+    eos_token_id : int, several, or "model", optional
+        A row ends with it; default: none. ``"model"``: those that the model's own files name.
+    stop_strings : str or sequence of str
         A row ends with the token that completes one of them.
     callback : callable, optional
         Called with (row, new tokens) before a block is released; returning False withholds it and
@@ -110,8 +113,8 @@ def speculative_generate(
     ------
     ValueError
         If a prompt is empty or runs past the model's window, a name is unknown, ``greedy`` comes
-        with a temperature above 0, the head belongs to another model, or a model that writes no
-        text gets stop strings.
+        with a temperature above 0, an end of text is no token or string of the model's, or the head
+        belongs to another model.
 
     References
     ----------
@@ -133,9 +136,9 @@ def speculative_generate(
         [token_ids] if isinstance(token_ids, Tensor) and single else list(token_ids)
     )
     _check(lm, prompts, rule, law, max_new_tokens)
-    if isinstance(draft, CPHead):
+    if isinstance(draft, DraftHead):
         draft.attach(lm)
-    endings = _Endings(_reads_text(lm, stop_strings), eos_token_id, tuple(stop_strings), callback)
+    endings = Endings.of(lm, eos_token_id, stop_strings, callback)
     plan = _Plan(law, "token" if rule == "greedy" else rule, seed, max_new_tokens, endings)
     started = time.perf_counter()
     with torch.inference_mode():
@@ -151,39 +154,6 @@ def speculative_generate(
 
 
 @dataclass(frozen=True)
-class _Endings:
-    """Where a row ends early."""
-
-    lm: TextLanguageModel | None
-    eos_token_id: int | None = None
-    stop_strings: tuple[str, ...] = ()
-    callback: Callable[[int, Tensor], bool | None] | None = None
-
-    def cut(self, before: list[int], block: list[int]) -> tuple[list[int], bool]:
-        """The part of a block that is still wanted, and whether the row ends with it."""
-        for k, token in enumerate(block):
-            if token == self.eos_token_id:
-                return block[: k + 1], True
-            if self.lm is not None and self.stop_strings:
-                text = self.lm.decode(torch.tensor(before + block[: k + 1]))
-                if any(stop in text for stop in self.stop_strings):
-                    return block[: k + 1], True
-        return block, False
-
-
-def _reads_text(lm: LanguageModel, stop_strings: Sequence[str]) -> TextLanguageModel | None:
-    """The model where it reads and writes text; one that does not has no use for stop strings."""
-    if isinstance(lm, TextLanguageModel):
-        return lm
-    if stop_strings:
-        raise ValueError(
-            f"stop_strings {list(stop_strings)} for a model without encode_document and decode: "
-            "give eos_token_id, or a model that reads and writes text"
-        )
-    return None
-
-
-@dataclass(frozen=True)
 class _Plan:
     """What stays the same from cycle to cycle."""
 
@@ -191,7 +161,7 @@ class _Plan:
     rule: str
     seed: int
     limit: int
-    endings: _Endings
+    endings: Endings
 
 
 class _Run:
@@ -199,8 +169,8 @@ class _Run:
 
     def __init__(
         self,
-        lm: LanguageModel,
-        draft: CPHead | ContextDraft | None,
+        lm: Any,
+        draft: DraftHead | ContextDraft | None,
         prompts: list[Tensor],
         plan: _Plan,
         monitor: Path | None,
@@ -209,7 +179,7 @@ class _Run:
     ):
         self.draft, self.plan, self.prompts = draft, plan, prompts
         longest = max(map(len, prompts)) + plan.limit
-        heads = isinstance(draft, CPHead)
+        heads = isinstance(draft, DraftHead)
         followed = open_target(lm, rows=len(prompts), longest=longest, hidden=heads)
         self.target, self.way = followed.target, followed.way
         self.window = getattr(lm, "max_context", None)
@@ -218,7 +188,7 @@ class _Run:
         self.hidden: Tensor | None = None
         self.new: list[list[int]] = [[] for _ in prompts]
         self.running = set(range(len(prompts))) if plan.limit else set()
-        horizon = draft.horizon if isinstance(draft, CPHead) else 1
+        horizon = draft.horizon if isinstance(draft, DraftHead) else 1
         self.recorder = Recorder(len(prompts), horizon, monitor)
         by_prefix = self.way in (PREFIXES, CALLS)
         self.audit = Audit(lm, plan.law, len(prompts), by_prefix=by_prefix) if audit else None
@@ -283,9 +253,9 @@ class _Run:
         """What is drafted after the known tokens: at most `longest` of them."""
         if self.draft is None or longest < 1:
             return CPBlock.empty(len(self.known), self.known.device)
-        if isinstance(self.draft, CPHead):
+        if isinstance(self.draft, DraftHead):
             assert self.hidden is not None  # a head without hidden states is refused
-            return self.draft.block(self.hidden, self.known).first(longest)
+            return drafted_block(self.draft, self.hidden, self.known).first(longest)
         return CPBlock.of_distributions([self.draft(text) for text in self.texts()]).first(longest)
 
     def _uniform(self, *shape: int) -> Tensor:

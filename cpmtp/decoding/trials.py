@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +20,37 @@ from cpmtp.decoding.target import (
 )
 from cpmtp.pretrained.trials import one_pass_gap, total_variation, trial_ids
 
+
+class RecordedRowsTarget(RowsTarget):
+    """Rows whose caches remember what cropping must restore, as far as they can."""
+
+    def __init__(self, lm: Any, hidden: bool):
+        super().__init__(lm, hidden, recording=True)
+
+    def begin(self, prompts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Read the prompts.
+
+        Raises
+        ------
+        ValueError
+            If there are recurrent states: recording restores convolutions alone, and what a state
+            keeps of rejected tokens may be too little to be seen on random texts.
+        """
+        found = super().begin(prompts)
+        for layer in (layer for cache in self._caches for layer in cache.layers):
+            states = getattr(layer, "recurrent_states", None)
+            kept = states.values() if isinstance(states, dict) else [states]
+            if any(state is not None for state in kept):
+                raise ValueError("a recurrent state cannot be cropped")
+        return found
+
+
 Opener = Callable[[Any, bool], Target]
 # From the fastest to the one that takes nothing for granted.
 WAYS: dict[str, Opener] = {
     "batch": BatchTarget,
     "rows": lambda lm, hidden: RowsTarget(lm, hidden, recording=False),
-    "recorded rows": lambda lm, hidden: RowsTarget(lm, hidden, recording=True),
+    "recorded rows": RecordedRowsTarget,
     "replayed": lambda lm, hidden: ReplayingTarget(lm, hidden, stepped=False),
     "stepped": lambda lm, hidden: ReplayingTarget(lm, hidden, stepped=True),
     "full passes": FullPassTarget,

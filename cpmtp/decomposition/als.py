@@ -113,6 +113,9 @@ def squared_error_runs(
 
 def _best_fit(probs: Tensor, rank: int, solver: Solver, seed: int) -> _ProperFit:
     """The fit of this rank, or the exact one of a lower rank where this one came to nothing."""
+    if probs.ndim == 1:  # one token is its own factor
+        product = marginal_products(JointDistribution(probs), rank)
+        return _ProperFit(product, 0.0, (0.0, 0.0, 0.0), [0.0])
     found = _proper_fit(probs, rank, solver, seed)
     if rank == 1 or not found.lost_all:
         return found

@@ -6,12 +6,17 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from cpmtp.decomposition.components import top_tokens
 from cpmtp.decomposition.mixtures import Mixtures, Runs, Solved
 from cpmtp.drafts.cp_distribution import CPDistribution
+from cpmtp.drafts.hmm_distribution import HMMDistribution
+from cpmtp.drafts.markov_mixture import MarkovMixture
+from cpmtp.joint_distribution.stored import Stored
 
 OK = "ok"
 NOT_CONVERGED = "not_converged"
@@ -19,8 +24,8 @@ FAILED = "failed"
 
 
 @dataclass(frozen=True)
-class FitResult:
-    """A proper CP distribution and what it took to get there.
+class FitResult(Stored):
+    """A proper distribution of the form asked for and what it took to get there.
 
     For a joint with batch axes every number is a (*batch,) tensor, and `status` and `message` are
     tuples of strings in the order of the flattened batch; for a single joint they are plain Python
@@ -28,7 +33,7 @@ class FitResult:
 
     Attributes
     ----------
-    distribution : CPDistribution
+    distribution : CPDistribution, MarkovMixture or HMMDistribution
         Of the best restart. Anchored: batch axis (vocab,) over the first token and horizon n-1
         (fitted to a tree: a `FirstTokenDrafts`, which reads the same). Fitted to a tree it has the
         tree's ids as its support.
@@ -53,10 +58,10 @@ class FitResult:
         where not meant.
     restart_objectives : (*batch, restarts) tensor
         Objective of every restart (infinite if it failed): their spread shows how ill-posed the fit
-        is.
+        is. Of Markov and hidden Markov forms also of what they contain.
     restart_match_scores : (*batch, restarts) tensor
         `factor_match_score` of every restart with the best one: below 1 the components are no
-        property of the joint.
+        property of the joint. NaN for Markov and hidden Markov forms.
     trace : tuple of float or of tuples
         Objective after each recorded iteration of the best restart (empty where a method keeps
         none).
@@ -77,6 +82,22 @@ class FitResult:
     restart_match_scores: Float[Tensor, "*batch restarts"]
     trace: tuple
     method: str
+
+    def __repr__(self) -> str:
+        shape = tuple(self.distribution.batch_shape)
+        what = self.status
+        if isinstance(self.objective, float):
+            what = f"{self.status}, objective={self.objective:.4g}, iterations={self.iterations}"
+        elif not isinstance(what, str):
+            what = ", ".join(f"{self.status.count(s)} {s}" for s in sorted(set(self.status)))
+        return (
+            f"FitResult({self.method}, {type(self.distribution).__name__} "
+            f"rank={self.distribution.rank}, batch_shape={shape}: {what})"
+        )
+
+    def top_tokens(self, lm: Any, count: int = 5) -> pd.DataFrame:
+        """What the components say, see `cpmtp.top_tokens`."""
+        return top_tokens(self, lm, count)
 
     @classmethod
     def of(
@@ -128,6 +149,44 @@ class FitResult:
             restart_objectives=solved.objectives.reshape(*batch_shape, -1),  # (*batch, restarts)
             restart_match_scores=solved.matches.reshape(*batch_shape, -1),  # (*batch, restarts)
             trace=best.traces if batched else best.traces[0],
+            method=method,
+        )
+
+    @classmethod
+    def of_form(
+        cls,
+        draft: MarkovMixture | HMMDistribution,
+        ends: Any,
+        method: str,
+        *,
+        batch_shape: tuple[int, ...],
+        started: float,
+    ) -> FitResult:
+        """The answer for forms whose runs ended as `ends` says, one group per joint."""
+        batched = len(batch_shape) > 0
+        verdicts = [_verdict("", converged) for converged in ends.converged.tolist()]
+        status, message = zip(*verdicts, strict=True)
+        unknown = torch.full_like(ends.objective, torch.nan)
+        iterations = torch.tensor([max(len(trace) - 1, 0) for trace in ends.traces])
+
+        def shaped(values: Tensor):
+            return values.reshape(batch_shape) if batched else values.item()  # (*batch,)
+
+        objectives = ends.objectives.reshape(*batch_shape, -1)  # (*batch, starts)
+        return cls(
+            draft,
+            objective=shaped(ends.objective),
+            converged=shaped(ends.converged),
+            iterations=shaped(iterations),
+            seconds=time.perf_counter() - started,
+            status=status if batched else status[0],
+            message=message if batched else message[0],
+            raw_relative_error=shaped(unknown),
+            negative_mass=shaped(unknown),
+            mass_deficit=shaped(unknown),
+            restart_objectives=objectives,
+            restart_match_scores=torch.full_like(objectives, torch.nan),
+            trace=ends.traces if batched else ends.traces[0],
             method=method,
         )
 

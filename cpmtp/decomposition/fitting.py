@@ -6,50 +6,43 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from cpmtp.decomposition.descent.gradient import Goal
 from cpmtp.decomposition.fit_result import FitResult, pooled
-from cpmtp.decomposition.gradient import Goal
+from cpmtp.decomposition.forms.entrance import Form, fit_form
 from cpmtp.decomposition.mixtures import Mixtures, Runs, Solved
 from cpmtp.decomposition.restarts import (
     KL_METHODS,
-    METHODS,
+    NOTICEABLE_MASS,
     Items,
     Plan,
     climb,
     not_above,
+    noticed,
+    planned,
     solve,
     solve_rank_one,
 )
 from cpmtp.decomposition.starts import repeated_marginals, stacked_marginals
 from cpmtp.decomposition.trees.problem import TreeProblem
+from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import JointDistribution
+from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.prefix_tree import PrefixTree
 
-# First tokens below this probability get the product of their marginals in an anchored fit: all
-# together they cannot change tokens per call in its fifth digit.
-NOTICEABLE_MASS = 1e-8
-# Most passes over the joint (TensorLy methods: outer iterations) and the gain below which a run
-# stops.
-_DEFAULT_EFFORT = {
-    "als": (50, 1e-6),
-    "hals": (50, 1e-6),
-    "mu": (100, 1e-6),
-    "em": (200, 1e-4),
-    "gradient": (200, 1e-4),
-    "acceptance": (80, 1e-4),
-}
-# Joints up to this many entries are cheap: more passes are allowed.
-_SMALL_JOINT = 50_000
-_MORE_PASSES = {"em": 10, "acceptance": 3}
 
-
+@takes_what_is_given
 def fit(
     joint: JointDistribution | PrefixTree,
     rank: int,
     method: str = "em",
     *,
+    form: str = "cp",
+    transition_rank: int | str = 0,
+    gated: bool = False,
+    transitions: tuple[Tensor, Tensor] | None = None,
     restarts: int = 1,
     seed: int = 0,
     anchored: bool = False,
@@ -59,7 +52,11 @@ def fit(
     rule: str = "block",
     first_token: str = "target",
 ) -> FitResult:
-    """Fit a CP distribution of the given rank to a joint distribution.
+    """Fit a draft of the given form and rank to a joint distribution.
+
+    The answer is never worse than that of the forms it contains with the same seed and one restart:
+    a Markov mixture contains the CP distribution of its rank and the chain of its transition rank,
+    a hidden Markov distribution the CP distribution.
 
     Parameters
     ----------
@@ -69,10 +66,23 @@ def fit(
         the dense joint; of a truncated one the objective is a lower bound of ``KL(P || Q)``, or of
         tokens per call.
     rank : int
-        Number of components.
+        Number of components; 1 for ``markov``.
     method : {"em", "gradient", "acceptance", "als", "hals", "mu"}
         ``em`` and ``gradient`` minimise ``KL(P || Q)`` in nats, ``acceptance`` minus the tokens per
-        call (from an ``em`` fit, and never worse than it), the others the squared error.
+        call (from an ``em`` fit, and never worse than it), the others the squared error (``cp``
+        only).
+    form : {"cp", "markov", "markov_mixture", "hmm"}
+        All but ``cp`` need a dense joint.
+    transition_rank : int or "full"
+        Of the Markov forms: the rank of what a token's logits owe to the one before.
+    gated : bool
+        Anchored Markov forms: left and right factors are always shared by the first tokens of a
+        joint; True lets each scale their products by a gate of its own. Not anchored, a joint has
+        factors of its own, and a gate says nothing.
+    transitions : (left, right), optional
+        Markov forms: factors from elsewhere, (horizon - 1 or 1, vocab, k) and (horizon - 1 or 1, k,
+        vocab), anchored one position fewer. They stay as they are; `gated` then says whether the
+        gates are fitted.
     restarts : int
         The best answer is returned. For all but the squared-error methods each restart is the best
         of four random starts after twelve sweeps of ``em``; large joints are fitted on their
@@ -103,12 +113,12 @@ def fit(
     >>> import torch
     >>> from cpmtp.joint_distribution import exact_joint
     >>> from cpmtp.language_model import separated_hmm
-    >>> joint = exact_joint(separated_hmm(2, 6), torch.tensor([], dtype=torch.long), 3)
+    >>> joint = exact_joint(separated_hmm(2, 6), [], 3)
     >>> result = fit(joint, rank=2)
     >>> result.status, result.objective < 1e-6
     ('ok', True)
     """
-    plan = _plan(
+    plan = planned(
         joint,
         method,
         max_iterations=max_iterations,
@@ -117,18 +127,27 @@ def fit(
         seed=seed,
     )
     plan = replace(plan, load_balancing=load_balancing, goal=Goal(rule, first_token))
-    _check(joint, rank, plan, anchored)
+    asked = Form(form, transition_rank, gated, transitions)
+    _check(joint, rank, plan, anchored, asked)
+    if form != "cp":
+        assert isinstance(joint, JointDistribution)
+        return fit_form(joint, [rank], asked, plan, anchored=anchored, effort=max_iterations)[0]
     started = time.perf_counter()
     problem = _problem(joint, anchored, rank)
     solved = solve(problem.items, rank, problem.plan(plan))
     return problem.result(solved, method, started)
 
 
+@takes_what_is_given
 def fit_path(
     joint: JointDistribution | PrefixTree,
     ranks: Sequence[int],
     method: str = "em",
     *,
+    form: str = "cp",
+    transition_rank: int | str = 0,
+    gated: bool = False,
+    transitions: tuple[Tensor, Tensor] | None = None,
     restarts: int = 1,
     seed: int = 0,
     anchored: bool = False,
@@ -147,13 +166,15 @@ def fit_path(
 
     Parameters
     ----------
-    joint, method, restarts, seed, anchored, max_iterations, tolerance, rule, first_token
+    joint, method, form, transition_rank, gated, transitions, restarts, seed, anchored
+        As for `fit`; forms of more than one component only.
+    max_iterations, tolerance, rule, first_token
         As for `fit`; methods ``em``, ``gradient`` and ``acceptance`` only.
     ranks : sequence of int
         Sorted and without repetition in the answer.
     starts : sequence of FitResult, optional
-        ``acceptance`` only: fits of the same joint at the same ranks to begin from, in increasing
-        order (default: a path of ``em``, whose time is counted).
+        ``acceptance`` of form ``cp`` only: fits of the same joint at the same ranks to begin from,
+        in increasing order (default: a path of ``em``, whose time is counted).
 
     Raises
     ------
@@ -166,7 +187,7 @@ def fit_path(
     >>> import torch
     >>> from cpmtp.joint_distribution import exact_joint
     >>> from cpmtp.language_model import separated_hmm
-    >>> joint = exact_joint(separated_hmm(3, 6), torch.tensor([], dtype=torch.long), 3)
+    >>> joint = exact_joint(separated_hmm(3, 6), [], 3)
     >>> one, two, three = fit_path(joint, [1, 2, 3])
     >>> one.objective > two.objective > three.objective
     True
@@ -178,7 +199,7 @@ def fit_path(
         )
     if not ranks:
         raise ValueError("no ranks: expected at least one")
-    plan = _plan(
+    plan = planned(
         joint,
         method,
         max_iterations=max_iterations,
@@ -188,16 +209,23 @@ def fit_path(
     )
     plan = replace(plan, goal=Goal(rule, first_token))
     ranks = sorted(set(ranks))
-    _check(joint, ranks[0], plan, anchored)
-    _check(joint, ranks[-1], plan, anchored)
-    if starts is not None and method != "acceptance":
-        raise ValueError(f"starts for {method!r}: only 'acceptance' begins from given fits")
+    asked = Form(form, transition_rank, gated, transitions)
+    _check(joint, ranks[0], plan, anchored, asked)
+    _check(joint, ranks[-1], plan, anchored, asked)
+    if starts is not None and (method != "acceptance" or form != "cp"):
+        raise ValueError(
+            f"starts for {method!r} of form {form!r}: only 'acceptance' of 'cp' begins from fits"
+        )
+    if form != "cp":
+        assert isinstance(joint, JointDistribution)
+        found = fit_form(joint, ranks, asked, plan, anchored=anchored, effort=max_iterations)
+        return tuple(found)
     given = starts is not None
     if method == "acceptance" and starts is None:
         starts = fit_path(joint, ranks, restarts=restarts, seed=seed, anchored=anchored)
     if starts is not None and [start.distribution.rank for start in starts] != ranks:
-        found = [start.distribution.rank for start in starts]
-        raise ValueError(f"starts of ranks {found}: expected {ranks}, one each")
+        given_ranks = [start.distribution.rank for start in starts]
+        raise ValueError(f"starts of ranks {given_ranks}: expected {ranks}, one each")
 
     problem, results = _problem(joint, anchored, ranks[-1]), []
     plan = problem.plan(plan)
@@ -216,35 +244,6 @@ def fit_path(
         below = solved.best
         results.append(problem.result(solved, method, started))
     return tuple(results)
-
-
-def _plan(
-    joint: JointDistribution | PrefixTree,
-    method: str,
-    *,
-    max_iterations: int | None,
-    tolerance: float | None,
-    restarts: int,
-    seed: int,
-) -> Plan:
-    """A method's plan with the defaults for a joint of this size filled in.
-
-    Raises
-    ------
-    ValueError
-        If the method is unknown.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
-    passes, gain = _DEFAULT_EFFORT[method]
-    more = _MORE_PASSES.get(method, 1) if joint.vocab_size**joint.horizon <= _SMALL_JOINT else 1
-    return Plan(
-        method,
-        restarts,
-        seed,
-        passes * more if max_iterations is None else max_iterations,
-        gain if tolerance is None else tolerance,
-    )
 
 
 @dataclass(frozen=True)
@@ -278,7 +277,7 @@ class _Problem:
         if not anchored:
             return cls(Items(flat), batch_shape)
         first = joint.prefix_probs(1).reshape(-1, joint.vocab_size)  # (joints, vocab)
-        some = JointDistribution(probs[_noticed(first)], given.horizon)
+        some = JointDistribution(probs[noticed(first)], given.horizon)
         return cls(Items(some), batch_shape, first, stacked_marginals(flat))
 
     def plan(self, plan: Plan) -> Plan:
@@ -291,15 +290,17 @@ class _Problem:
 
     def mixtures(self, found: FitResult) -> Mixtures:
         """A fit's answers to the items."""
+        if not isinstance(found.distribution, CPDistribution):
+            raise ValueError(f"a start of {type(found.distribution).__name__}: expected form 'cp'")
         mixtures = Mixtures.of(found.distribution)
-        return mixtures if self.first is None else mixtures[_noticed(self.first)]
+        return mixtures if self.first is None else mixtures[noticed(self.first)]
 
     def result(self, solved: Solved, method: str, started: float) -> FitResult:
         """The answer to the caller, one per joint."""
         first_tokens = None
         if self.first is not None and self.marginals is not None:
             others = repeated_marginals(self.marginals, solved.best.mixtures.rank)
-            solved = pooled(solved, self.first, _noticed(self.first), others)
+            solved = pooled(solved, self.first, noticed(self.first), others)
             first_tokens = self.first.shape[1]
         return FitResult.of(
             solved,
@@ -321,13 +322,15 @@ def _problem(
     return _Problem.of(joint, anchored)
 
 
-def _noticed(first: Float[Tensor, "joints vocab"]) -> Int[Tensor, " items"]:
-    """Numbers of the first tokens that are fitted, over all joints."""
-    return (first.reshape(-1) > NOTICEABLE_MASS).nonzero().squeeze(1)  # (items,)
-
-
-def _check(joint: JointDistribution | PrefixTree, rank: int, plan: Plan, anchored: bool) -> None:
+def _check(
+    joint: JointDistribution | PrefixTree,
+    rank: int,
+    plan: Plan,
+    anchored: bool,
+    form: Form,
+) -> None:
     """Refuse what cannot be fitted, with what was got, what was expected and what to do."""
+    form.check(joint, rank, plan, anchored)
     if isinstance(joint, PrefixTree) and plan.method not in KL_METHODS:
         raise ValueError(
             f"method {plan.method!r} on a tree: expected one of {', '.join(KL_METHODS)}; the "

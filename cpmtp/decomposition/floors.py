@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cpmtp.joint_distribution import JointDistribution
+from cpmtp.joint_distribution.given import takes_what_is_given
 
 # An unfolding whose shorter side is longer than this is left out: its singular values would take
 # minutes, and the floor holds without it.
@@ -47,6 +48,7 @@ class RankFloors:
     kl_from_unfoldings: Float[Tensor, "*batch ranks"]
 
 
+@takes_what_is_given
 def rank_floors(joint: JointDistribution, ranks: Sequence[int]) -> RankFloors:
     """Floors of relative Frobenius error and KL divergence at each rank.
 

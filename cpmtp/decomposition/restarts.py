@@ -12,14 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.decomposition.als import Solver, squared_error_runs
-from cpmtp.decomposition.em import (
+from cpmtp.decomposition.descent.em import (
     CountingTargets,
     Targets,
     em_runs,
     expected_counts,
     promising,
 )
-from cpmtp.decomposition.gradient import (
+from cpmtp.decomposition.descent.gradient import (
     Goal,
     acceptance_runs,
     gradient_runs,
@@ -37,10 +37,24 @@ from cpmtp.decomposition.starts import (
 from cpmtp.decomposition.trees.starts import tree_fibre_starts
 from cpmtp.decomposition.trees.targets import TreeTargets
 from cpmtp.joint_distribution import JointDistribution
+from cpmtp.prefix_tree import PrefixTree
 
 SQUARED_ERROR_METHODS = ("als", "hals", "mu")
 KL_METHODS = ("em", "gradient", "acceptance")
 METHODS = (*SQUARED_ERROR_METHODS, *KL_METHODS)
+# Most passes over the joint (TensorLy methods: outer iterations) and the gain below which a run
+# stops.
+_DEFAULT_EFFORT = {
+    "als": (50, 1e-6),
+    "hals": (50, 1e-6),
+    "mu": (100, 1e-6),
+    "em": (200, 1e-4),
+    "gradient": (200, 1e-4),
+    "acceptance": (80, 1e-4),
+}
+# Joints up to this many entries are cheap: more passes are allowed.
+_SMALL_JOINT = 50_000
+_MORE_PASSES = {"em": 10, "acceptance": 3}
 # Starts tried for a few sweeps for each restart: the best of four ends 3 to 5 % lower (code and
 # prose joints, ranks 4 to 32) for a third more sweeps. Half of them begin from marginals, half from
 # fibres.
@@ -57,9 +71,12 @@ _SHARE_ON_ALL = 4
 # Components of less mass on a core than this are of its rare tokens: what they weigh there says
 # little of what they weigh.
 _LEAST_KEPT = 1e-6
+# First tokens below this probability get the product of their marginals in an anchored fit: all
+# together they cannot change tokens per call in its fifth digit.
+NOTICEABLE_MASS = 1e-8
 # Below this many entries a sweep costs next to nothing, and a batch of whole joints is the faster
 # way.
-_CORE_FROM = 200_000
+CORE_FROM = 200_000
 
 
 @dataclass(frozen=True)
@@ -87,6 +104,35 @@ class Plan:
     tolerance: float
     load_balancing: float = 0.0
     goal: Goal = field(default_factory=Goal)
+
+
+def planned(
+    joint: JointDistribution | PrefixTree,
+    method: str,
+    *,
+    max_iterations: int | None,
+    tolerance: float | None,
+    restarts: int,
+    seed: int,
+) -> Plan:
+    """A method's plan with the defaults for a joint of this size filled in.
+
+    Raises
+    ------
+    ValueError
+        If the method is unknown.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: expected one of {', '.join(METHODS)}")
+    passes, gain = _DEFAULT_EFFORT[method]
+    more = _MORE_PASSES.get(method, 1) if joint.vocab_size**joint.horizon <= _SMALL_JOINT else 1
+    return Plan(
+        method,
+        restarts,
+        seed,
+        passes * more if max_iterations is None else max_iterations,
+        gain if tolerance is None else tolerance,
+    )
 
 
 @dataclass(frozen=True)
@@ -139,7 +185,7 @@ class Items:
         joints = self.joints
         if isinstance(joints, TreeTargets) or not self.on_cores:
             return ()
-        if joints.vocab_size**joints.horizon < _CORE_FROM:
+        if joints.vocab_size**joints.horizon < CORE_FROM:
             return ()
         return tuple(Core.of(JointDistribution(probs)) for probs in joints.probs)
 
@@ -167,10 +213,15 @@ class Items:
 
 def solve(items: Items, rank: int, plan: Plan) -> Solved:
     """Fit every item from random starts."""
+    return Solved.of(all_runs(items, rank, plan), plan.restarts)
+
+
+def all_runs(items: Items, rank: int, plan: Plan) -> Runs:
+    """Every restart of every item, those of one item consecutive."""
     if plan.method in SQUARED_ERROR_METHODS:
         solver = Solver(plan.method, plan.max_iterations, plan.tolerance)
-        runs = squared_error_runs(items.dense, rank, solver, restarts=plan.restarts, seed=plan.seed)
-        return Solved.of(runs, plan.restarts)
+        restarts, seed = plan.restarts, plan.seed
+        return squared_error_runs(items.dense, rank, solver, restarts=restarts, seed=seed)
 
     if items.cores:
         parts = [
@@ -182,7 +233,7 @@ def solve(items: Items, rank: int, plan: Plan) -> Solved:
         start = _promising(items, rank, plan)
     if plan.method == "acceptance":
         start = _run(items, start, _near(plan, passes=2)).mixtures
-    return Solved.of(_run(items, start, plan), plan.restarts)
+    return _run(items, start, plan)
 
 
 def solve_rank_one(items: Items) -> Solved:
@@ -267,6 +318,20 @@ def _run(items: Items, start: Mixtures, plan: Plan, owner: Tensor | None = None)
     )
 
 
+def noticed(first: Float[Tensor, "*joints vocab"]) -> Int[Tensor, " items"]:
+    """Numbers of the first tokens that are fitted, over all joints."""
+    return (first.reshape(-1) > NOTICEABLE_MASS).nonzero().squeeze(1)  # (items,)
+
+
+def noticeable_tokens(
+    marginals: Float[Tensor, "horizon vocab"], entropy: Float[Tensor, ""]
+) -> Int[Tensor, " kept"]:
+    """All tokens but the rarest, whose loss is small beside the joint's entropy in nats."""
+    ascending, order = marginals.sum(0).sort()  # (vocab,), (vocab,)
+    noticeable = ascending.cumsum(0) > _LOST_PER_NAT * entropy  # (vocab,)
+    return order[noticeable].sort().values  # (kept,)
+
+
 @dataclass(frozen=True)
 class Core:
     """A joint restricted to its noticeable tokens, and the way back.
@@ -288,9 +353,7 @@ class Core:
     def of(cls, joint: JointDistribution) -> Core:
         """The core of a joint without batch axes."""
         marginals = stacked_marginals(joint)
-        ascending, order = marginals[0].sum(0).sort()  # (vocab,), (vocab,)
-        noticeable = ascending.cumsum(0) > _LOST_PER_NAT * joint.entropy()  # (vocab,)
-        tokens = order[noticeable].sort().values  # (kept,)
+        tokens = noticeable_tokens(marginals[0], joint.entropy())  # (kept,)
         kept = joint.probs
         for axis in range(joint.horizon):
             kept = kept.index_select(axis, tokens)  # (kept, …, kept, vocab, …)

@@ -1,9 +1,14 @@
-"""Drafted blocks as a decoder needs them: a row per request, unchecked, drawn and read fast."""
+"""Drafted blocks as a decoder needs them: a row per request, unchecked, drawn and read fast.
+
+A block of every form draws the same way: the next position's rows, one distribution per component,
+are mixed by the weights so far, put through the law, and drawn from; the drawn token moves the
+weights. What differs is where the rows come from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,7 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.drafts.cp_distribution import CPDistribution
+from cpmtp.drafts.support import Support
 from cpmtp.sampling_law import SamplingLaw, draw
+
+# Position and the token before it (None at first) to the components' distributions there, float64
+# (batch, rank, support); asked in turn.
+Rows = Callable[[int, Tensor | None], Tensor]
 
 
 @runtime_checkable
@@ -36,12 +46,6 @@ class Block(Protocol):
         """
         ...
 
-    def along(
-        self, path: Int[Tensor, "batch length"], law: SamplingLaw
-    ) -> Float[Tensor, "batch length"]:
-        """The processed conditional of each token of given paths."""
-        ...
-
 
 @dataclass(frozen=True)
 class CPBlock:
@@ -50,17 +54,21 @@ class CPBlock:
     Attributes
     ----------
     weights : (batch, rank) tensor
-    factors : (batch, length, rank, vocab) tensor
+    factors : (batch, length, rank, support) tensor
+    support : Support, optional
+        The ids that may be drafted, the same at all positions; default: all.
     """
 
     weights: Float[Tensor, "batch rank"]
-    factors: Float[Tensor, "batch length rank vocab"]
+    factors: Float[Tensor, "batch length rank support"]
+    support: Support | None = None
 
     @classmethod
-    def of(cls, weights: Tensor, factors: Tensor) -> CPBlock:
+    def of(cls, weights: Tensor, factors: Tensor, support: Support | None = None) -> CPBlock:
         """In double precision and normalised again there."""
         weights, factors = weights.double(), factors.double()
-        return cls(weights / weights.sum(-1, keepdim=True), factors / factors.sum(-1, keepdim=True))
+        weights = weights / weights.sum(-1, keepdim=True)
+        return cls(weights, factors / factors.sum(-1, keepdim=True), support)
 
     @classmethod
     def of_distributions(cls, drafts: Sequence[CPDistribution]) -> CPBlock:
@@ -82,7 +90,7 @@ class CPBlock:
 
     def first(self, length: int) -> CPBlock:
         """Only the first tokens."""
-        return CPBlock(self.weights, self.factors[:, :length])
+        return replace(self, factors=self.factors[:, :length])
 
     def sample(
         self, law: SamplingLaw, uniform: Float[Tensor, "batch numbers"]
@@ -91,19 +99,16 @@ class CPBlock:
         if not self.length:
             nothing = self.factors.new_zeros(len(self.weights), 0, 1)
             return nothing[..., 0].long(), nothing
-        return self._at_once(uniform) if law.is_identity else self._in_turn(law, uniform)
-
-    def along(
-        self, path: Int[Tensor, "batch length"], law: SamplingLaw
-    ) -> Float[Tensor, "batch length"]:
-        """The processed conditional of each token of given paths."""
-        weights, found = self.weights, []
-        for k, token in enumerate(path.unbind(1)):
-            mixed = (weights[:, None] @ self.factors[:, k]).squeeze(1)  # (batch, vocab)
-            probs = law.process(mixed / mixed.sum(-1, keepdim=True))
-            found.append(probs.gather(-1, token[:, None]))  # (batch, 1)
-            weights = self._posterior(weights, k, token)
-        return torch.cat(found, -1)  # (batch, length)
+        if law.is_identity:
+            return _tokens(self.support, *self._at_once(uniform))
+        return _in_turn(
+            self.weights,
+            self.length,
+            lambda k, token: self.factors[:, k],
+            self.support,
+            law,
+            uniform,
+        )
 
     def _at_once(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """A component, then all its tokens; verified against the mixture, as if nobody knew it."""
@@ -118,21 +123,138 @@ class CPBlock:
         posterior = posterior / posterior.sum(-1, keepdim=True)  # (batch, length, rank)
         return path, (posterior.unsqueeze(-2) @ self.factors).squeeze(-2)
 
-    def _in_turn(self, law: SamplingLaw, uniform: Tensor) -> tuple[Tensor, Tensor]:
-        """One token after another: a processed mixture is no mixture of processed components."""
-        weights, path, along = self.weights, [], []
-        for k in range(self.length):
-            mixed = (weights.unsqueeze(-2) @ self.factors[:, k]).squeeze(-2)  # (batch, vocab)
-            probs = law.process(mixed)
-            token = draw(probs, uniform[:, k])  # (batch,)
-            weights = self._posterior(weights, k, token)
-            path.append(token)
-            along.append(probs)
-        # (batch, length), (batch, length, vocab)
-        return torch.stack(path, 1), torch.stack(along, 1)
 
-    def _posterior(self, weights: Tensor, position: int, token: Tensor) -> Tensor:
-        """Weights after one more token, (batch, rank)."""
-        at = token[:, None, None].expand(-1, weights.shape[1], 1)  # (batch, rank, 1)
-        weights = weights * self.factors[:, position].gather(-1, at).squeeze(-1)  # (batch, rank)
-        return weights / weights.sum(-1, keepdim=True)
+@dataclass(frozen=True)
+class MarkovBlock:
+    """A mixture of Markov chains per request, whose transitions all requests share.
+
+    Attributes
+    ----------
+    weights : (batch, rank) tensor
+        float64.
+    logits : (batch, length, rank, support) tensor
+        The first position's are complete; a later one's lack what the token before it adds.
+    left, right : (vocab, transition_rank) and (transition_rank, support) tensors
+    gates : (batch, length - 1, transition_rank) tensor, optional
+        Default: ones.
+    support : Support, optional
+        The ids that may be drafted, the same at all positions; default: all.
+    """
+
+    weights: Float[Tensor, "batch rank"]
+    logits: Float[Tensor, "batch length rank support"]
+    left: Float[Tensor, "vocab transition_rank"]
+    right: Float[Tensor, "transition_rank support"]
+    gates: Tensor | None = None
+    support: Support | None = None
+
+    @property
+    def length(self) -> int:
+        """Drafted tokens per request."""
+        return self.logits.shape[1]
+
+    def first(self, length: int) -> MarkovBlock:
+        """Only the first tokens."""
+        return replace(self, logits=self.logits[:, :length])
+
+    def after(self, token: Int[Tensor, " batch"]) -> MarkovBlock:
+        """The block whose first position comes after a token of another transition: the first
+        gates are that transition's.
+        """
+        moved = self._moved(0, token)  # (batch, support)
+        first = self.logits[:, :1] + moved[:, None, None]  # (batch, 1, rank, support)
+        gates = None if self.gates is None else self.gates[:, 1:]
+        return replace(self, logits=torch.cat([first, self.logits[:, 1:]], 1), gates=gates)
+
+    def sample(
+        self, law: SamplingLaw, uniform: Float[Tensor, "batch numbers"]
+    ) -> tuple[Int[Tensor, "batch length"], Float[Tensor, "batch length vocab"]]:
+        """One token after another; see `Block`."""
+        return _in_turn(self.weights, self.length, self._rows, self.support, law, uniform)
+
+    def _rows(self, position: int, token: Tensor | None) -> Tensor:
+        logits = self.logits[:, position]  # (batch, rank, support)
+        if token is not None:
+            logits = logits + self._moved(position - 1, token).unsqueeze(1)
+        return logits.double().softmax(-1)
+
+    def _moved(self, transition: int, token: Tensor) -> Tensor:
+        left = self.left[token]  # (batch, transition_rank)
+        return (left if self.gates is None else left * self.gates[:, transition]) @ self.right
+
+
+@dataclass(frozen=True)
+class RecurrentBlock:
+    """A state per request that reads every drafted token.
+
+    Attributes
+    ----------
+    state : (batch, width) tensor
+        Before the first drafted token.
+    length : int
+    logits : callable
+        Of (position, states), (batch, support).
+    advance : callable
+        States and the token drafted after them to the states after it.
+    support : Support, optional
+        The ids that may be drafted, the same at all positions; default: all.
+    """
+
+    state: Float[Tensor, "batch width"]
+    length: int
+    logits: Callable[[int, Tensor], Tensor]
+    advance: Callable[[Tensor, Tensor], Tensor]
+    support: Support | None = None
+
+    def first(self, length: int) -> RecurrentBlock:
+        """Only the first tokens."""
+        return replace(self, length=min(length, self.length))
+
+    def sample(
+        self, law: SamplingLaw, uniform: Float[Tensor, "batch numbers"]
+    ) -> tuple[Int[Tensor, "batch length"], Float[Tensor, "batch length vocab"]]:
+        """One token after another; see `Block`."""
+        state = self.state
+
+        def rows(position: int, token: Tensor | None) -> Tensor:
+            nonlocal state
+            state = state if token is None else self.advance(state, token)
+            return self.logits(position, state).double().softmax(-1).unsqueeze(1)
+
+        weights = torch.ones(len(state), 1, dtype=torch.float64, device=state.device)
+        return _in_turn(weights, self.length, rows, self.support, law, uniform)
+
+
+def _in_turn(
+    weights: Float[Tensor, "batch rank"],
+    length: int,
+    rows: Rows,
+    support: Support | None,
+    law: SamplingLaw,
+    uniform: Float[Tensor, "batch numbers"],
+) -> tuple[Tensor, Tensor]:
+    """One token after another: a processed mixture is no mixture of processed components."""
+    path, along = [], []
+    token = None
+    for k in range(length):
+        factors = rows(k, token)  # (batch, rank, support)
+        probs = law.process((weights.unsqueeze(-2) @ factors).squeeze(-2))  # (batch, support)
+        place = draw(probs, uniform[:, k])  # (batch,)
+
+        at = place[:, None, None].expand(-1, weights.shape[1], 1)  # (batch, rank, 1)
+        weights = weights * factors.gather(-1, at).squeeze(-1)  # (batch, rank)
+        weights = weights / weights.sum(-1, keepdim=True)
+        path.append(place)
+        along.append(probs)
+        token = place if support is None else support.tokens(k, place)
+    # (batch, length), (batch, length, support)
+    return _tokens(support, torch.stack(path, 1), torch.stack(along, 1))
+
+
+def _tokens(support: Support | None, places: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and probabilities over all of them, from places in the support."""
+    if support is None:
+        return places, probs
+    ids = [support.tokens(k, place) for k, place in enumerate(places.unbind(1))]
+    spread = [support.scatter(k, row) for k, row in enumerate(probs.unbind(1))]
+    return torch.stack(ids, 1), torch.stack(spread, 1)  # (batch, length), (batch, length, vocab)

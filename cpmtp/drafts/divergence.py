@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cpmtp.drafts.protocol import as_draft, is_anchored
 from cpmtp.joint_distribution import JointDistribution
+from cpmtp.joint_distribution.given import takes_what_is_given
 
 # Entries of the joint compared at once: the working set is a few blocks of this size, however large
 # the joint.
@@ -39,6 +40,7 @@ class Divergences:
     hellinger: float | Float[Tensor, "*batch"]
 
 
+@takes_what_is_given
 def divergences(joint: JointDistribution, draft: Any) -> Divergences:
     """Kullback-Leibler divergence, total variation, relative Frobenius error and Hellinger distance
     of Q from P.

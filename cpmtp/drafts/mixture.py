@@ -19,13 +19,14 @@ from torch import Tensor
 
 from cpmtp.drafts.prefix_tables import GrowingTable, picked
 from cpmtp.drafts.support import Support
+from cpmtp.joint_distribution.stored import Stored
 from cpmtp.language_model import draw_tokens
 from cpmtp.sampling_law import SamplingLaw, ratio
 
 _SIMPLEX_TOLERANCE = 1e-5
 
 
-class Mixture(ABC):
+class Mixture(Stored, ABC):
     """A mixture of drafts; see `CPDistribution` for the names' meaning.
 
     Inside, tokens have shape (*batch, rows) and weights (*batch, rows, rank): what does not depend
@@ -122,6 +123,19 @@ class Mixture(ABC):
         names = ("rank", *self._named, "horizon", "vocab_size")
         sizes = ", ".join(f"{name}={getattr(self, name)}" for name in names)
         return f"{type(self).__name__}({sizes}, batch_shape={tuple(self.batch_shape)})"
+
+    def component_probs(self) -> Iterator[Float[Tensor, "*batch rank vocab"]]:
+        """Next-token probabilities of every component by itself, position after position; where
+        they depend on the token before, that is its own most probable one.
+        """
+        rows = torch.arange(self.rank, device=self.weights.device)
+        component = rows.expand(*self.batch_shape, -1)  # (*batch, rank)
+        before = None
+        for position in range(self.horizon):
+            probs = self._of_components(position, component, before)  # (*batch, rank, size)
+            probs = self._spread(position, probs)  # (*batch, rank, vocab)
+            before = probs.argmax(-1)  # (*batch, rank)
+            yield probs
 
     def to_tensor(self) -> Float[Tensor, "..."]:
         """All probabilities, (*batch, vocab, …, vocab)."""

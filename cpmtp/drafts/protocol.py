@@ -256,6 +256,8 @@ def is_anchored(
         token.
     """
     proposed = getattr(proposed, "distribution", proposed)
+    if not isinstance(proposed, JointDistribution | Draft | LanguageModel):
+        as_draft(proposed)  # which says what is expected
     if proposed.vocab_size != vocab_size:
         raise ValueError(
             f"a draft over {proposed.vocab_size} tokens for a target over {vocab_size}: they must "

@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from cpmtp.joint_distribution.stored import Stored
+
 
 @dataclass(frozen=True, eq=False)
-class Support:
+class Support(Stored):
     """The token ids of every position, ascending; outside them a draft gives no mass.
 
     Attributes

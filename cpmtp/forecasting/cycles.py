@@ -17,15 +17,18 @@ cycles is integrated out; only that of texts is left.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.acceptance.verification import VERIFIED, check_rule, survival_along
-from cpmtp.heads.cp_head import CPHead
-from cpmtp.language_model import HiddenStateLanguageModel
+from cpmtp.heads.conditionals import path_conditionals
+from cpmtp.heads.draft_head import DraftHead
+from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.resampling import normal_half_width
 from cpmtp.sampling_law import SamplingLaw
 
@@ -47,6 +50,12 @@ class CycleForecast:
     unweighted_interval : (float, float)
     texts : int
     rule : str
+    calls : (texts,) tensor
+        Expected calls in each text, of which every one has ``time - start - 1`` tokens from the
+        first known one: for intervals over groups of texts, or of differences between heads.
+    survived : (texts, horizon) tensor
+        Expected calls in each text that emit at least 1 … n tokens; its sum over the texts is that
+        of the calls times survival.
     """
 
     tokens_per_call: float
@@ -55,11 +64,19 @@ class CycleForecast:
     unweighted_interval: tuple[float, float]
     texts: int
     rule: str
+    calls: Float[Tensor, " texts"] = field(repr=False, compare=False)
+    survived: Float[Tensor, "texts horizon"] = field(repr=False, compare=False)
+
+    @property
+    def survival(self) -> Float[Tensor, " horizon"]:
+        """``S_1 … S_n`` as cycles meet them; what a text's end cuts off counts as lost."""
+        return self.survived.sum(0) / self.calls.sum()
 
 
+@takes_what_is_given
 def forecast_cycles(
-    lm: HiddenStateLanguageModel,
-    head: CPHead,
+    lm: Any,
+    head: DraftHead,
     tokens: Int[Tensor, "texts time"],
     *,
     start: int = 1,
@@ -96,9 +113,45 @@ def forecast_cycles(
             f"start {start} of texts of {tokens.shape[1]} tokens: expected a prompt, a known "
             "token and more after it"
         )
-    # (texts, starts, drafted)
-    ratios = torch.cat([_text_ratios(lm, head, row, start, law) for row in tokens.split(1)])
+    ratios = head_ratios(head, (ReadText.of(lm, row, law) for row in tokens.split(1)), start)
     return forecast_from_ratios(ratios, rule=rule, confidence=confidence)
+
+
+@dataclass(frozen=True)
+class ReadText:
+    """What the base model says of one text, whatever the head.
+
+    Attributes
+    ----------
+    tokens : (1, time) long tensor
+    hidden : (1, time - 1, hidden) tensor
+        After each token but the last.
+    probs : (time - 1,) tensor
+        Of each token but the first, under the sampling law.
+    law : SamplingLaw
+    """
+
+    tokens: Int[Tensor, "1 time"]
+    hidden: Float[Tensor, "1 _ d"]
+    probs: Float[Tensor, " _"]
+    law: SamplingLaw
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, lm: Any, row: Int[Tensor, "1 time"], law: SamplingLaw) -> ReadText:
+        """One pass of the base model."""
+        row = row.to(lm.device)
+        hidden = lm.hidden_states(row)[:, :-1]  # (1, time - 1, d)
+        target = law.process(lm.unembed(hidden[0]).double().softmax(-1))  # (time - 1, vocab)
+        probs = target.gather(-1, row[0, 1:, None]).squeeze(-1)  # (time - 1,)
+        return cls(row, hidden, probs, law)
+
+
+def head_ratios(
+    head: DraftHead, texts: Iterable[ReadText], start: int
+) -> Float[Tensor, "texts starts drafted"]:
+    """``q / p`` along texts for a head, see `forecast_from_ratios`."""
+    return torch.cat([_text_ratios(head, text, start) for text in texts])
 
 
 def forecast_from_ratios(
@@ -128,7 +181,9 @@ def forecast_from_ratios(
     starts = start_probs(kept)
     weighted = _ratio(torch.full_like(starts[:, 0], starts.shape[1]), starts.sum(1), confidence)
     plain = _ratio(whole.sum(1), torch.full_like(starts[:, 0], whole.shape[1]), confidence)
-    return CycleForecast(weighted[0], weighted[1], plain[0], plain[1], len(ratios), rule)
+    calls = starts.sum(1)  # (texts,)
+    survived = (starts.unsqueeze(-1) * kept).sum(1)  # (texts, horizon)
+    return CycleForecast(*weighted, *plain, len(ratios), rule, calls, survived)
 
 
 def kept_along_text(
@@ -159,25 +214,26 @@ def start_probs(kept: Float[Tensor, "texts starts horizon"]) -> Float[Tensor, "t
 
 
 @torch.no_grad()
-def _text_ratios(
-    lm: HiddenStateLanguageModel, head: CPHead, row: Tensor, start: int, law: SamplingLaw
-) -> Tensor:
-    """``q / p`` (1, starts, drafted) of one text (1, time); what lies beyond its end is 0."""
-    row = row.to(lm.device)
-    hidden = lm.hidden_states(row)[0]
+def _text_ratios(head: DraftHead, text: ReadText, start: int) -> Tensor:
+    """``q / p`` (1, starts, drafted) of one text; what lies beyond its end is 0."""
+    row, hidden, law = text.tokens, text.hidden, text.law
     time, drafted = row.shape[1], head.horizon - 1
     # Beyond the end stand copies of the last token: read by nobody, but the shapes stay.
-    padded = torch.cat([row[0], row[0, -1:].expand(drafted)])  # (time + drafted,)
-    target = law.process(lm.unembed(hidden).double().softmax(-1))
-    of_text = target[:-1].gather(-1, row[0, 1:, None]).squeeze(-1)  # (time - 1,)
-    of_text = torch.cat([of_text, of_text.new_ones(drafted)])  # (time - 1 + drafted,)
-    known = torch.arange(start, time - 1, device=row.device)
-    size = max(_ENTRIES_AT_ONCE // (drafted * head.rank * head.vocab_size), 1)
+    padded = torch.cat([row, row[:, -1:].expand(-1, drafted)], 1)  # (1, time + drafted)
+    of_text = torch.cat([text.probs, text.probs.new_ones(drafted)])  # (time - 1 + drafted,)
+
+    hidden = hidden.to(head.maps)
+    features, weights = head.features(hidden, padded), head.weights()
+    paths = padded[:, 1:].unfold(1, head.horizon, 1)  # (1, time - 1, horizon)
+    size = max(_ENTRIES_AT_ONCE // (head.drafted * head.rank * head.support_size), 1)
     parts = []
-    for at in known.split(size):
+    for at in torch.arange(start, time - 1, device=row.device).split(size):
+        some = (0, at - 1)
+        found = features[some]
+        logits = head.logits(hidden[some], found, *weights)  # (some, drafted, rank, support)
+        along = path_conditionals(head, found.log_weights.double(), logits.double(), paths[some])
+        q = replace(along, drafted=law.process(along.drafted)).of_path()  # (some, drafted)
         following = at[:, None] + torch.arange(1, drafted + 1, device=row.device)  # (some, drafted)
-        block = head.block(hidden[at - 1], row[0, at])
-        q = block.along(padded[following], law)  # (some, drafted)
         parts.append(torch.where(following < time, q / of_text[following - 1], 0.0))
     return torch.cat(parts).cpu()[None]  # (1, starts, drafted)
 

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
+from torch.nn import functional
 
 from cpmtp.acceptance.implied import acceptance_profiles
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.drafts.divergence import divergences
-from cpmtp.heads.cp_head import CPHead
+from cpmtp.drafts.markov_mixture import MarkovMixture
+from cpmtp.heads.conditionals import path_conditionals
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.heads.losses import head_loss
-from cpmtp.joint_distribution import JointDistribution, exact_joint
-from cpmtp.language_model import HiddenStateLanguageModel
+from cpmtp.joint_distribution import (
+    JointDistribution,
+    check_joint_size,
+    exact_joint,
+    grid_rows,
+)
+from cpmtp.joint_distribution.given import takes_what_is_given
+from cpmtp.joint_distribution.progress import progress_bar
 
 
 @torch.no_grad()
+@takes_what_is_given
 def head_draft(
-    lm: HiddenStateLanguageModel,
-    head: CPHead,
-    context: Int[Tensor, " time"],
-    *,
-    horizon: int | None = None,
-) -> CPDistribution:
+    lm: Any, head: DraftHead, context: Int[Tensor, " time"], *, horizon: int | None = None
+) -> CPDistribution | MarkovMixture | JointDistribution:
     """What the head drafts after one context, in the form `implied_acceptance` takes; float64.
 
     Parameters
@@ -41,25 +45,64 @@ def head_draft(
 
     Returns
     -------
-    CPDistribution
-        Over x_1 … x_n; from an anchored head with a batch axis over x_1 and one token less.
+    CPDistribution, MarkovMixture or JointDistribution
+        Of a head of components, of one with transitions, of a recurrent one; over x_1 … x_n, from
+        an anchored head with a batch axis over x_1 and one token less.
+
+    Raises
+    ------
+    ValueError
+        If the head does not know the horizon, or reads the text by a layer of its own.
     """
     horizon = head.horizon if horizon is None else horizon
     if not 2 <= horizon <= head.horizon:
         raise ValueError(f"horizon {horizon}: this head knows 2 to {head.horizon}")
     hidden = lm.hidden_states(context[None])[0, -1].float()  # (d,)
-    if head.anchored:
-        draft = head(  # of (vocab, d)
-            hidden.expand(head.vocab_size, -1), torch.arange(head.vocab_size, device=hidden.device)
+    if head.form == "recurrent":
+        return _enumerated(head, hidden, horizon)
+    if not head.anchored:
+        return _double(head(hidden).marginal(horizon))
+    first = torch.arange(head.vocab_size, device=hidden.device)
+    draft = head(hidden.expand(head.vocab_size, -1), first)  # of (vocab, d)
+    return _double(draft.marginal(horizon - 1))
+
+
+def _enumerated(head: DraftHead, hidden: Float[Tensor, " d"], horizon: int) -> JointDistribution:
+    """A recurrent head's joint, token by token after every prefix."""
+    if head.over_text:
+        raise ValueError(
+            "a head with a layer over the text has no draft after a hidden state alone: see what "
+            "it drafts along texts, by `forecast_cycles`"
         )
-    else:
-        draft = head(hidden)  # of (vocab, d)
-    return _double(draft.marginal(horizon - head.anchored))
+    vocab = head.vocab_size
+    check_joint_size(vocab, horizon)
+    prefixes = grid_rows(0, vocab ** (horizon - 1), vocab, horizon - 1).to(hidden.device)
+    # What comes after a prefix is read by nobody, but the shapes stay.
+    path = functional.pad(prefixes, (0, head.horizon - horizon + 1))  # (prefixes, horizon of head)
+    rows = hidden.expand(len(path), 1, -1).to(head.maps)  # (prefixes, 1, d)
+    features = head.features(rows, functional.pad(path, (1, 0)))
+    logits = head.logits(rows, features, *head.weights()).double()
+    found = path_conditionals(head, features.log_weights.double(), logits, path[:, None])
+    whole = found.drafted.new_zeros(len(path), head.horizon - 1, vocab)
+    drafted = whole.index_copy(-1, head.kept, found.drafted[:, 0]).cpu()  # (prefixes, later, vocab)
+
+    probs = drafted.new_ones(vocab)
+    if not head.anchored:
+        there = head.places[prefixes[:, 0]] >= 0
+        own = torch.where(there, found.scores[:, 0, 1, 0].exp(), 0.0).cpu()  # (prefixes,)
+        probs = own[:: vocab ** (horizon - 2)]  # (vocab,)
+    for k in range(horizon - 1):
+        # Prefixes come in lexicographic order: one of each beginning.
+        rows_after = drafted[:: vocab ** (horizon - 2 - k), k]  # (vocab ** (k + 1), vocab)
+        probs = probs.unsqueeze(-1) * rows_after.view(*probs.shape, vocab)  # k + 2 token axes
+    lead = tuple(range(1, horizon)) if head.anchored else tuple(range(horizon))
+    return JointDistribution(probs / probs.sum(lead, keepdim=True), horizon - head.anchored)
 
 
 @torch.no_grad()
+@takes_what_is_given
 def held_out_survival(
-    lm: HiddenStateLanguageModel, head: CPHead, tokens: Int[Tensor, "rows length"]
+    lm: Any, head: DraftHead, tokens: Int[Tensor, "rows length"]
 ) -> Float[Tensor, "rows horizon"]:
     """Survival under block verification, first token from the target, averaged over each row's
     positions.
@@ -76,9 +119,29 @@ def held_out_survival(
     return torch.stack(rows)
 
 
+def reachable_survival(
+    head: DraftHead, tokens: Int[Tensor, "rows length"]
+) -> Float[Tensor, "rows horizon"]:
+    """The probability that x_2 … x_k are all among what the head may draft, k = 1 … n, averaged
+    over each row's positions: no head of this draft vocabulary survives more often, whatever it
+    learns.
+
+    Examples
+    --------
+    >>> head = DraftHead(hidden_size=2, vocab_size=3, horizon=2, rank=1, vocabulary=[0, 1])
+    >>> reachable_survival(head, torch.tensor([[0, 0, 1, 2]]))
+    tensor([[1.0000, 0.5000]], dtype=torch.float64)
+    """
+    inside = (head.places[tokens] >= 0).double()  # (rows, length)
+    later = inside[:, 2:].unfold(1, head.horizon - 1, 1)  # (rows, positions, horizon - 1)
+    reached = later.cumprod(-1).mean(1)
+    return torch.cat([torch.ones_like(reached[:, :1]), reached], 1)
+
+
+@takes_what_is_given
 def waterfall(
-    lm: HiddenStateLanguageModel,
-    heads: Sequence[CPHead],
+    lm: Any,
+    heads: Sequence[DraftHead],
     contexts: Mapping[str, Int[Tensor, " _"]],
     *,
     horizon: int = 3,
@@ -103,7 +166,7 @@ def waterfall(
     rule : {"token", "block"}
     """
     rows: list[dict] = []
-    bar = tqdm(total=len(contexts) * len(heads), unit="head", disable=not sys.stderr.isatty())
+    bar = progress_bar(len(contexts) * len(heads), "head")
     for name, context in contexts.items():
         joint = exact_joint(lm, context, horizon=horizon)
         ceilings: dict[tuple[int, bool], dict[str, float]] = {}
@@ -151,8 +214,8 @@ def rank_ceilings(
 
 
 def learned_scores(
-    lm: HiddenStateLanguageModel,
-    head: CPHead,
+    lm: Any,
+    head: DraftHead,
     context: Int[Tensor, " time"],
     joint: JointDistribution,
     *,
@@ -174,9 +237,14 @@ def learned_scores(
     return found
 
 
-def _double(draft: CPDistribution) -> CPDistribution:
+def _double(draft: CPDistribution | MarkovMixture) -> CPDistribution | MarkovMixture:
     def normalised(values: Tensor, dim: int) -> Tensor:
         values = values.double().cpu()
         return values / values.sum(dim, keepdim=True)
 
-    return CPDistribution(normalised(draft.weights, -1), [normalised(f, -2) for f in draft.factors])
+    weights, support = normalised(draft.weights, -1), draft.support
+    if isinstance(draft, CPDistribution):
+        return CPDistribution(weights, [normalised(f, -2) for f in draft.factors], support)
+    left, right = draft.left.double().cpu(), draft.right.double().cpu()
+    gate = None if draft.gate is None else draft.gate.double().cpu()
+    return MarkovMixture(weights, draft.logits.double().cpu(), left, right, gate, support)

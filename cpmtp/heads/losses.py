@@ -7,7 +7,7 @@ at the positions t+1 … t+n-1 of the same window.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.acceptance.verification import PrefixMasses, accepted_mass
-from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.conditionals import PathConditionals, path_conditionals
+from cpmtp.heads.draft_head import DraftHead
+from cpmtp.heads.features import Features
+from cpmtp.heads.target_laws import TargetLaws
 
 OBJECTIVES = ("likelihood", "distillation", "acceptance")
 _LOGITS_AT_ONCE = 1 << 23
@@ -45,10 +48,10 @@ class HeadLoss:
 
 
 def head_loss(
-    head: CPHead,
+    head: DraftHead,
     hidden: Float[Tensor, "rows time d"],
     tokens: Int[Tensor, "rows time"],
-    unembed: Callable[[Tensor], Tensor],
+    unembed: Callable[[Tensor], Tensor] | TargetLaws,
     *,
     objective: str = "distillation",
     balance: float = 0.0,
@@ -64,6 +67,9 @@ def head_loss(
       ``E_P[sum_v min(R_{k-1} q_k(v), m_{k-1} p_k(v))]`` with ``R_k = Q(x_2:k|x_1) / P(x_2:k|x_1)``,
       ``m_k = min_{j<=k} R_j``
 
+    With a draft vocabulary the sums are over its tokens, and what follows a token that is never
+    drafted does not count.
+
     Logits are computed in chunks of positions; where there are several, each chunk's gradient is
     taken at once and its logits are dropped, so that none is kept and none computed twice.
 
@@ -73,11 +79,12 @@ def head_loss(
         The base model's last hidden states.
     tokens : (rows, time) long tensor
         ``hidden[:, t]`` has seen the tokens up to t.
-    unembed : callable
-        Hidden states to the target's logits.
+    unembed : callable or TargetLaws
+        Hidden states to the target's logits, or its laws at these states, which several heads may
+        share.
     balance : float
         Weight of the load-balancing loss ``r sum_a wbar_a^2 - 1``, wbar the mean component weights
-        over a chunk of positions.
+        over all positions.
 
     References
     ----------
@@ -91,155 +98,172 @@ def head_loss(
             f"windows of {tokens.shape[1]} tokens for a horizon of {head.horizon}: need at least "
             f"{head.horizon + 1}"
         )
-    # (positions, width)
-    trunk = head.trunk(hidden[:, :last], tokens[:, 1 : last + 1]).flatten(0, 1)
-    paths = tokens[:, 1:].unfold(1, head.horizon, 1).flatten(0, 1)  # (positions, horizon)
-    seen = hidden.unfold(1, head.horizon, 1)[:, :last].mT.flatten(0, 1)  # (positions, horizon, d)
-    drawn = _Chunk(head, unembed, objective, balance)
-    size = max(_LOGITS_AT_ONCE // (head.drafted * head.rank * head.vocab_size), 1)
-    weights = (head.maps, head.mixture.weight, head.mixture.bias)
-    learns = torch.is_grad_enabled() and any(w.requires_grad for w in (trunk, *weights))
-    if learns and size < len(paths):
-        total = _Chunked.apply(drawn, size, seen, paths, trunk, *weights)
+    laws = unembed if isinstance(unembed, TargetLaws) else TargetLaws(hidden, unembed)
+    features = head.features(hidden[:, :last], tokens)  # of (rows, last)
+    paths = tokens[:, 1:].unfold(1, head.horizon, 1)  # (rows, last, horizon)
+    drawn = _Part(head, laws, paths, objective)
+    size = max(_LOGITS_AT_ONCE // (head.drafted * head.rank * head.support_size), 1)
+    parts = list(_parts(len(tokens), last, size))
+    inputs = _Inputs(features, head.weights())
+    if len(parts) > 1 and torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors):
+        total = _InParts.apply(drawn, parts, inputs, *inputs.tensors)
     else:
-        # (sums,)
-        total = torch.stack([drawn(*part) for part in _chunks(size, trunk, seen, paths)]).sum(0)
-    mean = total / len(paths)
+        total = torch.stack([drawn(part, inputs[part]) for part in parts]).sum(0)  # (sums,)
+    mean = total / (len(tokens) * last)
+    loss = mean[0]
+    if balance:
+        shares = features.log_weights.exp().mean((0, 1))  # (rank,)
+        loss = loss + balance * (head.rank * shares.square().sum() - 1)
     survival = torch.cat([torch.ones_like(mean[:1]), mean[1:].detach()])  # (horizon,)
-    return HeadLoss(mean[0], survival)
+    return HeadLoss(loss, survival)
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """The sums over a chunk of positions: of the loss, then of survival at k = 2 … n."""
+class _Inputs:
+    """What logits are made of: features of positions, and weights of all of them."""
 
-    head: CPHead
-    unembed: Callable[[Tensor], Tensor]
+    features: Features
+    weights: tuple[Tensor, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.features.tensors, *self.weights)
+
+    def __getitem__(self, part: tuple[slice, slice]) -> _Inputs:
+        return _Inputs(self.features[part], self.weights)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The sums over a part of the positions: of the loss, then of survival at k = 2 … n."""
+
+    head: DraftHead
+    laws: TargetLaws
+    paths: Int[Tensor, "rows last horizon"]
     objective: str
-    balance: float
 
-    def __call__(
-        self,
-        trunk: Float[Tensor, "chunk width"],
-        seen: Float[Tensor, "chunk horizon d"],
-        paths: Int[Tensor, "chunk horizon"],
-    ) -> Float[Tensor, " sums"]:
+    def __call__(self, part: tuple[slice, slice], inputs: _Inputs) -> Float[Tensor, " sums"]:
         """Loss, then survival, summed over the positions."""
-        head = self.head
-        log_weights, logits = head.components(seen[:, 0], trunk)
-        # Log-probability of each path token in each component: (chunk, drafted, rank).
-        log_path, probs = _TokenProbs.apply(logits, paths[:, head.anchored :])
-        grown = log_weights[:, None] + log_path.cumsum(1)  # (chunk, drafted, rank)
-        scores = torch.cat([log_weights[:, None], grown], 1)  # (chunk, drafted + 1, rank)
+        head, hidden = self.head, self.laws.hidden[part]
+        # (rows, time, drafted, rank, support)
+        logits = head.logits(hidden, inputs.features, *inputs.weights)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._sums(part, inputs.features.log_weights, logits)
 
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.objective != "likelihood"):
-            posterior = scores[:, :-1].softmax(-1)  # (chunk, drafted, rank)
-            mixed = (posterior.unsqueeze(-2) @ probs).squeeze(-2)  # (chunk, drafted, vocab)
-            drafted = mixed[:, 1 - head.anchored :]  # (chunk, horizon - 1, vocab)
-        with torch.no_grad():
-            logits = self.unembed(seen[:, 1:])  # (chunk, horizon - 1, vocab)
-            target = logits.to(drafted.dtype).softmax(-1)
+    def _sums(self, part: tuple[slice, slice], log_weights: Tensor, logits: Tensor) -> Tensor:
+        head, (rows, times), path = self.head, part, self.paths[part]
+        found = path_conditionals(
+            head,
+            log_weights.to(head.maps.dtype),
+            logits.to(head.maps.dtype),
+            path,
+            mixed=self.objective != "likelihood",
+        )
+        later = slice(times.start + 1, times.stop + head.horizon - 1)
+        probs, entropies = self.laws.between(head, rows, later)
+        # (rows, time, horizon - 1, support) and (rows, time, horizon - 1)
+        target = probs.unfold(1, head.horizon - 1, 1).movedim(-1, 2)
+        entropies = entropies.unfold(1, head.horizon - 1, 1)
+
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.objective == "acceptance"):
-            survival = _block_survival(target, drafted, paths[:, 1:])  # (horizon - 1,)
-
+            survival = _block_survival(target, found, path[..., 1:])  # (horizon - 1,)
         if self.objective == "likelihood":
-            loss = -scores[:, -1].logsumexp(-1).sum()
+            loss = -found.scores[..., -1, :].logsumexp(-1).sum()
         elif self.objective == "distillation":
-            logs = target.clamp_min(_TINY).log() - drafted.clamp_min(_TINY).log()
-            loss = (target * logs).sum()
+            loss = _divergence(target, entropies, found)
         else:
-            loss = -survival.sum() - len(paths)
-        if self.balance:
-            uneven = head.rank * log_weights.exp().mean(0).square().sum() - 1
-            loss = loss + self.balance * len(paths) * uneven
+            loss = -survival.sum() - path.shape[0] * path.shape[1]
         return torch.cat([loss[None], survival])
 
 
+def _divergence(target: Tensor, entropies: Tensor, found: PathConditionals) -> Tensor:
+    """Sum of ``KL(p_k || q_k)`` over positions and k."""
+    drafted = found.drafted
+    if found.inside is not None:
+        # (rows, time, later): whether all drafted tokens before could be drafted.
+        reached = torch.cat([torch.ones_like(found.inside[..., :1]), found.inside[..., :-1]], -1)
+        reached = reached.cumprod(-1).to(target)
+        target, entropies = target * reached[..., None], entropies * reached
+    return entropies.sum() + _CrossEntropy.apply(target, drafted)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """``-sum p log q``, kept as its gradient alone."""
+
+    @staticmethod
+    def forward(ctx, p: Tensor, q: Tensor) -> Tensor:
+        q = q.clamp_min(_TINY)
+        ctx.save_for_backward(p, q)
+        return -torch.linalg.vecdot(p, q.log()).sum()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
+        p, q = ctx.saved_tensors
+        return None, (p / q).mul_(-gradient)
+
+
 def _block_survival(
-    target: Float[Tensor, "chunk later vocab"],
-    drafted: Float[Tensor, "chunk later vocab"],
-    path: Int[Tensor, "chunk later"],
+    target: Float[Tensor, "rows time later support"],
+    found: PathConditionals,
+    path: Int[Tensor, "rows time later"],
 ) -> Float[Tensor, " later"]:
     """Sums over positions of ``S_2 … S_n`` under block verification, given the paths so far.
 
     Per unit of the target's mass, which is one along the path.
     """
-    wanted = target.gather(-1, path.unsqueeze(-1)).clamp_min(_TINY)  # (chunk, later, 1)
-    ratios = drafted.gather(-1, path.unsqueeze(-1)) / wanted  # (chunk, later, 1)
-    one = torch.ones_like(ratios[:, 0])  # (chunk, 1)
+    wanted = target.gather(-1, found.places.unsqueeze(-1)).squeeze(-1)  # (rows, time, later)
+    ratios = found.of_path() / wanted.clamp_min(_TINY)  # (rows, time, later)
+    one = torch.ones_like(ratios[..., :1])  # (rows, time, 1)
     masses, sums = PrefixMasses(one, one, one), []
-    for k in range(path.shape[1]):
-        sums.append(accepted_mass("block", masses, target[:, k], drafted[:, k]).sum())
-        accepted = accepted_mass("block", masses, one, ratios[:, k])
-        masses = PrefixMasses(one, masses.draft * ratios[:, k], accepted)
+    for k in range(path.shape[-1]):
+        p, q = target[..., k, :], found.drafted[..., k, :]  # (rows, time, support)
+        sums.append(accepted_mass("block", masses, p, q).sum())
+        here = ratios[..., k, None]  # (rows, time, 1)
+        accepted = accepted_mass("block", masses, one, here)
+        masses = PrefixMasses(one, masses.draft * here, accepted)
     return torch.stack(sums)
 
 
-class _TokenProbs(torch.autograd.Function):
-    """Logits (…, rank, vocab) to the given tokens' log-probabilities (…, rank) and to all
-    probabilities.
-
-    What autograd would keep of a log-softmax, a gather and a softmax is here one tensor of the
-    logits' size.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        at = tokens[..., None, None].expand(*logits.shape[:-1], 1)  # (…, rank, 1)
-        log_probs = logits.log_softmax(-1)
-        chosen = log_probs.gather(-1, at).squeeze(-1)  # (…, rank)
-        probs = log_probs.exp_()
-        ctx.save_for_backward(probs, at)
-        return chosen, probs
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        of_chosen, of_probs = gradients
-        probs, at = ctx.saved_tensors
-        if of_probs is None and of_chosen is None:
-            return None, None
-        of_chosen = probs.new_zeros(probs.shape[:-1]) if of_chosen is None else of_chosen
-        if of_probs is None:
-            logits = probs * -of_chosen[..., None]  # (…, rank, vocab)
-        else:
-            inner = torch.linalg.vecdot(probs, of_probs)  # (…, rank)
-            logits = (of_probs - (inner + of_chosen)[..., None]).mul_(probs)  # (…, rank, vocab)
-        return logits.scatter_add_(-1, at, of_chosen[..., None]), None  # (…, rank, vocab)
-
-
-class _Chunked(torch.autograd.Function):
-    """Sums over all positions, chunk by chunk; the gradient of the first of them is taken on the
+class _InParts(torch.autograd.Function):
+    """Sums over all positions, part by part; the gradient of the first of them is taken on the
     way.
     """
 
     @staticmethod
     def forward(
-        ctx, drawn: _Chunk, size: int, seen: Tensor, paths: Tensor, trunk: Tensor, *weights: Tensor
+        ctx, drawn: _Part, parts: list[tuple[slice, slice]], inputs: _Inputs, *tensors: Tensor
     ) -> Tensor:
-        total, to_trunk = (
-            torch.zeros(drawn.head.horizon, device=trunk.device, dtype=trunk.dtype),
-            torch.zeros_like(trunk),
-        )
-        to_weights = [torch.zeros_like(w) for w in weights]
-        for part, (z, h, x) in zip(
-            to_trunk.split(size), _chunks(size, trunk, seen, paths), strict=True
-        ):
+        features = len(inputs.features.tensors)
+        gradients = [torch.zeros_like(x) for x in tensors]
+        total = tensors[0].new_zeros(drawn.head.horizon)
+        for part in parts:
             with torch.enable_grad():
-                z = z.detach().requires_grad_()
-                out = drawn(z, h, x)
-                found = torch.autograd.grad(out[0], (z, *weights))
-            total += out.detach()
-            part.copy_(found[0])
-            for mine, more in zip(to_weights, found[1:], strict=True):
-                mine += more
-        ctx.save_for_backward(to_trunk, *to_weights)
+                own = [x[part].detach().requires_grad_() for x in tensors[:features]]
+                shared = [x.detach().requires_grad_() for x in tensors[features:]]
+                here = _Inputs(Features(*own), tuple(shared))
+                out = drawn(part, here)
+                found = torch.autograd.grad(out[0], (*own, *shared), allow_unused=True)
+            total = total + out.detach()
+            for whole, more in zip(gradients[:features], found, strict=False):
+                if more is not None:
+                    whole[part] = more
+            for whole, more in zip(gradients[features:], found[features:], strict=True):
+                whole += more
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return (None, None, None, None, *(gradient[0] * g for g in ctx.saved_tensors))
+        return (None, None, None, *(gradient[0] * g for g in ctx.saved_tensors))
 
 
-def _chunks(size: int, *tensors: Tensor):
-    return zip(*(x.split(size) for x in tensors), strict=True)
+def _parts(rows: int, time: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of positions of at most `size`: whole rows where one fits, else pieces of one."""
+    if size >= time:
+        step = size // time
+        for row in range(0, rows, step):
+            yield slice(row, min(row + step, rows)), slice(0, time)
+        return
+    for row in range(rows):
+        for start in range(0, time, size):
+            yield slice(row, row + 1), slice(start, min(start + size, time))

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cpmtp.joint_distribution import DEFAULT_MAX_BYTES, check_context
+from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.language_model import LanguageModel
 from cpmtp.prefix_tree.children import next_tokens
 from cpmtp.prefix_tree.tree import UNKEPT_MASS, PrefixTree, TreeLevel
@@ -19,6 +20,7 @@ from cpmtp.sampling_law import KeptTokens, SamplingLaw
 _BYTES_PER_NODE = 64
 
 
+@takes_what_is_given
 def complete_joint(
     lm: LanguageModel,
     context: Int[Tensor, " time"],

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from cpmtp.joint_distribution import check_context
+from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.language_model import LanguageModel
 from cpmtp.prefix_tree.children import next_tokens
 from cpmtp.prefix_tree.tree import PrefixTree, TreeLevel
@@ -24,6 +25,7 @@ _LEAST_STEP = 64
 _STEP_SHARE = 0.25
 
 
+@takes_what_is_given
 def truncated_joint(
     lm: LanguageModel,
     context: Int[Tensor, " time"],

@@ -80,6 +80,13 @@ class PrefixTree:
     greedy_path: Int[Tensor, " horizon"]
     law: SamplingLaw
 
+    def __repr__(self) -> str:
+        kept = ", ".join(f"{mass:.4g}" for mass in self.mass.tolist())
+        return (
+            f"PrefixTree(horizon={self.horizon}, vocab_size={self.vocab_size}, kept mass by length "
+            f"[{kept}])"
+        )
+
     @property
     def horizon(self) -> int:
         """Number of tokens."""

@@ -15,11 +15,11 @@ from transformers import Cache, DynamicCache
 
 from cpmtp.pretrained.identity import (
     positions_of,
-    vocabulary_fingerprint,
     weights_fingerprint,
 )
 from cpmtp.pretrained.parts import head_only, in_float32, trunk_name, with_tree_attention
 from cpmtp.pretrained.sampling import sampled_tokens
+from cpmtp.pretrained.text import TextReader
 from cpmtp.pretrained.trials import (
     FAILURES,
     Trials,
@@ -36,7 +36,7 @@ _LOGITS_AT_ONCE = 1 << 24  # entries of one pass's logits
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
-class HuggingFaceLanguageModel:
+class HuggingFaceLanguageModel(TextReader):
     """A causal language model of transformers behind the `LanguageModel` protocol.
 
     Continuations of one context are evaluated with the context's key/value cache shared, never
@@ -83,6 +83,13 @@ class HuggingFaceLanguageModel:
         self._context_cache: tuple[tuple[int, ...], Cache, Tensor] | None = None
         self._lock = threading.Lock()
         self.trials = Trials(self)
+
+    def __repr__(self) -> str:
+        window = "" if self.max_context is None else f", window {self.max_context:,}"
+        return (
+            f"HuggingFaceLanguageModel({self.name!r}: {type(self.model).__name__}, vocabulary "
+            f"{self.vocab_size:,}{window}, {self.model.dtype} on {self.device})"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -192,20 +199,6 @@ class HuggingFaceLanguageModel:
                 "language model"
             )
 
-    def encode(self, text: str) -> Int[Tensor, " time"]:
-        """Token ids of a text, with the special tokens the tokenizer adds by itself."""
-        return torch.tensor(self._tokenizer().encode(text), dtype=torch.long)
-
-    def encode_document(self, text: str) -> Int[Tensor, " time"]:
-        """Token ids of a text without special tokens: what windows are cut from."""
-        return torch.tensor(
-            self._tokenizer().encode(text, add_special_tokens=False), dtype=torch.long
-        )
-
-    def decode(self, token_ids: Int[Tensor, " time"]) -> str:
-        """The text of token ids."""
-        return self._tokenizer().decode(token_ids.tolist())
-
     @torch.inference_mode()
     def full_logits(
         self, token_ids: Int[Tensor, "batch time"]
@@ -307,11 +300,6 @@ class HuggingFaceLanguageModel:
         """SHA-256 over the weights as they were loaded: what heads of earlier versions carry."""
         return weights_fingerprint(self.model, rounded=False)
 
-    @cached_property
-    def tokenizer_fingerprint(self) -> str:
-        """SHA-256 over the tokenizer's vocabulary; empty without a tokenizer."""
-        return "" if self.tokenizer is None else vocabulary_fingerprint(self.tokenizer)
-
     def _full_pass_logits(self, token_ids: Tensor) -> Iterator[Tensor]:
         """Logits (some, vocab) after each row, by full forward passes."""
         rows = min(self.batch_tokens // token_ids.shape[1], _LOGITS_AT_ONCE // self.vocab_size)
@@ -391,10 +379,3 @@ class HuggingFaceLanguageModel:
                 f"{self.name} has no start-of-text token: give a context of at least one token"
             )
         return torch.full((len(token_ids), 1), start, dtype=torch.long)
-
-    def _tokenizer(self):
-        if self.tokenizer is None:
-            raise ValueError(
-                f"{self.name} came without a tokenizer: give token ids instead of text"
-            )
-        return self.tokenizer

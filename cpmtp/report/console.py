@@ -29,6 +29,8 @@ def _corpora(manifest: dict) -> Iterator[str]:
     for name, corpus in manifest.get("corpora", {}).items():
         replaced = corpus["replaced_bytes"]
         note = f", {replaced:,} bytes that were not UTF-8 replaced" if replaced else ""
+        skipped = len(corpus.get("skipped", ()))
+        note += f", {skipped:,} files that hold no text skipped" if skipped else ""
         yield f"domain {name}: {corpus['documents']:,} documents{note}"
 
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from cpmtp.latency import LatencyModel
+from cpmtp.latency import read_latency
 from cpmtp.report.answer import answer
 from cpmtp.report.blocks import Figure, Section, Table, Text
 from cpmtp.report.console import console_summary
@@ -24,6 +25,7 @@ from cpmtp.report.subject import PRICE, ReportExtras, Subject, subjects_of
 from cpmtp.report.theme import theme_css, themed_svg
 from cpmtp.whole_files import write_text
 
+_SLUG_BYTES = 180  # a file system takes 255, with an ending and a number
 _MARKDOWN = re.compile(r"([\\`*_\[\]|$~])")
 
 
@@ -40,8 +42,8 @@ def read_extras(
     ----------
     folder : path
     latency : path, optional
-        JSON with the fields of `LatencyModel`, in seconds; default: the folder's own if there is
-        one.
+        What `cpmtp latency` wrote, or JSON with the fields of `LatencyModel`, in seconds; default:
+        the folder's own if there is one.
     price : float
         Per device-hour.
     learned_share : float
@@ -56,19 +58,11 @@ def read_extras(
     tables = {name: folder / f"{name}.parquet" for name in ("waterfall", "decoding", "step_times")}
     found = {name: pd.read_parquet(path) for name, path in tables.items() if path.is_file()}
     path = Path(latency) if latency else folder / "latency.json"
-    model = _read_latency(path) if latency or path.is_file() else None
-    return ReportExtras(latency=model, price=price, learned_share=learned_share, **found)
-
-
-def _read_latency(path: Path) -> LatencyModel:
-    try:
-        return LatencyModel(**json.loads(path.read_text("utf-8")))
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{str(path)!r}: {error}; expected JSON such as "
-            '{"plain_step": 0.02, "base": 0.02, "per_position": 0.0001, "per_component": '
-            "0.00005}, in seconds"
-        ) from error
+    measured = read_latency(path) if latency or path.is_file() else None
+    told: dict[str, Any] = {}
+    if measured is not None:
+        told = {"latency": measured.model, "latency_source": measured.where}
+    return ReportExtras(**told, price=price, learned_share=learned_share, **found)
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ class Report:
                 dark=dark,
                 kind=_kind,
                 svg=lambda figure: Markup(themed_svg(self.drawings[figure.name])),
-                anchor=_slug,
+                anchor=_slugs(s.title for s in self.sections if s.level == 2).get,
             )
         )
         return write_text(Path(path), page)
@@ -133,8 +127,10 @@ class Report:
         path = Path(path)
         folder = path.with_name(f"{path.stem}_figures")
 
+        slugs = _slugs(self.drawings)
+
         def stored(figure: Figure) -> str:
-            file = write_text(folder / f"{_slug(figure.name)}.svg", self.drawings[figure.name])
+            file = write_text(folder / f"{slugs[figure.name]}.svg", self.drawings[figure.name])
             return f"{folder.name}/{file.name}"
 
         environment = _environment(autoescape=False)
@@ -285,8 +281,21 @@ def _kind(block: Text | Table | Figure) -> str:
     return type(block).__name__
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+def _slugs(names: Iterable[str]) -> dict[str, str]:
+    """Each name as a file or an anchor of a page may be called, no two alike.
+
+    Examples
+    --------
+    >>> _slugs(["A b", "a-b", "大小", "…"])
+    {'A b': 'a-b', 'a-b': 'a-b-2', '大小': '大小', '…': 'part'}
+    """
+    found: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        words = re.sub(r"[\W_]+", "-", name.casefold()).encode()[:_SLUG_BYTES]
+        base = words.decode(errors="ignore").strip("-") or "part"
+        tried = (f"{base}-{k}" if k > 1 else base for k in itertools.count(1))
+        found[name] = next(slug for slug in tried if slug not in found.values())
+    return found
 
 
 def _plain_markdown(text: str) -> str:

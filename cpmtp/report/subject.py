@@ -38,6 +38,8 @@ class ReportExtras:
     latency : LatencyModel, optional
         As measured. Without it calls are assumed to cost what reading the weights of 32 layers
         costs, and the report says so.
+    latency_source : str
+        Device and precision it was measured on, where that is known.
     price : float
         Per device-hour.
     learned_share : float
@@ -55,6 +57,7 @@ class ReportExtras:
     """
 
     latency: LatencyModel | None = None
+    latency_source: str = ""
     price: float = PRICE
     learned_share: float = LEARNED_SHARE
     waterfall: pd.DataFrame | None = None
@@ -77,13 +80,14 @@ class Economics:
         if t is None:
             words = (
                 "assumed, not measured: one request at a time on a device that only reads weights, "
-                f"{_ASSUMED_LAYERS} layers, {1e3 * _ASSUMED_STEP:.0f} ms a plain step; give your "
-                "own with --latency"
+                f"{_ASSUMED_LAYERS} layers, {1e3 * _ASSUMED_STEP:.0f} ms a plain step; "
+                "`cpmtp latency` measures yours in a minute"
             )
             assumed = memory_bound_latency(_ASSUMED_STEP, _ASSUMED_LAYERS)
             return cls(assumed, words, extras.price)
+        where = f" on {extras.latency_source}" if extras.latency_source else ""
         words = (
-            f"measured as {1e3 * t.base:.3g} + {1e3 * t.per_position:.3g} n + "
+            f"measured{where} as {1e3 * t.base:.3g} + {1e3 * t.per_position:.3g} n + "
             f"{1e3 * t.per_component:.3g} n r ms, a plain step {1e3 * t.plain_step:.3g} ms"
         )
         return cls(t, words, extras.price)

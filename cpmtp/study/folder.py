@@ -131,7 +131,9 @@ def _read_manifest(path: Path) -> dict:
 
 
 def _refuse_other_study(there: dict, new: dict, folder: Path) -> None:
-    old = there.get("settings", {})
+    # What an earlier version did not know yet was as it is by default.
+    known = {f.name: f.default for f in fields(StudySettings) if f.name == "text_field"}
+    old = known | there.get("settings", {})
     different = [
         f"{f.name} ({old.get(f.name)} there, {new['settings'][f.name]} now)"
         for f in fields(StudySettings)
@@ -148,6 +150,9 @@ def _refuse_other_study(there: dict, new: dict, folder: Path) -> None:
             for name in new[what]
             if name in before and before[name] != new[what][name]
         ]
+    before, now = (sorted(m.get("corpora") or {}) for m in (there, new))
+    if before != now and not different:
+        different.append(f"domains ({before} there, {now} now)")
     if different:
         raise ValueError(
             f"{str(folder)!r} holds another study; it differs in {', '.join(different)}: choose "

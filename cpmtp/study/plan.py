@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 
-from cpmtp.corpora import corpus_hash, read_documents
+from cpmtp.corpora import Corpus, Document, corpus_hash, read_corpus
 from cpmtp.decomposition.fitting import KL_METHODS
 from cpmtp.joint_distribution import check_context, conditional_log_probs
 from cpmtp.language_model import LanguageModel, sample_sequences
-from cpmtp.pretrained import load_language_model
 from cpmtp.sampling_law import SamplingLaw
-from cpmtp.study.settings import OWN_SAMPLES, StudySettings
+from cpmtp.study.models import open_language_model
+from cpmtp.study.settings import OWN_SAMPLES, TEXTS, StudySettings
 
 # Joints a worker holds while it fits one.
 JOINTS_HELD = 8
-_FACTORY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
@@ -122,15 +118,24 @@ def is_completed(settings: StudySettings, horizon: int) -> bool:
     return kept is not None and kept ** (horizon - 1) <= settings.tree_nodes
 
 
-def plan_study(settings: StudySettings) -> tuple[list[StudyUnit], dict]:
+def plan_study(
+    settings: StudySettings, texts: Sequence[Any] | None = None
+) -> tuple[list[StudyUnit], dict]:
     """All units of a study and what identifies its inputs; loads the models and tries each once.
+
+    With `texts` contexts are cut from these, a document each, instead of from files.
 
     Raises
     ------
     ValueError
         If a model or corpus cannot be used.
     """
-    corpora = {name: read_documents(patterns) for name, patterns in settings.corpora.items()}
+    corpora = {
+        name: read_corpus(patterns, field=settings.text_field)
+        for name, patterns in settings.corpora.items()
+    }
+    if texts is not None:
+        corpora = {TEXTS: _corpus_of(texts, corpora)}
     units: list[StudyUnit] = []
     models: dict[str, dict] = {}
     for name in settings.models:
@@ -139,12 +144,11 @@ def plan_study(settings: StudySettings) -> tuple[list[StudyUnit], dict]:
         trees = tree_horizons(lm.vocab_size, settings)
         found = [
             unit
-            for domain, documents in corpora.items()
-            for unit in _cut_contexts(lm, name, domain, documents, settings)
+            for domain, corpus in corpora.items()
+            for unit in _cut_contexts(lm, name, domain, corpus.documents, settings)
         ]
         found = found or list(_sampled_contexts(lm, name, settings))
-        first = torch.tensor(found[0].token_ids)
-        check_context(lm, first, max(settings.horizons))
+        first = _first_possible(lm, found, max(settings.horizons))
         # One evaluation before any work: a model with broken weights is refused here, not in every
         # cell.
         probe = conditional_log_probs(lm, first, torch.empty(1, 0, dtype=torch.long), SamplingLaw())
@@ -166,34 +170,52 @@ def plan_study(settings: StudySettings) -> tuple[list[StudyUnit], dict]:
         "models": models,
         "corpora": {
             name: {
-                "sha256": corpus_hash(documents),
-                "documents": len(documents),
-                "replaced_bytes": sum(d.replaced_bytes for d in documents),
+                "sha256": corpus_hash(list(corpus.documents)),
+                "documents": len(corpus.documents),
+                "replaced_bytes": sum(d.replaced_bytes for d in corpus.documents),
+                "skipped": list(corpus.skipped),
             }
-            for name, documents in corpora.items()
+            for name, corpus in corpora.items()
         },
     }
     return units, identity
 
 
-@lru_cache(maxsize=2)
-def open_language_model(name: str, device: str = "cpu", dtype: str = "float32") -> LanguageModel:
-    """A model by name, folder, file, hub id, or ``module:factory``; kept for the process."""
-    if not _FACTORY.fullmatch(name):
-        return load_language_model(name, device=device, dtype=dtype)
-    module, factory = name.split(":")
-    try:
-        lm = getattr(importlib.import_module(module), factory)()
-    except Exception as error:  # a factory of the user's may raise anything
-        raise ValueError(
-            f"model {name!r}: {error}; expected an importable module and a factory without "
-            "arguments"
-        ) from error
-    if not isinstance(lm, LanguageModel):
-        raise ValueError(
-            f"model {name!r} is a {type(lm).__name__}: expected vocab_size and next_token_log_probs"
-        )
-    return lm
+def _corpus_of(texts: Sequence[Any], others: Mapping[str, Corpus]) -> Corpus:
+    """Texts in memory as documents."""
+    if others:
+        raise ValueError(f"texts beside the domains {', '.join(others)}: give one of them")
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("texts: expected a list of strings, one per document")
+    named = (Document(f"text {k}", text) for k, text in enumerate(texts))
+    found = tuple(document for document in named if document.text.strip())
+    if not found:
+        raise ValueError(f"{len(texts)} texts, none with a word in it: give at least one")
+    return Corpus(found)
+
+
+def _first_possible(lm: LanguageModel, units: Sequence[StudyUnit], horizon: int) -> torch.Tensor:
+    """The first context that the model can take; one that it cannot is a failed row.
+
+    Raises
+    ------
+    ValueError
+        If it can take none: what is wrong with the first.
+    """
+    refused = None
+    for unit in units:
+        ids = torch.tensor(unit.token_ids, dtype=torch.long)
+        try:
+            check_context(lm, ids, horizon)
+        except ValueError as error:
+            refused = refused or error
+        else:
+            return ids
+    assert refused is not None  # there is at least one context
+    window = getattr(lm, "max_context", None)
+    if window is not None and len(units[0].token_ids) + horizon - 1 > window:
+        raise ValueError(f"{refused} (context_length, --context-length)") from None
+    raise refused
 
 
 def default_workers(settings: StudySettings) -> int:
@@ -225,7 +247,11 @@ def _sampled_contexts(lm: LanguageModel, name: str, settings: StudySettings) -> 
 
 
 def _cut_contexts(
-    lm: LanguageModel, name: str, domain: str, documents, settings: StudySettings
+    lm: LanguageModel,
+    name: str,
+    domain: str,
+    documents: Sequence[Document],
+    settings: StudySettings,
 ) -> Iterator[StudyUnit]:
     """Windows at random places of the documents; documents in turn, so that they are as many as can
     be.
@@ -237,13 +263,22 @@ def _cut_contexts(
         )
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(documents), generator=generator).tolist()
-    encoded = {i: lm.encode_document(documents[i].text) for i in order[: settings.contexts]}
+    cut: list[tuple[str, torch.Tensor]] = []
+    for place in order:
+        ids = lm.encode_document(documents[place].text)  # (time,)
+        # What tokenizes to nothing is no context.
+        cut += [(documents[place].name, ids)] if len(ids) else []
+        if len(cut) == settings.contexts:
+            break
+    if not cut:
+        raise ValueError(
+            f"no document of domain {domain!r} has a token of model {name!r}: give other texts"
+        )
     for index in range(settings.contexts):
-        chosen = order[index % len(order)]
-        ids = encoded[chosen]
+        document, ids = cut[index % len(cut)]
         length = min(settings.context_length, len(ids))
         start = int(torch.randint(len(ids) - length + 1, (), generator=generator))
-        yield _unit(lm, name, domain, documents[chosen].name, index, ids[start : start + length])
+        yield _unit(lm, name, domain, document, index, ids[start : start + length])
 
 
 def _unit(lm, name: str, domain: str, document: str, index: int, ids: torch.Tensor) -> StudyUnit:

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import torch
@@ -17,7 +17,7 @@ from cpmtp.decomposition.fit_result import FitResult
 from cpmtp.decomposition.fitting import KL_METHODS, fit, fit_path
 from cpmtp.decomposition.floors import rank_floors
 from cpmtp.drafts.divergence import divergences
-from cpmtp.joint_distribution import JointDistribution, exact_joint
+from cpmtp.joint_distribution import JointDistribution, check_context, exact_joint
 from cpmtp.language_model import LanguageModel
 from cpmtp.prefix_tree import PrefixTree, complete_joint, truncated_joint
 from cpmtp.study.plan import (
@@ -37,9 +37,14 @@ def study_unit_rows(settings: StudySettings, unit: StudyUnit) -> list[dict]:
         cells = study_cells(settings, unit.trees)
         try:
             lm = open_language_model(unit.model, settings.device, settings.dtype)
+        except Exception as error:  # the study's own process has loaded it
+            return failed_rows(settings, unit, f"{TRIED_AGAIN}{type(error).__name__}: {error}")
+        try:
+            ids = torch.tensor(unit.token_ids, dtype=torch.long)
+            check_context(lm, ids, max(settings.horizons))
             facts = {"context_nats": _context_nats(lm, unit)}
         except Exception as error:
-            return failed_rows(settings, unit, f"{type(error).__name__}: {error}")
+            return failed_rows(settings, unit, _said(error))
         rows = []
         dense = [n for n in settings.horizons if n not in unit.trees]
         longest = (
@@ -51,10 +56,7 @@ def study_unit_rows(settings: StudySettings, unit: StudyUnit) -> list[dict]:
             )
             here = [cell for cell in cells if cell.horizon == horizon]
             if isinstance(joint, Exception):
-                rows += [
-                    _failed(settings, unit, c, f"{type(joint).__name__}: {joint}") | facts
-                    for c in here
-                ]
+                rows += [_failed(settings, unit, c, _said(joint)) | facts for c in here]
                 continue
             if isinstance(joint, JointDistribution):
                 joint = joint.marginal(horizon)
@@ -73,8 +75,31 @@ def failed_rows(settings: StudySettings, unit: StudyUnit, message: str) -> list[
     return [_failed(settings, unit, cell, message) for cell in study_cells(settings, unit.trees)]
 
 
+# How a message begins that tells of what may have passed by the next time.
+TRIED_AGAIN = "tried again by the next run: "
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether the same work may succeed another time: memory or a device was short, or a file could
+    not be read.
+
+    Examples
+    --------
+    >>> may_pass(MemoryError()), may_pass(ValueError("rank 0"))
+    (True, False)
+    """
+    words = str(error).lower()
+    short = any(w in words for w in ("out of memory", "allocate memory", "not enough memory"))
+    return isinstance(error, MemoryError | OSError) or (isinstance(error, RuntimeError) and short)
+
+
+def _said(error: Exception) -> str:
+    return f"{TRIED_AGAIN if may_pass(error) else ''}{type(error).__name__}: {error}"
+
+
 _lock = threading.Lock()
 _inside, _threads_before = 0, 1
+_blas: threadpool_limits | None = None
 
 
 @contextmanager
@@ -84,20 +109,21 @@ def one_thread() -> Iterator[None]:
     Workers of several threads each fight for the cores; and sums of one thread have one order,
     hence the same bits.
     """
-    global _inside, _threads_before
+    global _inside, _threads_before, _blas
     with _lock:
         if not _inside:
-            _threads_before = torch.get_num_threads()
+            _threads_before, _blas = torch.get_num_threads(), threadpool_limits(1)
             torch.set_num_threads(1)
         _inside += 1
     try:
-        with threadpool_limits(1):
-            yield
+        yield
     finally:
         with _lock:
             _inside -= 1
             if not _inside:
                 torch.set_num_threads(_threads_before)
+                assert _blas is not None  # set by the first who came
+                _blas.restore_original_limits()
 
 
 def _joint(settings, unit: StudyUnit, lm: LanguageModel, horizon: int):
@@ -156,10 +182,13 @@ def _fits_along_ranks(
 ) -> dict[StudyCell, FitResult | Exception]:
     """Fits of one method at increasing ranks: in one go where the method can."""
     if path and path[0].method in KL_METHODS:
-        # What fails at one rank must not lose the others: then each is fitted by itself.
-        with suppress(Exception):
-            ranks = [cell.rank for cell in path]
+        ranks = [cell.rank for cell in path]
+        try:
             return dict(zip(path, fit_path(joint, ranks, path[0].method, **options), strict=True))
+        except Exception as error:
+            if may_pass(error):
+                return dict.fromkeys(path, error)
+            # What fails at one rank must not lose the others: each is fitted by itself.
     options.pop("starts", None)
     found: dict[StudyCell, FitResult | Exception] = {}
     for cell in path:
@@ -203,7 +232,7 @@ def _fit_row(
             else _quality(joint, result, cell)
         )
     except Exception as error:
-        return _failed(settings, unit, cell, f"{type(error).__name__}: {error}")
+        return _failed(settings, unit, cell, _said(error))
     return _row(settings, unit, cell) | _fit_facts(result) | quality
 
 
@@ -257,12 +286,13 @@ def _joint_facts(joint: JointDistribution | PrefixTree) -> dict:
 
 
 def _fit_facts(result: FitResult) -> dict:
+    draft = result.distribution
     return {
         "status": result.status,
         "message": result.message,
         "converged": float(result.converged),
         "iterations": float(result.iterations),
-        "parameters": float(result.distribution.parameter_count),
+        "parameters": float(draft.free_numbers * math.prod(draft.batch_shape)),
         "objective": float(result.objective),
         "raw_relative_error": float(result.raw_relative_error),
         "negative_mass": float(result.negative_mass),

@@ -5,19 +5,23 @@ resumable, on any executor.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import closing
+from contextlib import closing, contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm.auto import tqdm
 
+from cpmtp.joint_distribution.given import known_name, takes_what_is_given
+from cpmtp.joint_distribution.progress import progress_bar
 from cpmtp.study.folder import StudyFolder
+from cpmtp.study.models import named_models
 from cpmtp.study.older import completed
 from cpmtp.study.plan import StudyUnit, plan_study
 from cpmtp.study.rows import domain_bits_per_byte, one_thread
@@ -26,13 +30,17 @@ from cpmtp.study.table import joined, packed, rows_to_table, with_best
 from cpmtp.study.workers import unit_results
 
 
+@takes_what_is_given
 def run_study(
-    settings: StudySettings,
-    out: str | Path,
+    settings: StudySettings | None = None,
+    out: str | Path | None = None,
     executor: Executor | None = None,
     *,
+    models: Any = None,
+    texts: Sequence[Any] | None = None,
     workers: int | None = None,
     progress: bool | None = None,
+    **changes: Any,
 ) -> pd.DataFrame:
     """Run a study, or what is left of it, and return its table.
 
@@ -40,21 +48,30 @@ def run_study(
     context's rows are written to a Parquet part of their own as soon as they are there; started
     again with the same settings and folder, finished contexts are not computed again and damaged
     parts are set aside. What fails is a row with ``status`` and ``message``; a context whose worker
-    vanished for good is tried again by the next run. The column `best` marks the best method's rows
-    (`best_fits` takes them): a mean over all methods is nothing that any of them reaches.
+    vanished, or whose model or memory was not there three times, is tried again by the next run.
+    The column `best` marks the best method's rows (`best_fits` takes them): a mean over all methods
+    is nothing that any of them reaches.
 
     Parameters
     ----------
-    settings : StudySettings
-    out : path
-        Folder for `manifest.json`, `parts/` and `table.parquet`.
+    settings : StudySettings, optional
+        Default: what `changes` say.
+    out : path, optional
+        Folder for `manifest.json`, `parts/` and `table.parquet`; without it nothing is kept.
     executor : concurrent.futures.Executor, optional
         Where contexts are computed (Dask: ``Client(address).get_executor()``); default: local
         processes.
+    models : sequence, optional
+        Instead of the settings': names as there, language models of your own, models of
+        transformers, alone or in a pair with their tokenizers. Objects are studied in this process.
+    texts : sequence of str, optional
+        Documents in memory to cut contexts from, instead of files.
     workers : int, optional
         Number of local processes (default: one per core; 1 stays in this process).
     progress : bool, optional
-        Whether to show a bar (default: only on a terminal).
+        Whether to show a bar (default: on a terminal and in a notebook).
+    changes
+        Fields of the settings to replace: ``run_study(models=[lm], texts=[…], ranks=(1, 4))``.
 
     Raises
     ------
@@ -66,13 +83,50 @@ def run_study(
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers {workers}: expected at least 1")
-    with one_thread():
-        units, identity = plan_study(settings)
-    with StudyFolder.opened(Path(out), settings, identity) as folder:
-        parts = _computed(folder, units, executor, workers, progress)
-        table = with_best(_with_domain_bits(joined(parts, settings)))
-        folder.write_table(table)
+    one = isinstance(models, str) or not isinstance(models, Sequence)
+    several = [models] if one and models is not None else models
+    objects = [model for model in several or () if not isinstance(model, str)]
+    if objects and (executor is not None or (workers or 1) > 1):
+        raise ValueError(
+            "models that are objects are studied in this process: leave out executor and workers, "
+            "or give names of models"
+        )
+    with named_models(several or ()) as names, _folder(out) as path:
+        chosen = _settings(settings, changes | ({"models": names} if several is not None else {}))
+        with one_thread():
+            units, identity = plan_study(chosen, texts)
+        with StudyFolder.opened(path, chosen, identity) as folder:
+            parts = _computed(folder, units, executor, 1 if objects else workers, progress)
+            table = with_best(_with_domain_bits(joined(parts, chosen)))
+            folder.write_table(table)
     return _frame(table)
+
+
+def _settings(settings: StudySettings | None, changes: dict[str, Any]) -> StudySettings:
+    """The settings with these fields changed.
+
+    Raises
+    ------
+    ValueError
+        If there is no such field.
+    """
+    known = [f.name for f in fields(StudySettings)]
+    for name in changes:
+        if name not in known:
+            here = known_name(name, known)
+            said = f"it is called {here} here" if here else f"expected one of {', '.join(known)}"
+            raise ValueError(f"a study has no setting {name!r}: {said}")
+    return StudySettings(**changes) if settings is None else replace(settings, **changes)
+
+
+@contextmanager
+def _folder(out: str | Path | None) -> Iterator[Path]:
+    """The folder, or one that is gone afterwards."""
+    if out is not None:
+        yield Path(out)
+        return
+    with tempfile.TemporaryDirectory(prefix="cpmtp-study-") as folder:
+        yield Path(folder)
 
 
 def read_study(folder: str | Path) -> tuple[pd.DataFrame, dict]:
@@ -118,12 +172,11 @@ def _computed(
         if table is not None:
             parts[unit], failures = packed(table), failures + _failures(table)
     pending = [unit for unit, part in parts.items() if part is None]
-    hidden = not sys.stderr.isatty() if progress is None else not progress
     results = unit_results(folder.settings, pending, executor, workers)
     with (
         closing(results),
-        tqdm(
-            total=len(units), initial=len(units) - len(pending), unit="context", disable=hidden
+        progress_bar(
+            len(units), "context", shown=progress, initial=len(units) - len(pending)
         ) as bar,
     ):
         for unit, rows, final in results:

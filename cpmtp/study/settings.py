@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import no_type_check
 
-from cpmtp.decomposition.fitting import METHODS
+from cpmtp.decomposition.restarts import METHODS
 from cpmtp.sampling_law import SamplingLaw
 
-OWN_SAMPLES, CORPUS = "own samples", "corpus"
+OWN_SAMPLES, CORPUS, TEXTS = "own samples", "corpus", "texts"
 LONGEST_HORIZON = 16
 _AXES = ("models", "corpus", "horizons", "ranks", "methods", "temperatures", "anchored")
 
@@ -32,6 +32,8 @@ class StudySettings:
     domains : mapping of str to path, or pairs
         Named corpora side by side, each a file, folder or glob pattern; a name may come several
         times.
+    text_field : str
+        Of a file of JSON lines: the field that holds a line's text; every line is a document.
     horizons, ranks : sequence of int
     methods : sequence of str
         Methods of `cpmtp.fit`; ``em``, ``gradient`` and ``acceptance`` are fitted along the ranks
@@ -71,6 +73,7 @@ class StudySettings:
     models: tuple[str, ...] = ("code", "prose")
     corpus: tuple[str, ...] = ()
     domains: tuple[tuple[str, str], ...] = ()
+    text_field: str = "text"
     horizons: tuple[int, ...] = (3,)
     ranks: tuple[int, ...] = (1, 2, 4, 8)
     methods: tuple[str, ...] = ("als", "em", "gradient", "acceptance")
@@ -103,6 +106,10 @@ class StudySettings:
                 f"{name} {getattr(self, name)} holds one twice",
             )
         _require(all(self.models), "a model's name is empty")
+        _require(
+            isinstance(self.text_field, str) and bool(self.text_field),
+            f"text_field {self.text_field!r}: expected the name of a field",
+        )
         for rank in self.ranks:
             _require(_is_positive_integer(rank), f"rank {rank}: expected an integer of at least 1")
         for horizon in self.horizons:
@@ -190,7 +197,7 @@ def _named_patterns(domains) -> tuple[tuple[str, str], ...]:
         _require(bool(name.strip()), f"domain {name!r} of {pattern!r}: its name is empty")
         _require(bool(pattern), f"domain {name!r}: its path is empty")
         _require(
-            name not in (OWN_SAMPLES, CORPUS),
+            name not in (OWN_SAMPLES, CORPUS, TEXTS),
             f"domain {name!r}: this name is taken; choose another",
         )
         found.append((name, pattern))

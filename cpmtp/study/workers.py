@@ -15,7 +15,7 @@ from loky import ProcessPoolExecutor
 from loky.backend import get_context
 
 from cpmtp.study.plan import StudyUnit, default_workers
-from cpmtp.study.rows import failed_rows, study_unit_rows
+from cpmtp.study.rows import TRIED_AGAIN, failed_rows, study_unit_rows
 from cpmtp.study.settings import StudySettings
 
 # One thread each; and memory that is freed stays with the process: fits take and drop tensors of a
@@ -46,7 +46,7 @@ def unit_results(
     workers: int | None,
 ) -> Generator[Result, None, None]:
     """Rows of each unit as they come, and whether they are final: those of a unit whose worker
-    vanished are not.
+    vanished, or whose model or memory was not there, are not.
     """
     count = min(workers or default_workers(settings), len(units))
     if not units:
@@ -54,8 +54,9 @@ def unit_results(
     if executor is not None:
         yield from _results_on(settings, units, [executor] * _AHEAD)
     elif count <= 1:
+        # One after another: each is written before the next begins.
         for unit in units:
-            yield unit, study_unit_rows(settings, unit), True
+            yield from _results_on(settings, [unit], [_Here()])
     else:
         with _local_processes(count) as processes:
             yield from _results_on(settings, units, processes)
@@ -86,17 +87,20 @@ def _results_on(
                 unit, executor = running.pop(future)
                 free.append(executor)
                 rows, why = _outcome(future)
-                if rows is not None:
-                    found.append((unit, rows, True))
-                elif attempts[unit] < _ATTEMPTS:
+                final = rows is not None and not any(map(_may_pass, rows))
+                if not final and attempts[unit] < _ATTEMPTS:
                     waiting.append(unit)
-                else:
-                    said = f"given up after {_ATTEMPTS} attempts: {why}"
-                    found.append((unit, failed_rows(settings, unit, said), False))
+                    continue
+                said = f"given up after {_ATTEMPTS} attempts: {why}"
+                found.append((unit, rows or failed_rows(settings, unit, said), final))
         yield from found
     finally:
         for future in running:
             future.cancel()
+
+
+def _may_pass(row: dict) -> bool:
+    return str(row["message"]).startswith(TRIED_AGAIN)
 
 
 def _submitted(executor: Executor, settings: StudySettings, unit: StudyUnit) -> Future:
@@ -110,7 +114,7 @@ def _submitted(executor: Executor, settings: StudySettings, unit: StudyUnit) -> 
 
 
 def _outcome(future: Future) -> tuple[list[dict] | None, str]:
-    """The rows, or what happened to the worker."""
+    """The rows, or what kept them from coming."""
     try:
         return future.result(), ""
     # Executors have many exceptions of their own for a worker that is gone, and none is of the
@@ -128,6 +132,18 @@ def _local_processes(count: int) -> Iterator[Sequence[Executor]]:
     finally:
         for process in processes:
             process.shutdown()
+
+
+class _Here(Executor):
+    """The process itself: what is submitted is done at once."""
+
+    def submit(self, function, /, *arguments, **options) -> Future:
+        done: Future = Future()
+        try:
+            done.set_result(function(*arguments, **options))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
 
 class _LocalProcess(Executor):

@@ -5,9 +5,8 @@ comparison.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,84 +16,23 @@ from accelerate import Accelerator
 from jaxtyping import Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from cpmtp.heads.cp_head import CPHead
-from cpmtp.heads.losses import OBJECTIVES, HeadLoss, head_loss
-from cpmtp.language_model import (
-    HiddenStateLanguageModel,
-    TextLanguageModel,
-    sample_sequences,
-)
-from cpmtp.training.loop import Batch, Run, Schedule, drawn_windows, train
+from cpmtp.heads.draft_head import DraftHead
+from cpmtp.heads.losses import HeadLoss, head_loss
+from cpmtp.heads.target_laws import TargetLaws
+from cpmtp.joint_distribution.given import as_language_model
+from cpmtp.joint_distribution.progress import progress_bar
+from cpmtp.language_model import sample_sequences
+from cpmtp.training.head_settings import SHAPE, HeadTrainingSettings
+from cpmtp.training.kept_states import KeptStates
+from cpmtp.training.loop import Batch, Run, Schedule, train
 from cpmtp.training.muon import Muon
 from cpmtp.training.new_models import locally_seeded
 from cpmtp.whole_files import write_tensors, write_text
 
 _SAMPLED_AT_ONCE = 128
+_TRUNK = ("enter", "blocks", "step")  # whose matrices Muon trains, with the maps
 _METRICS = "step,seconds,loss,tokens_per_call"
-
-
-@dataclass(frozen=True)
-class HeadTrainingSettings:
-    """What defines a head and its training; equal settings give equal weights on one machine (with
-    `steps`).
-
-    Attributes
-    ----------
-    horizon, rank, anchored, width, blocks
-        The head, see `CPHead`; told the first token by default, as the drafts of a study are.
-    objective : {"distillation", "likelihood", "acceptance"}
-        See `head_loss`. ``acceptance`` has vanishing gradients far from the target: give
-        `train_head` a head to start from.
-    balance : float
-        Weight of the load-balancing loss.
-    steps : int
-        Optimiser steps.
-    seconds : float, optional
-        Train for this long instead of for `steps`.
-    rows, length : int
-        Windows in a batch and tokens in a window.
-    sequences : int
-        How many windows are drawn from the base model when no data is given.
-    learning_rate : float
-        Peak rate of AdamW; Muon, which trains the trunk's matrices, takes twice as much. Linear
-        warm-up, constant, and linear decay to zero over the second half.
-    seed : int
-        Of weights, samples and the order of windows.
-    """
-
-    horizon: int = 4
-    rank: int = 8
-    anchored: bool = True
-    width: int | None = None
-    blocks: int = 1
-    objective: str = "distillation"
-    balance: float = 0.0
-    steps: int = 500
-    seconds: float | None = None
-    rows: int = 8
-    length: int = 256
-    sequences: int = 1024
-    learning_rate: float = 2e-3
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.objective not in OBJECTIVES:
-            raise ValueError(
-                f"unknown objective {self.objective!r}: choose one of {', '.join(OBJECTIVES)}"
-            )
-        for name in ("steps", "rows", "sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.seconds is not None and not self.seconds > 0:
-            raise ValueError(f"seconds {self.seconds}: expected a positive number")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning rate {self.learning_rate}: expected a positive number")
-        if self.length <= self.horizon:
-            raise ValueError(
-                f"windows of {self.length} tokens for a horizon of {self.horizon}: lengthen them"
-            )
 
 
 def train_head(
@@ -103,11 +41,11 @@ def train_head(
     *,
     out: str | Path | None = None,
     tokens: Int[Tensor, "count length"] | None = None,
-    start: CPHead | None = None,
+    start: DraftHead | None = None,
     callback: Callable[[int, HeadLoss], None] | None = None,
     checkpoint_seconds: float = 60.0,
     **changes: Any,
-) -> CPHead:
+) -> DraftHead:
     """Train a head for a base model, whose weights stay as they are.
 
     Under ``accelerate launch`` the windows of a batch are shared out over the processes.
@@ -122,13 +60,13 @@ def train_head(
         again with the same folder goes on from there, to the same weights.
     tokens : (count, length) long tensor, optional
         Windows of text; default: drawn from the base model itself, which is what decoding meets.
-    start : CPHead, optional
+    start : DraftHead, optional
         Begin with its weights.
     callback : callable, optional
         Called with (step, HeadLoss) after every step.
     changes
         Fields of the settings to replace, as in
-        ``train_head(lm, horizon=4, rank=8, steps=500, seed=0)``.
+        ``train_head(lm, form="markov", transition_rank=64, horizon=4, positions=2_000_000)``.
 
     Raises
     ------
@@ -136,6 +74,7 @@ def train_head(
         If a setting is out of range, a window exceeds the model's, a checkpoint is of other
         settings, or the loss is not finite (the last checkpoint is kept).
     """
+    lm = as_language_model(lm)
     folders = None if out is None else [Path(out)]
     return train_heads(
         lm,
@@ -154,10 +93,10 @@ def train_heads(
     folders: Sequence[Path] | None = None,
     *,
     tokens: Int[Tensor, "count length"] | None = None,
-    starts: Sequence[CPHead] | None = None,
+    starts: Sequence[DraftHead] | None = None,
     callback: Callable[[int, int, HeadLoss], None] | None = None,
     checkpoint_seconds: float = 60.0,
-) -> list[CPHead]:
+) -> list[DraftHead]:
     """Several heads side by side on the same windows in the same order; parameters as for
     `train_head`.
 
@@ -166,7 +105,7 @@ def train_heads(
     """
     settings = list(settings)
     plan = settings[0]
-    shared = ("steps", "seconds", "rows", "length", "sequences", "seed")
+    shared = ("steps", "positions", "seconds", "rows", "length", "sequences", "seed")
     if any(getattr(s, name) != getattr(plan, name) for s in settings for name in shared):
         raise ValueError(
             f"heads trained side by side share {', '.join(shared)}: train the others apart"
@@ -177,6 +116,7 @@ def train_heads(
         folder.mkdir(parents=True, exist_ok=True)
     if tokens is None:
         tokens = _own_samples(lm, plan, folders[0] if folders else None)
+    settings = [_with_ids(setting, tokens, lm.vocab_size) for setting in settings]
     nothing = [None] * len(settings)
     runs = [
         _run_of(lm, setting, folder, start=start, data=tokens, accelerator=accelerator)
@@ -192,11 +132,18 @@ def train_heads(
             callback(index, run.step, out)
         return {"loss": f"{loss:.3f}", "tokens_per_call": f"{tokens_per_call:.3f}"}
 
-    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    states = KeptStates(
+        lm,
+        tokens,
+        rows=plan.rows,
+        seed=plan.seed,
+        share=slice(accelerator.process_index, None, accelerator.num_processes),
+        steps=plan.planned_steps if plan.seconds is None else None,
+    )
     train(
         runs,
-        partial(_batch, lm, tokens, plan, mine),
-        Schedule(plan.steps, warmup=30, decay=0.5, seconds=plan.seconds),
+        partial(_batch, lm, states),
+        Schedule(plan.planned_steps, warmup=plan.warmup, decay=0.5, seconds=plan.seconds),
         record=recorded,
         checkpoint_seconds=checkpoint_seconds,
     )
@@ -213,24 +160,50 @@ def windows_of_text(
     ]
     windows = torch.cat(parts) if parts else torch.empty(0, length, dtype=torch.long)
     if not len(windows):
-        raise ValueError(f"no text is {length} tokens long: give longer files or shorter windows")
+        raise ValueError(
+            f"no text is {length} tokens long: give longer files or shorter windows (length, "
+            "--length)"
+        )
     return windows
+
+
+def most_frequent(tokens: Int[Tensor, "*windows"], count: int, vocab_size: int) -> tuple[int, ...]:
+    """The ids that come most often, ascending; of equally frequent ones the lowest.
+
+    Examples
+    --------
+    >>> most_frequent(torch.tensor([[3, 1, 3], [0, 1, 3]]), 2, vocab_size=5)
+    (1, 3)
+    """
+    counts = torch.bincount(tokens.flatten().long(), minlength=vocab_size)
+    order = counts.sort(descending=True, stable=True).indices
+    return tuple(sorted(order[:count].tolist()))
+
+
+def _with_ids(
+    settings: HeadTrainingSettings, tokens: Tensor, vocab_size: int
+) -> HeadTrainingSettings:
+    """The settings with the ids that a number of them stands for."""
+    count = settings.vocabulary
+    if not isinstance(count, int):
+        return settings
+    return replace(settings, vocabulary=most_frequent(tokens, count, vocab_size))
 
 
 class _Objective(nn.Module):
     """The loss as a module's forward pass, which is what data-parallel wrappers hook into."""
 
-    def __init__(self, head: CPHead, settings: HeadTrainingSettings):
+    def __init__(self, head: DraftHead, settings: HeadTrainingSettings):
         super().__init__()
         self.head, self._settings = head, settings
 
-    def forward(
-        self, hidden: Tensor, tokens: Tensor, unembed: Callable[[Tensor], Tensor]
-    ) -> HeadLoss:
+    def forward(self, hidden: Tensor, tokens: Tensor, laws: TargetLaws) -> HeadLoss:
         goal = self._settings
-        return head_loss(
-            self.head, hidden, tokens, unembed, objective=goal.objective, balance=goal.balance
-        )
+        low = goal.precision == "bfloat16"
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=low):
+            return head_loss(
+                self.head, hidden, tokens, laws, objective=goal.objective, balance=goal.balance
+            )
 
 
 def _run_of(
@@ -238,10 +211,10 @@ def _run_of(
     settings: HeadTrainingSettings,
     folder: Path | None,
     *,
-    start: CPHead | None,
+    start: DraftHead | None,
     data: Tensor,
     accelerator: Accelerator,
-) -> Run[CPHead]:
+) -> Run[DraftHead]:
     """A new head under training, or one that goes on from the folder's checkpoint."""
     head = _new_head(lm, settings)
     if start is not None:
@@ -249,22 +222,22 @@ def _run_of(
     return Run(
         head,
         _Objective(head, settings),
-        _optimisers(head, settings.learning_rate),
+        _optimisers(head, settings),
         checkpoint=folder and folder / "checkpoint.safetensors",
         key=_resume_key(lm, settings, data),
         accelerator=accelerator,
     )
 
 
-def _batch(lm, tokens: Tensor, plan: HeadTrainingSettings, mine: slice, step: int) -> Batch:
-    """One process's share of a step's windows, and the base model's states for all heads."""
-    windows = drawn_windows(len(tokens), plan.rows, seed=plan.seed, step=step)[mine]
-    batch = tokens[windows].long().to(lm.device)  # (rows, length)
-    hidden = lm.hidden_states(batch).float()  # (rows, length, d)
-    return Batch(windows.tolist(), (hidden, batch, lm.unembed))
+def _batch(lm, states: KeptStates, step: int) -> Batch:
+    """One process's share of a step's windows, and the base model's states and laws for all
+    heads.
+    """
+    windows, hidden, tokens = states.batch(step)
+    return Batch(windows, (hidden, tokens, TargetLaws(hidden, lm.unembed)))
 
 
-def _finished(run: Run[CPHead], settings: HeadTrainingSettings) -> CPHead:
+def _finished(run: Run[DraftHead], settings: HeadTrainingSettings) -> DraftHead:
     """The trained head, written with what is known of its training where there is a folder."""
     head = run.model
     head.eval().requires_grad_(False)
@@ -294,7 +267,7 @@ def _own_samples(lm, plan: HeadTrainingSettings, folder: Path | None) -> Tensor:
         min(_SAMPLED_AT_ONCE, plan.sequences - i)
         for i in range(0, plan.sequences, _SAMPLED_AT_ONCE)
     ]
-    bar = tqdm(total=plan.sequences, unit="window", desc="samples", disable=not sys.stderr.isatty())
+    bar = progress_bar(plan.sequences, "window", desc="samples")
     parts = []
     for i, size in enumerate(sizes):
         parts.append(sample_sequences(lm, size, plan.length, seed=plan.seed * 1_000_003 + i))
@@ -310,10 +283,10 @@ def _samples_key(lm, plan: HeadTrainingSettings) -> str:
     return f"{lm.fingerprint[:16]}.{plan.seed}.{plan.sequences}.{plan.length}"
 
 
-def _new_head(lm, settings: HeadTrainingSettings) -> CPHead:
-    shape = {n: getattr(settings, n) for n in ("horizon", "rank", "anchored", "width", "blocks")}
+def _new_head(lm, settings: HeadTrainingSettings) -> DraftHead:
+    shape = {name: getattr(settings, name) for name in SHAPE}
     with locally_seeded(settings.seed):
-        head = CPHead(
+        head = DraftHead(
             hidden_size=lm.unembedding.shape[1],
             vocab_size=lm.vocab_size,
             base=lm.name,
@@ -324,17 +297,18 @@ def _new_head(lm, settings: HeadTrainingSettings) -> CPHead:
     return head.to(lm.device).attach(lm)
 
 
-def _optimisers(head: CPHead, rate: float) -> list[torch.optim.Optimizer]:
-    trunk = [
-        p for name, p in head.named_parameters() if p.ndim == 2 and not name.startswith("mixture")
-    ]
-    others = [p for p in head.parameters() if not any(p is t for t in trunk)]
-    optimisers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    ]
-    if trunk:
-        optimisers.append(Muon(trunk, 2 * rate))
-    return optimisers
+def _optimisers(head: DraftHead, settings: HeadTrainingSettings) -> list[torch.optim.Optimizer]:
+    rate, dtype = settings.learning_rate, getattr(torch, settings.precision)
+    named = dict(head.named_parameters())
+    matrices = [p for name, p in named.items() if p.ndim == 2 and name.split(".")[0] in _TRUNK]
+    others = [p for p in named.values() if not any(p is m for m in (*matrices, head.maps))]
+    maps = {"params": [head.maps], "members": head.rank}
+    groups = [maps, {"params": matrices}] if matrices else [maps]
+    muon = Muon(groups, 2 * rate, dtype=dtype)
+    others = [p for p in others if p.requires_grad]
+    if not others:
+        return [muon]
+    return [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0), muon]
 
 
 def _resume_key(lm, settings: HeadTrainingSettings, data: Tensor) -> str:
@@ -348,5 +322,5 @@ def _check_window(lm, plan: HeadTrainingSettings) -> None:
     if lm.max_context is not None and plan.length > lm.max_context:
         raise ValueError(
             f"windows of {plan.length} tokens exceed the model's {lm.max_context} positions: "
-            "shorten them"
+            "shorten them (length, --length)"
         )

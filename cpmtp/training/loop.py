@@ -8,7 +8,6 @@ and a checkpoint holds weights, optimisers and where they are, written whole or 
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from accelerate.utils import broadcast
 from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
+from cpmtp.joint_distribution.progress import progress_bar
 from cpmtp.whole_files import remove_partials, write_tensors
 
 _LARGEST_NORM = 1.0  # gradients are clipped to it
@@ -275,11 +275,11 @@ def _common(seconds: float, run: Run) -> float:
 
 def _progress_bar(schedule: Schedule, run: Run) -> tqdm:
     timed = schedule.seconds is not None
-    return tqdm(
-        total=schedule.seconds if timed else schedule.steps,
+    return progress_bar(
+        schedule.seconds or schedule.steps,
+        "s" if timed else "step",
+        shown=None if run.writes else False,
         initial=run.seconds if timed else run.step,
-        unit="s" if timed else "step",
-        disable=not (sys.stderr.isatty() and run.writes),
     )
 
 

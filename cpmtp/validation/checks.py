@@ -13,7 +13,7 @@ from scipy.stats import chi2
 from cpmtp.acceptance.implied import acceptance_profiles
 from cpmtp.acceptance.sampled import estimate_acceptance
 from cpmtp.decoding.speculative import speculative_generate
-from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.heads.evaluation import head_draft
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.pretrained import HuggingFaceLanguageModel
@@ -95,7 +95,7 @@ def time_width(place: Workplace, width: int) -> list[dict]:
     preset = place.preset
     model = new_llama(_WIDE_VOCABULARY, width=width, layers=preset.width_layers, window=256, seed=0)
     lm = HuggingFaceLanguageModel(model.to(preset.device, getattr(torch, preset.dtype)))
-    head = CPHead(
+    head = DraftHead(
         hidden_size=width,
         vocab_size=_WIDE_VOCABULARY,
         horizon=max(preset.horizons),

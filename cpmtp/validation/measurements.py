@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.forecasting.cycles import forecast_cycles
-from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.language_model import HiddenStateLanguageModel
 from cpmtp.pretrained import HuggingFaceLanguageModel
 from cpmtp.resampling import normal_half_width
@@ -23,7 +23,7 @@ from cpmtp.resampling import normal_half_width
 SHAPE = ("horizon", "rank", "anchored", "head_parameters")
 
 
-def head_shape(head: CPHead) -> dict:
+def head_shape(head: DraftHead) -> dict:
     """What kind of head it is: the columns of `SHAPE`."""
     values = (head.horizon, head.rank, head.anchored, sum(w.numel() for w in head.parameters()))
     return dict(zip(SHAPE, values, strict=True))
@@ -57,7 +57,7 @@ def plain_texts(
 
 def decode_beside_forecast(
     lm: HiddenStateLanguageModel,
-    heads: Iterable[tuple[str, CPHead]],
+    heads: Iterable[tuple[str, DraftHead]],
     *,
     new_tokens: int,
     texts: Int[Tensor, "texts time"] | None = None,
@@ -124,7 +124,7 @@ def decode_beside_forecast(
 
 def decode_in_turns(
     lm: HuggingFaceLanguageModel,
-    heads: Mapping[str, CPHead],
+    heads: Mapping[str, DraftHead],
     turns: Sequence[Sequence[Int[Tensor, " prompt"]]],
     *,
     new_tokens: int,
@@ -198,7 +198,7 @@ def _by_transformers(
 
 def _by_cycles(
     lm: HiddenStateLanguageModel,
-    head: CPHead | None,
+    head: DraftHead | None,
     prompts: Sequence[Tensor],
     count: int,
     options: dict,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
+from cpmtp.joint_distribution.progress import progress_bar
 from cpmtp.validation import checks, stages
 from cpmtp.validation.presets import Preset
 from cpmtp.validation.stages import Workplace
@@ -98,7 +97,7 @@ def validate(
     wanted = [task for task in _tasks(place) if stage in (None, task.stage)]
     _require_earlier(place, stage)
     torch.set_float32_matmul_precision("high" if preset.device == "cuda" else "highest")
-    bar = tqdm(total=len(wanted), unit="part", disable=not sys.stderr.isatty())
+    bar = progress_bar(len(wanted), "part")
     for task in wanted:
         bar.set_postfix_str(f"{task.stage}: {task.table} {task.name}")
         if not _part(place, task).exists():

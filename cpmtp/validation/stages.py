@@ -10,11 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file
-from scipy.optimize import nnls
 from torch import Tensor
 
 from cpmtp.corpora import (
@@ -25,7 +23,7 @@ from cpmtp.corpora import (
     standard_library_documents,
 )
 from cpmtp.decoding.speculative import speculative_generate
-from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.heads.losses import head_loss
 from cpmtp.latency import LatencyModel
 from cpmtp.pretrained import HuggingFaceLanguageModel, load_language_model
@@ -73,13 +71,15 @@ class Workplace:
         kind = "anchored" if settings.anchored else "unanchored"
         return self.folder / "heads" / plan.name / f"n{settings.horizon}-r{settings.rank}-{kind}"
 
-    def heads(self, plan: BasePlan, lm: HuggingFaceLanguageModel) -> Iterator[tuple[str, CPHead]]:
+    def heads(
+        self, plan: BasePlan, lm: HuggingFaceLanguageModel
+    ) -> Iterator[tuple[str, DraftHead]]:
         """Every trained head of a base model, by name."""
         for settings in head_settings(self.preset):
             folder = self.head_folder(plan, settings)
             yield (
                 folder.name,
-                CPHead.from_pretrained(folder).to(lm.device).attach(lm).requires_grad_(False),
+                DraftHead.from_pretrained(folder).to(lm.device).attach(lm).requires_grad_(False),
             )
 
 
@@ -188,10 +188,9 @@ def time_calls(place: Workplace, plan: BasePlan) -> list[dict]:
 def fit_latency(calls: pd.DataFrame) -> LatencyModel:
     """Least squares with times of at least 0 over the measured calls."""
     heads = calls[calls["head"] != "plain"]
-    n, r = heads["horizon"].to_numpy(dtype=float), heads["rank"].to_numpy(dtype=float)
-    found, _ = nnls(np.stack([np.ones_like(n), n, n * r], 1), heads["call_seconds"].to_numpy())
     plain = float(calls.loc[calls["head"] == "plain", "call_seconds"].iloc[0])
-    return LatencyModel(plain, *map(float, found))
+    columns = (heads[name].tolist() for name in ("horizon", "rank", "call_seconds"))
+    return LatencyModel.fitted(plain, *columns)
 
 
 def forecast_tokens(place: Workplace, plan: BasePlan, temperature: float) -> list[dict]:
@@ -229,7 +228,7 @@ def decode(place: Workplace, plan: BasePlan, temperature: float, batch: int) -> 
 
 
 def _step_cost(
-    place: Workplace, lm, head: CPHead, tokens: Tensor, repeats: int = 3
+    place: Workplace, lm, head: DraftHead, tokens: Tensor, repeats: int = 3
 ) -> dict[str, float]:
     """Median seconds of forward and backward pass of one head on one batch, and the memory they
     take.

@@ -21,6 +21,7 @@ import torch
 from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.decoding.stats import STAGES
 from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.drafting import drafted_block
 from cpmtp.language_model import sample_sequences
 from cpmtp.pretrained import load_language_model
 from cpmtp.validation.measurements import decode_beside_forecast, decode_in_turns
@@ -87,7 +88,7 @@ def cycle_cost(lm, folders: list[Path], *, repeats: int = 200) -> None:
                 bare.append(time.perf_counter() - begun)
                 cache.crop(-tokens.shape[1])
                 begun = time.perf_counter()
-                head.draft_factors(hidden[:, -1].to(head.maps), tokens[:, 0])
+                drafted_block(head, hidden[:, -1], tokens[:, 0])
                 alone.append(time.perf_counter() - begun)
         floor = statistics.median(bare) + statistics.median(alone)
         print(

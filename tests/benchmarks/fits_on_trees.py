@@ -29,8 +29,8 @@ from cpmtp import (
     load_language_model,
     sample_sequences,
 )
-from cpmtp.decomposition.em import Targets, em_runs
-from cpmtp.decomposition.gradient import Goal, acceptance_runs, tree_acceptance_runs
+from cpmtp.decomposition.descent.em import Targets, em_runs
+from cpmtp.decomposition.descent.gradient import Goal, acceptance_runs, tree_acceptance_runs
 from cpmtp.decomposition.mixtures import Mixtures
 from cpmtp.decomposition.starts import disturbed_marginals
 from cpmtp.decomposition.trees.nodes import first_token_forest, tree_forest

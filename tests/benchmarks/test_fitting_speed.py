@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from cpmtp.acceptance.implied import implied_acceptance
-from cpmtp.decomposition.em import Targets, expected_counts, outer_products
+from cpmtp.decomposition.descent.em import Targets, expected_counts, outer_products
 from cpmtp.decomposition.fitting import fit
 from cpmtp.decomposition.starts import random_starts
 from cpmtp.drafts.cp_distribution import CPDistribution, normalised_cp

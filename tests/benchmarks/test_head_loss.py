@@ -99,3 +99,49 @@ def test_the_loss_needs_a_twentieth_of_the_memory_of_its_logits(benchmark, objec
         "times less than the logits"
     )
     assert peak <= NAIVE_BYTES / 20
+
+
+SHARE = r"""
+import sys
+import torch
+from torch.profiler import ProfilerActivity, profile
+from cpmtp.heads.draft_head import DraftHead
+from cpmtp.heads.losses import head_loss
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+form, vocab, d, kept, rows, length = eval(sys.argv[1])
+unembedding = torch.randn(vocab, d) / d**0.5
+shape = {"hidden_size": d, "vocab_size": vocab, "anchored": True, "blocks": 1}
+head = DraftHead(vocabulary=None if kept is None else range(kept), **shape, **form)
+head = head.attach_weights(unembedding, unembedding)
+hidden, tokens = torch.randn(rows, length, d), torch.randint(kept or vocab, (rows, length))
+step = lambda: head_loss(head, hidden, tokens, lambda h: h @ unembedding.T).loss.backward()
+step()
+with profile(activities=[ProfilerActivity.CPU]) as found:
+    for _ in range(3):
+        step()
+times = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+print(sum(times.values()) / sum(times.get(f"aten::{name}", 0) for name in ("mm", "bmm", "addmm")))
+"""
+FORMS = [
+    {"form": "cp", "rank": 1},
+    {"form": "cp", "rank": 8},
+    {"form": "markov"},
+    {"form": "markov_mixture"},
+    {"form": "recurrent"},
+]
+
+
+@pytest.mark.parametrize("size", [(104, 192, None, 8, 256), (16_384, 576, 4_096, 2, 128)])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_loss_of_every_form_takes_hardly_longer_than_its_own_matrix_products(
+    benchmark, form, size
+):
+    command = [sys.executable, "-c", SHARE, repr((form, *size))]
+    done = benchmark.pedantic(
+        subprocess.run, (command,), {"capture_output": True, "text": True, "check": True}, rounds=1
+    )
+    ratio = float(done.stdout)
+    print(f"\n{form}, {size}: loss and gradients / matrix products = {ratio:.2f}")
+    assert ratio <= 1.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pandas as pd
 import pytest
@@ -11,7 +12,8 @@ from command_line import run
 from samples import random_llama_folder
 
 from cpmtp.heads.cp_head import CPHead
-from cpmtp.pretrained import embedded_models
+from cpmtp.heads.draft_head import DraftHead
+from cpmtp.pretrained import embedded_models, load_language_model
 
 SHORT = ("generate", "recommended", "--model", "code", "--max-new-tokens", 60)
 STORED = "data/studies/head/decoding.parquet"
@@ -52,6 +54,8 @@ def test_plain_decoding_needs_no_head_and_has_no_forecast(monkeypatch, capsys):
     assert status == 0 and out.startswith("def add(a, b):") and "tokens per call    1.000" in err
     status, out, err = run(monkeypatch, capsys, "generate", "--expect", STORED)
     assert (status, out) == (2, "") and "--expect without a head" in err
+    status, out, err = run(monkeypatch, capsys, "generate", "--compare")
+    assert (status, out) == (2, "") and "--compare without a head" in err
 
 
 def forecasts(path, **columns):
@@ -121,6 +125,74 @@ def test_a_head_is_trained_told_the_first_token_unless_asked(
         monkeypatch, capsys, "generate", folder, "--model", base, "--max-new-tokens", 5
     )
     assert status == 0 and "tokens per call" in err
+
+
+def test_a_text_ends_where_it_is_told_to(monkeypatch, capsys, base):
+    asked = ("generate", "--model", base, "--max-new-tokens", 40, "--prompt", "def", "--seed", 2)
+    _, whole, err = run(monkeypatch, capsys, *asked, "--ignore-eos")
+    assert "in 40 calls" in err
+    ids = load_language_model(base).encode(whole[:-1])
+    place = next(k for k in range(10, 40) if int(ids[k]) not in ids[:k].tolist())
+    text = load_language_model(base).decode(ids[:place])
+    ended = (*asked, "--eos", f"{int(ids[place])},0")
+    # The end of the text is no part of it.
+    assert run(monkeypatch, capsys, *ended)[1] == text + "\n"
+    stop = load_language_model(base).decode(ids[place : place + 2])
+    _, stopped, _ = run(monkeypatch, capsys, *asked, "--ignore-eos", "--stop", stop, "--stop", "§")
+    assert stopped == text + stop + "\n"
+
+
+def test_the_models_own_end_of_text_ends_it_unless_it_is_ignored(monkeypatch, capsys, base):
+    calls = {}
+    for option in ((), ("--ignore-eos",)):
+        asked = ("generate", "--model", base, "--max-new-tokens", 250, "--seed", 1, *option)
+        _, _, err = run(monkeypatch, capsys, *asked)
+        calls[option] = int(re.search(r"in (\d+) calls", err)[1])
+    # A random model's law over 99 tokens is nearly flat: its end comes soon.
+    assert calls[()] < calls[("--ignore-eos",)] == 250
+
+
+def test_a_head_is_compared_with_plain_decoding(monkeypatch, capsys):
+    status, _, err = run(monkeypatch, capsys, *SHORT, "--compare")
+    assert status == 0 and re.search(
+        r"plain decoding +\d+\.\d tokens per second, with the head \d+\.\d: \d\.\d\d times", err
+    )
+
+
+def test_windows_are_of_any_length_and_the_end_says_what_to_do_next(
+    monkeypatch, capsys, tmp_path, base, text
+):
+    asked = ("train-head", "--model", base, "--steps", 1, "--rank", 2, "--corpus", text)
+    status, out, err = run(monkeypatch, capsys, *asked, "--length", 40, "--out", tmp_path / "h")
+    assert status == 0, err
+    for said in ("of 40 tokens, 100.0% of the texts", "ceiling          4", "break-even  "):
+        assert said in out
+    assert out.endswith(
+        f"next             cpmtp generate {tmp_path / 'h'} --model {base} --compare\n"
+    )
+    card = (tmp_path / "h" / "README.md").read_text("utf-8")
+    assert f"# A draft head for {base.name}" in card and "| rank | 2 |" in card
+
+
+def test_a_head_of_another_form_is_trained_and_decoded_with(
+    monkeypatch, capsys, tmp_path, base, text
+):
+    shape = ("--form", "markov_mixture", "--rank", 2, "--transition-rank", 3, "--vocabulary", 6)
+    budget = ("--positions", 1000, "--length", 64, "--precision", "bfloat16")
+    given = ("--model", base, *shape, *budget, "--corpus", text, "--out", tmp_path)
+    status, out, err = run(monkeypatch, capsys, "train-head", *given)
+    assert status == 0, err
+    assert "steps            2 in" in out
+    head = DraftHead.from_pretrained(tmp_path)
+    assert (head.form, head.rank, head.transition_rank) == ("markov_mixture", 2, 3)
+    assert head.support_size == 6
+    tokens = ("--max-new-tokens", 5)
+    status, _, err = run(monkeypatch, capsys, "generate", tmp_path, "--model", base, *tokens)
+    assert status == 0 and "tokens per call" in err
+    status, out, err = run(
+        monkeypatch, capsys, "train-head", "--model", base, "--form", "cp", "--transition-rank", 2
+    )
+    assert (status, out) == (2, "") and "has no transitions" in err
 
 
 BAD = [

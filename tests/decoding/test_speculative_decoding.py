@@ -355,12 +355,6 @@ def test_rows_that_transformers_sees_end_early_are_filled_with_its_padding():
     assert torch.equal(tokens, whole.masked_fill(ended, 0))
 
 
-def test_transformers_options_that_drafts_cannot_keep_are_refused():
-    for options in ({"num_beams": 2}, {"repetition_penalty": 1.2}):
-        with pytest.raises(ValueError, match="no beams and no repetition penalty"):
-            generated({}, rows=1, **options)
-
-
 def test_the_monitor_gets_a_line_per_cycle(tmp_path):
     lm = a_model()
     out = speculative_generate(

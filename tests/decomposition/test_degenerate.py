@@ -116,3 +116,11 @@ def test_twenty_planted_ranks_are_recovered_exactly(method, states):
         assert below >= 1e-3
         short += [seed] if at_rank > (1e-4 if method == "acceptance" else 1e-6) else []
     assert not short
+
+
+@pytest.mark.parametrize("method", ["em", "gradient", "acceptance", "als", "hals", "mu"])
+def test_one_token_is_fitted_exactly_by_every_method(method):
+    probs = torch.rand(5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    result = fit(JointDistribution(probs / probs.sum()), 2, method)
+    assert result.status == "ok", result.message
+    assert torch.allclose(result.distribution.to_tensor(), probs / probs.sum(), rtol=1e-12)

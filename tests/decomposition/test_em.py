@@ -9,7 +9,7 @@ import pytest
 import torch
 from rounding import kl_rounding, rounding
 
-from cpmtp.decomposition.em import Targets, em_runs
+from cpmtp.decomposition.descent.em import Targets, em_runs
 from cpmtp.decomposition.fitting import fit
 from cpmtp.decomposition.mixtures import Mixtures
 from cpmtp.decomposition.starts import random_starts

@@ -106,7 +106,7 @@ def test_acceptance_climbs_from_the_em_fits_it_is_given(anchored, rule):
 
 
 def test_on_a_core_acceptance_never_ends_below_its_start(monkeypatch):
-    monkeypatch.setattr(restarts, "_CORE_FROM", 1)
+    monkeypatch.setattr(restarts, "CORE_FROM", 1)
     rarity = torch.cat([torch.ones(5), torch.full((4,), 1e-4)]).double()
     probs = peaked_joint(9, 3).probs * rarity[:, None, None] * rarity[:, None] * rarity
     joint = JointDistribution(probs / probs.sum())

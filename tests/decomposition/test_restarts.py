@@ -17,7 +17,7 @@ EMPTY = torch.empty(0, dtype=torch.long)
 
 @pytest.fixture
 def every_joint_has_a_core(monkeypatch):
-    monkeypatch.setattr(restarts, "_CORE_FROM", 1)
+    monkeypatch.setattr(restarts, "CORE_FROM", 1)
 
 
 def with_rare_tokens(seed: int = 0) -> JointDistribution:

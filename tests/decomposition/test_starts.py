@@ -6,7 +6,7 @@ import pytest
 import torch
 from rounding import rounding
 
-from cpmtp.decomposition.em import Targets, em_runs
+from cpmtp.decomposition.descent.em import Targets, em_runs
 from cpmtp.decomposition.starts import fibre_starts, random_starts
 from cpmtp.joint_distribution import JointDistribution
 

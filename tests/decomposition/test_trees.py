@@ -12,14 +12,14 @@ from rounding import FORWARD, kl_rounding, rounding
 from samples import RecurrentModel
 
 from cpmtp.acceptance.implied import implied_acceptance
-from cpmtp.decomposition.em import Targets, em_runs
-from cpmtp.decomposition.fitting import fit, fit_path
-from cpmtp.decomposition.gradient import (
+from cpmtp.decomposition.descent.em import Targets, em_runs
+from cpmtp.decomposition.descent.gradient import (
     Goal,
     acceptance_runs,
     gradient_runs,
     tree_acceptance_runs,
 )
+from cpmtp.decomposition.fitting import fit, fit_path
 from cpmtp.decomposition.mixtures import Mixtures
 from cpmtp.decomposition.starts import disturbed_marginals
 from cpmtp.decomposition.trees.nodes import first_token_forest, tree_forest

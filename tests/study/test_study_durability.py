@@ -214,14 +214,14 @@ def test_another_text_under_the_same_name_is_another_study(tmp_path):
 def test_another_model_under_the_same_name_is_another_study(tmp_path, monkeypatch):
     import samples
 
-    from cpmtp.study.plan import open_language_model
+    from cpmtp.study.models import opened_language_model
 
     run_study(TINY, tmp_path, workers=1)
     monkeypatch.setattr(samples, "bigram", lambda: samples.BigramTable(seed=5))
-    open_language_model.cache_clear()
+    opened_language_model.cache_clear()
     with pytest.raises(ValueError, match="the model 'samples:bigram' itself"):
         run_study(TINY, tmp_path, workers=1)
-    open_language_model.cache_clear()
+    opened_language_model.cache_clear()
 
 
 # So many contexts that the signal comes before the end, however slow the machine.

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,10 +24,16 @@ from cpmtp.heads.losses import HeadLoss
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.pretrained import HuggingFaceLanguageModel
 from cpmtp.training import heads as head_training
-from cpmtp.training import loop
+from cpmtp.training import kept_states, loop
 from cpmtp.training.heads import HeadTrainingSettings, train_head, train_heads, windows_of_text
 from cpmtp.training.new_models import new_llama
 
+FORMS = [
+    {},
+    {"form": "markov_mixture", "transition_rank": 2, "vocabulary": 4},
+    {"form": "recurrent", "rank": 1, "precision": "bfloat16"},
+    {"form": "recurrent", "rank": 1, "over_text": True},
+]
 TINY = HeadTrainingSettings(horizon=3, rank=2, steps=6, rows=2, length=16, sequences=8)
 VOCAB = 6
 
@@ -58,15 +65,19 @@ def test_training_earns_more_tokens_per_call(lm, anchored):
     assert after > before + 0.2
 
 
-def test_a_training_stopped_and_resumed_ends_with_the_same_weights(lm, tmp_path):
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_training_stopped_and_resumed_ends_with_the_same_weights(lm, tmp_path, form):
+    """In its second pass over the windows, whose hidden states are kept."""
+
     def stop(step, out):
-        if step == 4:
+        if step == 5:
             raise KeyboardInterrupt
 
-    train_head(lm, TINY, out=tmp_path / "whole")
+    settings, stopped = replace(TINY, **form), tmp_path / "stopped"
+    train_head(lm, settings, out=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train_head(lm, TINY, out=tmp_path / "stopped", checkpoint_seconds=0.0, callback=stop)
-    train_head(lm, TINY, out=tmp_path / "stopped")
+        train_head(lm, settings, out=stopped, checkpoint_seconds=0.0, callback=stop)
+    train_head(lm, settings, out=stopped)
     assert weights(tmp_path / "whole") == weights(tmp_path / "stopped")
     rows = [
         (tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("whole", "stopped")
@@ -75,34 +86,42 @@ def test_a_training_stopped_and_resumed_ends_with_the_same_weights(lm, tmp_path)
     assert not (tmp_path / "stopped" / "checkpoint.safetensors").exists()
 
 
+def environment(root) -> dict[str, str]:
+    """Of a process that imports this file."""
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
 TRAIN = """
 import sys, time, torch
 sys.path.insert(0, {tests!r})
 from test_head_training import TINY, a_model
 from cpmtp.training.heads import train_head
 torch.set_num_threads(1)
-train_head(a_model(), TINY, steps=14, out=sys.argv[1], checkpoint_seconds=0.0,
+train_head(a_model(), TINY, form="markov_mixture", transition_rank=2, steps=14, out=sys.argv[1],
+           checkpoint_seconds=0.0,
            callback=lambda step, out: (print(step, flush=True), time.sleep(0.01)))
 """
 
 
 def test_a_training_that_was_killed_goes_on_to_the_same_weights(root, tmp_path):
     script = TRAIN.format(tests=str(root / "tests" / "training"))
-    path = os.pathsep.join([str(root), str(root / "tests")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script]
     subprocess.run(
-        [*command, str(tmp_path / "whole")], check=True, capture_output=True, env=environment
+        [*command, str(tmp_path / "whole")], check=True, capture_output=True, env=environment(root)
     )
     with subprocess.Popen(
-        [*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True, env=environment
+        [*command, str(tmp_path / "killed")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(root),
     ) as process:
         while process.stdout.readline().strip() != "6":
             assert process.poll() is None
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     subprocess.run(
-        [*command, str(tmp_path / "killed")], check=True, capture_output=True, env=environment
+        [*command, str(tmp_path / "killed")], check=True, capture_output=True, env=environment(root)
     )
     assert weights(tmp_path / "whole") == weights(tmp_path / "killed")
 
@@ -120,7 +139,15 @@ torch.save(head.state_dict(), sys.argv[1] + str(PartialState().process_index))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("budget", [{"steps": 6}, {"seconds": 1.0}])
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"steps": 6},
+        {"seconds": 1.0},
+        {"form": "markov", "rank": 1},
+        {"form": "recurrent", "rank": 1},
+    ],
+)
 def test_processes_that_share_the_windows_end_at_the_same_step_with_the_same_weights(
     lm, root, tmp_path, budget
 ):
@@ -131,11 +158,11 @@ def test_processes_that_share_the_windows_end_at_the_same_step_with_the_same_wei
         [*command, "--nproc_per_node", "2", script, tmp_path / "weights"],
         check=True,
         capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        env=environment(root),
     )
     found = [torch.load(tmp_path / f"weights{rank}", weights_only=True) for rank in (0, 1)]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    if "steps" in budget:  # the mean over both shares is the mean over all windows
+    if "seconds" not in budget:  # the mean over both shares is the mean over all windows
         alone = train_head(lm, TINY, **budget).state_dict()
         assert all(torch.allclose(found[0][name], alone[name], atol=1e-4) for name in alone)
 
@@ -148,6 +175,48 @@ def test_heads_trained_side_by_side_are_those_trained_alone(lm):
         assert all(
             torch.equal(a, b) for a, b in zip(head.parameters(), alone.parameters(), strict=True)
         )
+
+
+def test_hidden_states_are_computed_once_and_shared_by_all_heads(lm, monkeypatch):
+    def counted(tokens):
+        seen.append(tuple(map(tuple, tokens.tolist())))
+        return usual(tokens)
+
+    usual, seen = lm.hidden_states, []
+    monkeypatch.setattr(lm, "hidden_states", counted)
+    train_heads(lm, [TINY, replace(TINY, rank=1)], tokens=lm.sample_tokens(8, 16, seed=1))
+    assert len(seen) == len(set(seen)) == 4  # eight windows, two in a batch, six steps
+    assert len({row for batch in seen for row in batch}) == 8
+
+
+def test_hidden_states_kept_in_a_file_give_the_same_weights(lm, monkeypatch):
+    in_memory = train_head(lm, TINY)
+    monkeypatch.setattr(kept_states, "_IN_MEMORY", 0)
+    in_a_file = train_head(lm, TINY)
+    pairs = zip(in_memory.parameters(), in_a_file.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_every_window_is_seen_in_every_pass_and_passes_differ(lm):
+    tokens = torch.arange(12 * 16).view(12, 16) % VOCAB
+    states = kept_states.KeptStates(lm, tokens, rows=3, seed=1)
+    passes = [[states.batch(4 * p + k)[0] for k in range(4)] for p in range(3)]
+    for batches in passes:
+        assert sorted(number for batch in batches for number in batch) == list(range(12))
+        assert sorted(map(tuple, batches)) == sorted(map(tuple, passes[0]))
+    assert passes[0] != passes[1] or passes[1] != passes[2]
+
+
+def test_a_draft_vocabulary_of_a_size_is_the_most_frequent_tokens(lm):
+    tokens = torch.tensor([[0, 1, 1, 2, 2, 2] * 3, [5, 5, 4, 2, 1, 0] * 3])[:, :16]
+    head = train_head(lm, TINY, steps=1, tokens=tokens.repeat(4, 1), vocabulary=2)
+    assert head.vocabulary == [1, 2]
+
+
+def test_a_budget_in_positions_is_one_in_steps(lm):
+    heads = [train_head(lm, TINY, positions=5 * 2 * 16 - 3), train_head(lm, TINY, steps=5)]
+    pairs = zip(*(head.parameters() for head in heads), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_heads_with_other_data_are_not_trained_side_by_side(lm):

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.drafts.prefix_tables import PrefixTable
+from cpmtp.joint_distribution.stored import Stored
 from cpmtp.sampling_law import SamplingLaw
 
 
 @dataclass(frozen=True, eq=False)
-class FirstTokenDrafts:
+class FirstTokenDrafts(Stored):
     """An anchored draft that holds distributions for the first tokens that have mass, and one for
     all others.
 

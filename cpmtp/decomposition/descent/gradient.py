@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.acceptance.implied import acceptance_profiles
-from cpmtp.decomposition.em import CountingTargets, Targets, expected_counts
+from cpmtp.decomposition.descent.em import CountingTargets, Targets, expected_counts
+from cpmtp.decomposition.descent.quasi_newton import Minima, minimise
 from cpmtp.decomposition.mixtures import Mixtures, Runs
-from cpmtp.decomposition.quasi_newton import Minima, minimise
 from cpmtp.decomposition.trees.targets import TreeTargets
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import JointDistribution
@@ -26,7 +26,7 @@ _LOWEST_LOGIT = -40.0
 # about a whole step.
 _LEAST_CURVATURE = 1e-8
 # Entries of the joints differentiated at once: the tape holds some twenty tensors of this size.
-_AT_ONCE = 1 << 21
+AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def acceptance_runs(
     tolerance : float
         A run stops when ten of them have gained less than this (tokens per call).
     """
-    step = max(_AT_ONCE // joint.probs[0].numel(), 1)
+    step = max(AT_ONCE // joint.probs[0].numel(), 1)
 
     @lru_cache(maxsize=1)
     def targets(items: tuple[int, ...]) -> JointDistribution:
@@ -155,7 +155,7 @@ def tree_acceptance_runs(
         return targets[runs].survival_sums(mixtures, goal.rule, goal.first_token)
 
     nodes = int(targets.forest.sizes.amax(0).max())
-    step = max(_AT_ONCE // (nodes * start.rank), 1)
+    step = max(AT_ONCE // (nodes * start.rank), 1)
     return _most_accepted(
         sums, start, goal, step=step, max_iterations=max_iterations, tolerance=tolerance
     )
@@ -203,7 +203,7 @@ def _climbed(
     minima = minimise(
         evaluate,
         _to_logits(start),
-        curvature=lambda logits: _logit_curvature(logits, start),
+        curvature=lambda _, logits: _logit_curvature(logits, start),
         max_passes=max_passes,
         tolerance=tolerance,
     )

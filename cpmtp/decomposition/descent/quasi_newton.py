@@ -34,7 +34,7 @@ def minimise(
     evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     start: Float[Tensor, "runs size"],
     *,
-    curvature: Callable[[Tensor], Tensor],
+    curvature: Callable[[Tensor, Tensor], Tensor],
     max_passes: int,
     tolerance: float,
 ) -> Minima:
@@ -46,8 +46,8 @@ def minimise(
         ``(runs, points) -> (values, gradients)`` for the given run numbers, each run on its own.
     start : (runs, size) tensor
     curvature : callable
-        ``points -> (runs, size)``: a positive guess at the diagonal of each Hessian, up to a
-        factor. The history begins from its inverse at every step.
+        ``(runs, points) -> (runs, size)``: a positive guess at the diagonal of each Hessian, up
+        to a factor. The history begins from its inverse at every step.
     max_passes : int
         Most evaluations of each run.
     tolerance : float
@@ -59,7 +59,7 @@ def minimise(
     """
 
     def advance(alive: Tensor, point: _Point) -> tuple[_Point, list[int]]:
-        direction = point.history.direction(point.gradient, curvature(point.x))
+        direction = point.history.direction(point.gradient, curvature(alive, point.x))
         new, spent = _backtracked(evaluate, alive, point, direction)
         history = point.history.extended(new.x - point.x, new.gradient - point.gradient)
         return replace(new, history=history), spent

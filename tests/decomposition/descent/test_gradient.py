@@ -9,8 +9,8 @@ import pytest
 import torch
 from rounding import rounding
 
-from cpmtp.decomposition import gradient as gradient_fits
-from cpmtp.decomposition.em import Targets
+from cpmtp.decomposition.descent import gradient as gradient_fits
+from cpmtp.decomposition.descent.em import Targets
 from cpmtp.decomposition.fitting import fit
 from cpmtp.decomposition.starts import random_starts
 from cpmtp.drafts.divergence import divergences

@@ -9,6 +9,7 @@ one batch gains less: there arithmetic is the limit, and refused tokens cost.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,29 @@ class LatencyModel:
                 )
         if self.plain_step == 0:
             raise ValueError("plain_step 0: a step of plain decoding takes time; measure it")
+
+    @classmethod
+    def fitted(
+        cls,
+        plain_step: float,
+        horizons: Sequence[float],
+        ranks: Sequence[float],
+        seconds: Sequence[float],
+    ) -> LatencyModel:
+        """Least squares with times of at least 0 over measured calls.
+
+        Examples
+        --------
+        >>> found = LatencyModel.fitted(0.01, [2, 4, 4], [1, 1, 8], [0.012, 0.014, 0.014])
+        >>> round(found.base, 6), round(found.per_position, 6), round(found.per_component, 6)
+        (0.01, 0.001, 0.0)
+        """
+        import numpy as np
+        from scipy.optimize import nnls
+
+        n, r = np.asarray(horizons, dtype=float), np.asarray(ranks, dtype=float)
+        found, _ = nnls(np.stack([np.ones_like(n), n, n * r], 1), np.asarray(seconds, dtype=float))
+        return cls(plain_step, *map(float, found))
 
     def call_seconds(self, horizon: int, rank: int) -> float:
         """``t(n, r)``: one speculative call."""
@@ -145,7 +169,7 @@ def cost_per_million_tokens(tokens_per_second: float, price_per_device_hour: flo
     >>> cost_per_million_tokens(tokens_per_second=100.0, price_per_device_hour=3.6)
     10.0
     """
-    _require_positive(
+    require_positive(
         tokens_per_second=tokens_per_second, price_per_device_hour=price_per_device_hour
     )
     return price_per_device_hour / 3600 / tokens_per_second * 1e6
@@ -161,12 +185,13 @@ def tokens_until_paid(forecast: Throughput, *, training_device_hours: float) -> 
     >>> tokens_until_paid(Throughput(200.0, 2.0, 1.1), training_device_hours=1.0)
     720000.0
     """
-    _require_positive(training_device_hours=training_device_hours)
+    require_positive(training_device_hours=training_device_hours)
     saved_per_token = (forecast.speedup - 1) / forecast.tokens_per_second
     return training_device_hours * 3600 / saved_per_token if saved_per_token > 0 else math.inf
 
 
-def _require_positive(**figures: float) -> None:
+def require_positive(**figures: float) -> None:
+    """ValueError for the first figure that is not a finite number above 0."""
     for name, value in figures.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name} {value}: expected a finite number above 0")

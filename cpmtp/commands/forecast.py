@@ -1,0 +1,154 @@
+"""`cpmtp forecast`: what each head would earn once it is trained, before anybody trains it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cpmtp.commands.latency import head_grid
+from cpmtp.commands.options import integers, precision
+
+_SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9}
+
+
+def forecast(
+    model: Annotated[str, typer.Option(help="code, prose, a folder or a hub id.")] = "code",
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="<str>", help="Files, folders or globs; default: the model's own samples."
+        ),
+    ] = None,
+    forms: Annotated[
+        str, typer.Option(help="Forms of heads, separated by commas.")
+    ] = "cp,markov,recurrent",
+    ranks: Annotated[str, typer.Option(help="Ranks of forms cp and markov_mixture.")] = "1,4",
+    transition_ranks: Annotated[
+        str, typer.Option(help="Transition ranks of forms markov and markov_mixture.")
+    ] = "64",
+    horizons: Annotated[
+        str, typer.Option(help="Tokens per call at most; heads are probed at the longest.")
+    ] = "2,3,4",
+    budget: Annotated[
+        str, typer.Option(help="Positions that a head is to be trained on: 50M, 200k.")
+    ] = "50M",
+    probe_budget: Annotated[
+        str | None, typer.Option(help="Positions of the largest probes; default: by --minutes.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Time for everything.")] = 10.0,
+    loads: Annotated[str, typer.Option(help="Requests decoded together.")] = "1",
+    latency: Annotated[
+        Path | None, typer.Option(help="What `cpmtp latency` wrote; default: measured.")
+    ] = None,
+    curves: Annotated[
+        Path | None,
+        typer.Option(help="Table of curves to borrow shapes from; default: the stored ones."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of the target's distribution.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most probable tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the tokens of this mass.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of probes and tables; the same folder again goes on.")
+    ] = Path("runs/forecast"),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Seed of weights, windows and draws.")] = 0,
+) -> None:
+    """Forecast what heads earn, from short probes.
+
+    Example: cpmtp forecast --model code --budget 50M --minutes 10 --loads 1,8
+    """
+    from cpmtp.corpora import read_documents
+    from cpmtp.forecasting.head_forecast import forecast_heads
+    from cpmtp.latency import read_latency
+    from cpmtp.pretrained import load_language_model
+
+    wanted = integers("--horizons", horizons)
+    candidates = head_grid(forms, ranks, transition_ranks, str(max(wanted, default=2)))
+    asked: dict[str, Any] = {
+        "budget": positions("--budget", budget),
+        "probe_budget": probe_budget and int(positions("--probe-budget", probe_budget)),
+        "loads": integers("--loads", loads),
+    }
+    measured = None if latency is None else read_latency(latency)
+    texts = [d.text for d in read_documents(list(corpus))] if corpus else None
+    lm = load_language_model(model, device=device, dtype=precision(dtype))
+    found = forecast_heads(
+        lm,
+        candidates,
+        texts=texts,
+        latency=measured,
+        curves=None if curves is None else _table(curves),
+        out=out,
+        horizons=wanted,
+        minutes=minutes,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        **asked,
+    )
+    show_forecast(found)
+    print(f"tables in {out}")
+
+
+def positions(option: str, text: str) -> float:
+    """A number of positions such as 50M, 200k or 32768."""
+    scale = _SUFFIXES.get(text[-1:].lower(), 1.0)
+    try:
+        return float(text[:-1] if scale != 1.0 else text) * scale
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: expected positions such as 50M or 200k") from None
+
+
+def _table(path: Path):
+    import pandas as pd
+
+    if not path.is_file():
+        raise ValueError(f"--curves {str(path)!r}: no such file")
+    return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+
+
+def show_forecast(found) -> None:
+    """The answer first, then what it rests on."""
+    if found.status:
+        print(found.status)
+        return
+    settings, table = found.settings, found.table
+    for load in settings.loads:
+        choice = found.choice(load)
+        print(choice.sentence)
+        if choice.overtaken:
+            print(f"  from {choice.overtaken[1]:,.0f} positions on {choice.overtaken[0]} is ahead")
+        if choice.budget:
+            print(
+                f"  {choice.device_hours:.2f} device-hours as probes were trained here, paid for "
+                f"after {choice.pays_after:,.0f} tokens; "
+                + (
+                    f"beyond {choice.stop:,.0f} positions a doubling adds less than 1 %"
+                    if choice.stop < float("inf")
+                    else "a doubling adds more than 1 % up to the largest budget looked at"
+                )
+            )
+    print(f"after {settings.budget:,.0f} positions, {settings.confidence:.0%} intervals:")
+    at = min((b for b in table["budget"] if b >= settings.budget), default=table["budget"].max())
+    for row in (
+        table[table["budget"] == at].sort_values("tokens_per_second").iloc[::-1].itertuples()
+    ):
+        print(
+            f"  {row.option:24} n {row.horizon}  {row.tokens_per_call:5.2f} tokens per call "
+            f"({row.tokens_per_call_low:.2f} to {row.tokens_per_call_high:.2f})  "
+            f"{row.tokens_per_second:9.1f} tokens/s at load {row.load}"
+        )
+    if table["too_many"].any():
+        print(
+            f"the budget reads the text {table['passes'].max():.0f} times: more than four passes "
+            "teach less than new text would; give more text"
+        )
+    shapes = found.shapes
+    print(
+        f"curves continued by {shapes.level.words}, from {len(shapes.groups)} groups of stored "
+        f"curves: {', '.join(shapes.groups)}"
+    )

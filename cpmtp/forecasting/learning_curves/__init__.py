@@ -1,0 +1,1 @@
+"""Learning curves: families, tasks of known end, shapes, and the choice among them."""

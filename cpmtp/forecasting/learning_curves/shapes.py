@@ -1,0 +1,189 @@
+"""A learning curve's shape with what all curves share of it, fitted to curves whose ends are known.
+
+Levels and differences to a reference candidate have shapes of their own; a candidate's level is the
+reference's plus the difference, so that a table never says two things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from cpmtp.forecasting.learning_curves.families import (
+    RATIOS,
+    MonotoneLink,
+    Profile,
+    damped_trend,
+    power_law,
+)
+from cpmtp.forecasting.learning_curves.tasks import Tasks
+
+# Family and the scale it is taken on.
+LEVELS = (
+    ("damped", "log"),
+    ("damped", "tokens"),
+    ("power", "tokens"),
+    ("borrowed", "log"),
+    ("loss", "log"),
+)
+DIFFERENCES = (("damped", "difference"), ("levels", "difference"))
+_STEP = 1e-5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A family with what its curves share.
+
+    Attributes
+    ----------
+    family : {"damped", "power", "borrowed", "loss", "levels"}
+        ``loss``: a damped trend of the loss's logarithm, and the link from there; ``levels``, of
+        differences: those of the forecast levels.
+    scale : {"log", "tokens", "difference"}
+    ratio : float
+        Per doubling, of damped trends and power laws.
+    profile : Profile, optional
+    link : MonotoneLink, optional
+    """
+
+    family: str
+    scale: str
+    ratio: float = 0.0
+    profile: Profile | None = None
+    link: MonotoneLink | None = None
+
+    @property
+    def words(self) -> str:
+        """As a table shows it."""
+        told = f" {self.ratio:.2f}" if self.family in ("damped", "power", "loss") else ""
+        return f"{self.family}{told} ({self.scale})"
+
+    def values(
+        self,
+        tasks: Tasks,
+        logs: Float[ndarray, "*batch tasks probes"],
+        ratio: float | Float[ndarray, " ratios"] | None = None,
+    ) -> Float[ndarray, "..."]:
+        """Forecasts at the tasks' budget from probes' values in the place of the tasks' own.
+
+        Logarithms of tokens per call, between one token and the horizon; or differences of such.
+        """
+        ratio, most = self.ratio if ratio is None else ratio, tasks.most
+        budgets, at = tasks.budgets, tasks.at
+        if self.family == "borrowed":
+            assert self.profile is not None
+            found = self.profile.extrapolate(budgets, logs, at)
+        elif self.family == "loss":
+            assert self.link is not None
+            later = np.exp(damped_trend(budgets, np.log(tasks.losses), at, ratio))
+            found = logs[..., -1] + self.link(later) - self.link(tasks.losses[:, -1])
+        elif self.family == "power":
+            found = np.log(np.maximum(power_law(budgets, np.exp(logs), at, ratio, most=most), 1.0))
+        elif self.scale == "tokens":
+            found = np.log(np.maximum(damped_trend(budgets, np.exp(logs), at, ratio), 1.0))
+        else:
+            found = damped_trend(budgets, logs, at, ratio)
+        return found if self.scale == "difference" else np.clip(found, 0.0, np.log(most))
+
+
+def forecast_logs(
+    level: Shape,
+    difference: Shape,
+    tasks: Tasks,
+    reference: Int[ndarray, " tasks"],
+    logs: Float[ndarray, "*batch tasks probes"] | None = None,
+) -> Float[ndarray, "*batch tasks"]:
+    """Levels: the reference's by the level's shape, the others' by their difference to it.
+
+    Parameters
+    ----------
+    level, difference : Shape
+    tasks : Tasks
+    reference : (tasks,) int array
+        The task of each one's reference, or -1 where it has none.
+    logs : (*batch, tasks, probes) float array, optional
+        Probes' values in the place of the tasks' own.
+    """
+    logs = tasks.logs if logs is None else logs
+    direct = level.values(tasks, logs)  # (*batch, tasks)
+    if difference.family == "levels":
+        return direct
+    steps = difference.values(tasks, logs - logs[..., reference, :])  # (*batch, tasks)
+    joined = np.clip(direct[..., reference] + steps, 0.0, np.log(tasks.most))
+    return np.where(reference >= 0, joined, direct)
+
+
+def reference_rows(tasks: Tasks, reference: str) -> Int[ndarray, " tasks"]:
+    """The task of the reference candidate with each one's group and seed; -1: there is none."""
+    keys = list(zip(tasks.groups, tasks.seeds, strict=True))
+    where = {k: i for i, k in enumerate(keys) if tasks.candidates[i] == reference}
+    return np.array([where.get(key, -1) for key in keys], dtype=int)
+
+
+def fitted(kind: tuple[str, str], batches: list[Tasks]) -> Shape:
+    """The shape of a family nearest to tasks whose ends are known, groups counted alike."""
+    family, scale = kind
+    if family == "borrowed":
+        return Shape(family, scale, profile=Profile.of(list(_curves(batches))))
+    link = None
+    if family == "loss":
+        losses = np.concatenate([t.losses.ravel() for t in batches])
+        link = MonotoneLink.of(losses, np.concatenate([t.logs.ravel() for t in batches]))
+    shape = Shape(family, scale, link=link)
+    errors = [_errors(shape, tasks, tasks.logs, tasks.truths) for tasks in batches]
+    return Shape(family, scale, ratio=_best_ratio(batches, errors), link=link)
+
+
+def fitted_difference(kind: tuple[str, str], batches: list[Tasks], reference: str) -> Shape:
+    """The same of differences to the reference candidate."""
+    shape, errors, kept = Shape(*kind), [], []
+    if kind[0] == "levels":
+        return shape
+    for tasks in batches:
+        rows = reference_rows(tasks, reference)
+        others = (rows >= 0) & (rows != np.arange(len(tasks)))
+        logs = (tasks.logs - tasks.logs[rows])[others]
+        kept.append(tasks.of(others))
+        errors.append(_errors(shape, kept[-1], logs, (tasks.truths - tasks.truths[rows])[others]))
+    return Shape(*kind, ratio=_best_ratio(kept, errors))
+
+
+def _errors(shape: Shape, tasks: Tasks, logs: ndarray, truths: ndarray) -> ndarray:
+    """Squared errors at every ratio: (ratios, tasks)."""
+    return (shape.values(tasks, logs, RATIOS) - truths) ** 2
+
+
+def _best_ratio(batches: list[Tasks], errors: list[ndarray]) -> float:
+    groups = np.concatenate([tasks.groups for tasks in batches])
+    table = np.concatenate(errors, -1)  # (ratios, tasks)
+    if not len(groups):
+        return 0.0
+    weights = 1 / pd.Series(groups).map(pd.Series(groups).value_counts()).to_numpy(dtype=float)
+    return float(RATIOS[int((table @ weights).argmin())])
+
+
+def _curves(batches: list[Tasks]) -> Iterator[tuple[ndarray, ndarray]]:
+    """Budgets and logarithms of every task, its end among them."""
+    for tasks in batches:
+        budgets = np.append(tasks.budgets, tasks.at)
+        for logs, truth in zip(tasks.logs, tasks.truths, strict=True):
+            yield budgets, np.append(logs, truth)
+
+
+def losses_known(batches: list[Tasks]) -> bool:
+    """Whether every probe has a loss."""
+    return all(np.isfinite(tasks.losses).all() for tasks in batches)
+
+
+def slopes_of(
+    level: Shape, difference: Shape, tasks: Tasks, rows: Int[ndarray, " tasks"]
+) -> Float[ndarray, "tasks probes"]:
+    """How each task's forecast moves with each of its own probes: (tasks, probes)."""
+    moved = tasks.logs + _STEP * np.eye(len(tasks.budgets))[:, None]  # (probes, tasks, probes)
+    found = forecast_logs(level, difference, tasks, rows, moved)  # (probes, tasks)
+    return (found - forecast_logs(level, difference, tasks, rows)).T / _STEP

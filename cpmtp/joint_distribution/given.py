@@ -1,0 +1,234 @@
+"""What people give: text or lists for token ids, a transformers model, a tensor for a joint, and
+names of options as other libraries call them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from cpmtp.joint_distribution.dense import JointDistribution
+from cpmtp.language_model import LanguageModel
+
+Answer = TypeVar("Answer")
+
+# What other libraries call an option; the name that the function called has is meant.
+_HABITS = {
+    "random_state": ("seed",),
+    "random_seed": ("seed",),
+    "manual_seed": ("seed",),
+    "generator": ("seed",),
+    "n_components": ("rank", "ranks"),
+    "num_components": ("rank", "ranks"),
+    "n_iter_max": ("max_iterations",),
+    "max_iter": ("max_iterations",),
+    "n_iter": ("max_iterations",),
+    "tol": ("tolerance",),
+    "n_init": ("restarts",),
+    "n_restarts": ("restarts",),
+    "init": ("restarts",),
+    "model": ("lm", "models"),
+    "prompt": ("token_ids", "context"),
+    "input_ids": ("token_ids", "context"),
+    "inputs": ("token_ids", "context"),
+    "n": ("horizon", "horizons"),
+    "num_tokens": ("max_new_tokens", "horizon"),
+    "max_tokens": ("max_new_tokens",),
+    "max_length": ("max_new_tokens",),
+    "stop": ("stop_strings",),
+    "eos": ("eos_token_id",),
+    "eos_token_ids": ("eos_token_id",),
+    "top_n": ("top_k",),
+    "nucleus": ("top_p",),
+    "out_dir": ("out",),
+    "output_dir": ("out",),
+    "n_jobs": ("workers",),
+    "num_workers": ("workers",),
+    "verbose": ("progress",),
+}
+
+
+_WHOLE = ("rank", "horizon", "seed", "restarts", "max_new_tokens")
+
+
+def takes_what_is_given(function: Callable[..., Answer]) -> Callable[..., Answer]:
+    """A function whose arguments are read by their names before it is called.
+
+    ``lm`` may be a transformers model, alone or in a pair with its tokenizer; ``context`` and
+    ``token_ids`` a text, a list, an array or one row of a batch; ``joint`` a tensor or an array. An
+    option by the name that another library has for it is a ValueError that says the name here.
+
+    Examples
+    --------
+    >>> @takes_what_is_given
+    ... def length(lm, context, seed=0):
+    ...     return len(context)
+    >>> length(None, [3, 1, 2])
+    3
+    >>> length(None, [3], random_state=1)
+    Traceback (most recent call last):
+    ...
+    ValueError: length has no option 'random_state': it is called seed here
+    """
+    names = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def reading(*arguments: Any, **options: Any) -> Answer:
+        for name in options:
+            if name not in names and (here := known_name(name, names)):
+                raise ValueError(
+                    f"{function.__name__} has no option {name!r}: it is called {here} here"
+                )
+        given = dict(zip(names, arguments, strict=False))
+        lm = given["lm"] = as_language_model(given.get("lm", options.get("lm")))
+        read = {
+            name: value if _is_left_out(name, value, names) else _read(name, value, lm)
+            for name, value in [*given.items(), *options.items()]
+        }
+        places = [read[name] for name in list(names)[: len(arguments)]]
+        places += arguments[len(places) :]
+        return function(*places, **{name: read[name] for name in options})
+
+    return reading
+
+
+def as_language_model(given: Any) -> Any:
+    """A model of transformers, alone or paired with its tokenizer, as a `LanguageModel`; whatever
+    is one stays as it is.
+    """
+    if given is None or isinstance(given, LanguageModel):
+        return given
+    model, *others = given if isinstance(given, tuple | list) and given else (given,)
+    if len(others) > 1 or not hasattr(model, "get_output_embeddings"):
+        if isinstance(given, str):
+            raise ValueError(f"the name {given!r} for a model: give load_language_model({given!r})")
+        raise ValueError(
+            f"a {type(given).__name__} for a language model: expected vocab_size and "
+            "next_token_log_probs, a causal model of transformers, or that and its tokenizer"
+        )
+    # Loading transformers takes seconds; whoever has a model of it has loaded it.
+    from cpmtp.pretrained.given import wrapped
+
+    return wrapped(model, others[0] if others else None)
+
+
+def as_token_ids(given: Any, lm: Any = None, *, what: str = "context") -> Int[Tensor, " time"]:
+    """One row of token ids from a tensor, an array, a list, what a tokenizer returns, or a text.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or several rows.
+
+    Examples
+    --------
+    >>> as_token_ids([[3, 1]])
+    tensor([3, 1])
+    """
+    if isinstance(given, str):
+        if not hasattr(lm, "encode"):
+            raise ValueError(f"a text for {what}: this model has no encode(text); give token ids")
+        return lm.encode(given)
+    if isinstance(given, Mapping) or hasattr(given, "input_ids"):
+        given = given["input_ids"]
+    ids = _as_tensor(given, what)
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]  # (time,)
+    if not ids.numel() and ids.ndim == 1:
+        return ids.long()
+    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool or ids.is_complex():
+        raise ValueError(
+            f"{what} of shape {tuple(ids.shape)} and {ids.dtype}: expected one row of token ids"
+        )
+    return ids.long()
+
+
+def as_prompts(given: Any, lm: Any = None) -> list[Int[Tensor, " time"]] | Int[Tensor, " time"]:
+    """One prompt or a list of several: texts, lists, arrays, a batch of equal rows.
+
+    Examples
+    --------
+    >>> as_prompts([[3, 1], [2]])
+    [tensor([3, 1]), tensor([2])]
+    """
+    what = "token_ids"
+    if isinstance(given, Mapping) or hasattr(given, "input_ids"):
+        mask, given = given.get("attention_mask"), given["input_ids"]
+        if mask is not None and not bool(_as_tensor(mask, "attention_mask").all()):
+            raise ValueError(
+                "token_ids with padding (attention_mask holds zeros): give a list of prompts, "
+                "each without its padding"
+            )
+    if isinstance(given, str) or not isinstance(given, Sequence | Tensor | np.ndarray):
+        return as_token_ids(given, lm, what=what)
+    if isinstance(given, Tensor | np.ndarray):
+        rows = _as_tensor(given, what)
+        return as_token_ids(rows, lm, what=what) if rows.ndim < 2 else _rows(rows, lm)
+    one = all(isinstance(token, int | np.integer) for token in given)
+    return as_token_ids(given, lm, what=what) if given and one else _rows(given, lm)
+
+
+def _rows(given: Any, lm: Any) -> list[Tensor]:
+    return [as_token_ids(row, lm, what="token_ids") for row in given]
+
+
+def as_joint(given: Any) -> Any:
+    """A tensor or an array as the joint whose axes are all tokens'; anything else as it is."""
+    if isinstance(given, np.ndarray):
+        given = torch.from_numpy(given)
+    if isinstance(given, JointDistribution) and given.probs.requires_grad:
+        return JointDistribution(given.probs.detach(), given.horizon)
+    if not isinstance(given, Tensor):
+        return given
+    if not given.is_floating_point() or not given.ndim:
+        raise ValueError(
+            f"a joint of shape {tuple(given.shape)} and {given.dtype}: expected probabilities, one "
+            "axis per token"
+        )
+    return JointDistribution(given.detach())
+
+
+def _read(name: str, value: Any, lm: Any) -> Any:
+    if name == "lm":
+        return lm
+    if name == "context":
+        return as_token_ids(value, lm)
+    if name in _WHOLE:
+        return _whole_number(name, value)
+    if name == "token_ids":
+        return as_prompts(value, lm)
+    return as_joint(value) if name == "joint" else value
+
+
+def _is_left_out(name: str, value: Any, names: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether an argument is none where the function has none by default."""
+    return value is None and name in names and names[name].default is None
+
+
+def _whole_number(name: str, value: Any) -> int:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} {value!r}: expected an integer")
+    return int(value)
+
+
+def known_name(name: str, names: Collection[str]) -> str:
+    """What an option of another library's is called among these; empty where nothing is known."""
+    return next((here for here in _HABITS.get(name, ()) if here in names), "")
+
+
+def _as_tensor(given: Any, what: str) -> Tensor:
+    if isinstance(given, Tensor):
+        return given.cpu()
+    try:
+        return torch.as_tensor(np.asarray(given) if len(given) else np.zeros(0, np.int64))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{what} is a {type(given).__name__}: expected token ids, one row of them, or a text"
+        ) from None

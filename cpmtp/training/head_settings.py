@@ -1,0 +1,129 @@
+"""What defines a head and its training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cpmtp.heads.losses import OBJECTIVES
+from cpmtp.heads.shape import HeadSizes
+
+PRECISIONS = ("float32", "bfloat16")
+SHAPE = (
+    "form",
+    "horizon",
+    "rank",
+    "transition_rank",
+    "gated",
+    "over_text",
+    "anchored",
+    "width",
+    "blocks",
+    "vocabulary",
+)
+
+
+@dataclass(frozen=True)
+class HeadTrainingSettings:
+    """What defines a head and its training; equal settings give equal weights on one machine
+    (unless they end by `seconds`).
+
+    Attributes
+    ----------
+    form, horizon, rank, transition_rank, gated, over_text, anchored, width, blocks, vocabulary
+        The head, see `DraftHead`; told the first token by default, as the drafts of a study are. A
+        vocabulary that is a number: so many of the most frequent ids of the windows.
+    objective : {"distillation", "likelihood", "acceptance"}
+        See `head_loss`. ``acceptance`` has vanishing gradients far from the target: give
+        `train_head` a head to start from.
+    balance : float
+        Weight of the load-balancing loss.
+    steps : int
+        Optimiser steps.
+    positions : int, optional
+        Train on so many positions (windows times tokens) instead of for `steps`.
+    seconds : float, optional
+        Train for this long instead.
+    rows, length : int
+        Windows in a batch and tokens in a window.
+    sequences : int
+        How many windows are drawn from the base model when no data is given.
+    learning_rate : float
+        Peak rate of AdamW; Muon, which trains the matrices of trunk and maps, takes twice as much.
+        Linear warm-up over 30 steps or a tenth of them, constant, and linear decay to zero
+        over the second half.
+    precision : {"float32", "bfloat16"}
+        Of the head's matrix products; weights, losses and probabilities stay in float32.
+    seed : int
+        Of weights, samples and the order of windows.
+    """
+
+    form: str = "cp"
+    horizon: int = 4
+    rank: int | None = None
+    transition_rank: int | None = None
+    gated: bool = True
+    over_text: bool = False
+    anchored: bool = True
+    width: int | None = None
+    blocks: int = 1
+    vocabulary: tuple[int, ...] | int | None = None
+    objective: str = "distillation"
+    balance: float = 0.0
+    steps: int = 500
+    positions: int | None = None
+    seconds: float | None = None
+    rows: int = 8
+    length: int = 256
+    sequences: int = 1024
+    learning_rate: float = 2e-3
+    precision: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.objective not in OBJECTIVES:
+            raise ValueError(
+                f"unknown objective {self.objective!r}: choose one of {', '.join(OBJECTIVES)}"
+            )
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"unknown precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}"
+            )
+        _ = self.sizes  # refuses what is out of range
+        for name in ("steps", "positions", "rows", "sequences", "vocabulary"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{name} {value}: expected at least 1")
+        if self.seconds is not None and not self.seconds > 0:
+            raise ValueError(f"seconds {self.seconds}: expected a positive number")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning rate {self.learning_rate}: expected a positive number")
+        if self.length <= self.horizon:
+            raise ValueError(
+                f"windows of {self.length} tokens for a horizon of {self.horizon}: lengthen them"
+            )
+
+    @property
+    def sizes(self) -> HeadSizes:
+        """The head's, with the form's own defaults."""
+        own = (self.form, self.horizon, self.rank, self.transition_rank)
+        return HeadSizes.of(*own, blocks=self.blocks)
+
+    @property
+    def planned_steps(self) -> int:
+        """Optimiser steps, of `positions` or as they are.
+
+        Examples
+        --------
+        >>> HeadTrainingSettings(positions=2_000_000, rows=8, length=250).planned_steps
+        1000
+        """
+        if self.positions is None:
+            return self.steps
+        return math.ceil(self.positions / (self.rows * self.length))
+
+    @property
+    def warmup(self) -> int:
+        """Steps over which the learning rate rises."""
+        steps = 300 if self.seconds is not None else self.planned_steps
+        return max(min(30, steps // 10), 1)

@@ -1,0 +1,64 @@
+"""What goes out: no two figures or anchors of one name, no NaN, no rate that rises."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import MANIFEST, study_table
+
+from cpmtp.acceptance.implied import AcceptanceProfile
+from cpmtp.report.document import Report, _slugs
+
+DOMAINS = ["Größe", "大小", "大大", "a b", "a-b"]
+
+
+@given(st.lists(st.text(max_size=200), max_size=8))
+def test_no_two_names_become_one_file(names):
+    slugs = _slugs(names)
+    assert len(set(slugs.values())) == len(set(names))
+    for slug in slugs.values():
+        assert slug and len(f".{slug}.svg.4000000.12345678.partial".encode()) <= 255
+        assert re.fullmatch(r"[\w-]+", slug) and slug == slug.casefold()
+
+
+def test_every_domain_has_its_own_anchor_and_figures_whatever_its_alphabet(tmp_path):
+    import pandas as pd
+
+    names = DOMAINS
+    parts = [study_table(lambda r: 1 / r, contexts=2).assign(domain=name) for name in names]
+    report = Report.of(pd.concat(parts), MANIFEST)
+    page = report.write_html(tmp_path / "r.html").read_text("utf-8")
+    anchors = re.findall(r'<h2 id="([^"]*)"', page)
+    assert len(anchors) == len(set(anchors)) >= len(names)
+    assert set(re.findall(r'<a href="#([^"]*)"', page)) <= set(anchors)
+    text = report.write_markdown(tmp_path / "r.md").read_text("utf-8")
+    shown = re.findall(r"\]\((r_figures/[^)]*\.svg)\)", text)
+    assert len(shown) == len(set(shown)) == len(list((tmp_path / "r_figures").glob("*.svg")))
+
+
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_few_contexts_leave_no_nan_and_one_no_interval(tmp_path, contexts):
+    table = study_table(lambda r: 1 / r, contexts=contexts)
+    table["joint_entropy_nats"] = np.nan if contexts == 1 else 1.0
+    report = Report.of(table, MANIFEST)
+    text = report.write_markdown(tmp_path / "r.md").read_text("utf-8") + report.summary
+    assert not re.search(r"\b(nan|inf|NaN)\b", text)
+    if contexts == 1:
+        assert "a single context gives no interval" in text
+        assert not re.search(r"95 % interval \d|r=\d+: \d\.\d+ \[", text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0.0, 1.0 + 1e-12), min_size=1, max_size=6), st.booleans())
+def test_rates_for_a_server_stay_within_one_and_never_rise(survival, told):
+    first = "target" if told else "draft"
+    profile = AcceptanceProfile(torch.tensor(survival, dtype=torch.float64), "block", first)
+    rates = json.loads(profile.to_vllm_synthetic())["synthetic_acceptance_rates"]
+    assert len(rates) == len(survival) - told
+    assert all(0 <= rate <= 1 for rate in rates) and rates == sorted(rates, reverse=True)
