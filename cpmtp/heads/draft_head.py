@@ -278,8 +278,8 @@ class DraftHead(nn.Module, StoredHead):
         if features.left is None or right is None:
             return logits
         moved = functional.linear(features.left, right.mT)  # (*batch, later, support)
-        first, later = logits.split([1, self.drafted - 1], -3)
-        return torch.cat([first, later + moved.unsqueeze(-2)], -3)
+        logits[..., 1:, :, :].add_(moved.unsqueeze(-2))
+        return logits
 
     def weights(self) -> tuple[Tensor, ...]:
         """What `logits` multiplies features with: the readout, and right factors if there are."""
@@ -292,7 +292,7 @@ class DraftHead(nn.Module, StoredHead):
         if self.support_size > self.hidden_size:
             return functional.linear(hidden[..., None, None, :] + moved, self.unembedding)
         base = functional.linear(hidden, self.unembedding)  # (*batch, support)
-        return base[..., None, None, :] + moved
+        return moved.add_(base[..., None, None, :])
 
     def readout(self) -> Tensor:
         """The maps, or what they come to over a support smaller than the hidden state; the latter

@@ -164,7 +164,18 @@ def waterfall(
     horizon : int
         Tokens of the dense joint; at most the heads'.
     rule : {"token", "block"}
+
+    Raises
+    ------
+    ValueError
+        If a head is of another form than cp: the fits are of that form.
     """
+    for head in heads:
+        if head.form != "cp":
+            raise ValueError(
+                f"a head of form {head.form!r} beside fits of form 'cp': its ceiling is another; "
+                "see what it earns by learned_scores"
+            )
     rows: list[dict] = []
     bar = progress_bar(len(contexts) * len(heads), "head")
     for name, context in contexts.items():

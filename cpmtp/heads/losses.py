@@ -22,6 +22,9 @@ from cpmtp.heads.target_laws import TargetLaws
 
 OBJECTIVES = ("likelihood", "distillation", "acceptance")
 _LOGITS_AT_ONCE = 1 << 23
+# Fewer stay in a core's cache between one operation and the next, unless these are of few positions
+# only: then a large unembedding would be read too often.
+_IN_CACHE, _FEW_POSITIONS = 1 << 20, 256
 _TINY = 1e-30
 
 
@@ -102,8 +105,9 @@ def head_loss(
     features = head.features(hidden[:, :last], tokens)  # of (rows, last)
     paths = tokens[:, 1:].unfold(1, head.horizon, 1)  # (rows, last, horizon)
     drawn = _Part(head, laws, paths, objective)
-    size = max(_LOGITS_AT_ONCE // (head.drafted * head.rank * head.support_size), 1)
-    parts = list(_parts(len(tokens), last, size))
+    each = head.drafted * head.rank * head.support_size
+    size = min(max(_IN_CACHE // each, _FEW_POSITIONS), _LOGITS_AT_ONCE // each)
+    parts = list(_parts(len(tokens), last, max(size, 1)))
     inputs = _Inputs(features, head.weights())
     if len(parts) > 1 and torch.is_grad_enabled() and any(x.requires_grad for x in inputs.tensors):
         total = _InParts.apply(drawn, parts, inputs, *inputs.tensors)
