@@ -31,7 +31,7 @@ from cpmtp.training.new_models import locally_seeded
 from cpmtp.whole_files import write_tensors, write_text
 
 _SAMPLED_AT_ONCE = 128
-_MATRICES = ("enter", "blocks", "step", "maps")  # which Muon trains
+_TRUNK = ("enter", "blocks", "step")  # whose matrices Muon trains, with the maps
 _METRICS = "step,seconds,loss,tokens_per_call"
 
 
@@ -294,14 +294,15 @@ def _new_head(lm, settings: HeadTrainingSettings) -> DraftHead:
 def _optimisers(head: DraftHead, settings: HeadTrainingSettings) -> list[torch.optim.Optimizer]:
     rate, dtype = settings.learning_rate, getattr(torch, settings.precision)
     named = dict(head.named_parameters())
-    trunk = [p for name, p in named.items() if p.ndim > 1 and name.split(".")[0] in _MATRICES]
-    others = [p for p in named.values() if not any(p is t for t in trunk)]
-    optimisers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
-    ]
-    if trunk:
-        optimisers.append(Muon(trunk, 2 * rate, dtype=dtype))
-    return optimisers
+    matrices = [p for name, p in named.items() if p.ndim == 2 and name.split(".")[0] in _TRUNK]
+    others = [p for p in named.values() if not any(p is m for m in (*matrices, head.maps))]
+    maps = {"params": [head.maps], "members": head.rank}
+    groups = [maps, {"params": matrices}] if matrices else [maps]
+    muon = Muon(groups, 2 * rate, dtype=dtype)
+    others = [p for p in others if p.requires_grad]
+    if not others:
+        return [muon]
+    return [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0), muon]
 
 
 def _resume_key(lm, settings: HeadTrainingSettings, data: Tensor) -> str:

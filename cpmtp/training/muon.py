@@ -12,6 +12,7 @@ import torch
 # Quintic Newton-Schulz coefficients: steepest at zero, singular values end in about [0.7, 1.2]
 # (Jordan et al. 2024).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
+OWN = 0.3  # rate of what a family's matrices have of their own, to that of what they share
 
 
 class Muon(torch.optim.Optimizer):
@@ -20,6 +21,10 @@ class Muon(torch.optim.Optimizer):
     The update is scaled by ``0.2 sqrt(max(rows, columns))`` so that its root mean square is AdamW's
     (Liu et al. 2025). Parameters must be matrices, or stacks of them, each of which is one. Where
     there are units for bfloat16, `dtype` may be that: then it is twice as fast.
+
+    Matrices that do the same work in several components are a family: a parameter group with
+    ``members`` holds stacks of families of so many. Were each moved at the full rate by its own few
+    examples, they would learn what all of them need more slowly than a single one.
     """
 
     def __init__(
@@ -32,7 +37,8 @@ class Muon(torch.optim.Optimizer):
         iterations: int = 5,
         dtype: torch.dtype = torch.float32,
     ):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "members": 1}
+        super().__init__(params, defaults)
         self._iterations, self._dtype = iterations, dtype
 
     @torch.no_grad()
@@ -45,11 +51,24 @@ class Muon(torch.optim.Optimizer):
             for shape, parameters in by_shape.items():
                 updates = torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
                 updates = updates.to(self._dtype)
-                updates = orthogonalise(updates, self._iterations) * (0.2 * max(shape[-2:]) ** 0.5)
+                if group["members"] > 1:
+                    updates = self._shared_and_own(updates, group["members"])
+                else:
+                    updates = orthogonalise(updates, self._iterations)
+                updates = updates * (0.2 * max(shape[-2:]) ** 0.5)
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
                         update, alpha=group["lr"]
                     )
+
+    def _shared_and_own(self, updates: torch.Tensor, members: int) -> torch.Tensor:
+        """Of stacks of families: what a family's matrices have in common, and more slowly what each
+        has of its own.
+        """
+        families = updates.unflatten(-3, (-1, members))  # (…, families, members, rows, columns)
+        common = families.mean(-3, keepdim=True)  # (…, families, 1, rows, columns)
+        own = orthogonalise(families - common, self._iterations)
+        return (orthogonalise(common, self._iterations) + OWN * own).flatten(-4, -3)
 
     def _nesterov(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
         gradient = parameter.grad

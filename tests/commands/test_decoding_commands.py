@@ -11,6 +11,7 @@ from command_line import run
 from tiny_models import random_llama_folder
 
 from cpmtp.heads.cp_head import CPHead
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.pretrained import embedded_models
 
 SHORT = ("generate", "recommended", "--model", "code", "--max-new-tokens", 60)
@@ -121,6 +122,27 @@ def test_a_head_is_trained_told_the_first_token_unless_asked(
         monkeypatch, capsys, "generate", folder, "--model", base, "--max-new-tokens", 5
     )
     assert status == 0 and "tokens per call" in err
+
+
+def test_a_head_of_another_form_is_trained_and_decoded_with(
+    monkeypatch, capsys, tmp_path, base, text
+):
+    shape = ("--form", "markov_mixture", "--rank", 2, "--transition-rank", 3, "--vocabulary", 6)
+    budget = ("--positions", 1000, "--length", 64, "--precision", "bfloat16")
+    given = ("--model", base, *shape, *budget, "--corpus", text, "--out", tmp_path)
+    status, out, err = run(monkeypatch, capsys, "train-head", *given)
+    assert status == 0, err
+    assert "steps            2 in" in out
+    head = DraftHead.from_pretrained(tmp_path)
+    assert (head.form, head.rank, head.transition_rank) == ("markov_mixture", 2, 3)
+    assert head.support_size == 6
+    tokens = ("--max-new-tokens", 5)
+    status, _, err = run(monkeypatch, capsys, "generate", tmp_path, "--model", base, *tokens)
+    assert status == 0 and "tokens per call" in err
+    status, out, err = run(
+        monkeypatch, capsys, "train-head", "--model", base, "--form", "cp", "--transition-rank", 2
+    )
+    assert (status, out) == (2, "") and "has no transitions" in err
 
 
 BAD = [

@@ -11,7 +11,7 @@ from rounding import rounding
 from cpmtp.corpora import Document
 from cpmtp.pretrained import load_language_model
 from cpmtp.training.base_models import BaseTrainingSettings, train_base
-from cpmtp.training.muon import orthogonalise
+from cpmtp.training.muon import OWN, Muon, orthogonalise
 
 TINY = BaseTrainingSettings(
     steps=6, windows_per_step=2, window=32, width=96, layers=1, warmup=2, merges=2
@@ -86,3 +86,23 @@ def test_orthogonalising_brings_singular_values_near_one_and_keeps_directions(sh
     # it, grows up to 3.5 times in each until it is near one.
     allowed = 3.5**8 * rounding(dtype, 8 * 3 * 8)
     assert (found - torch.diag_embed(diagonal)).abs().max() < allowed
+
+
+def test_muon_moves_what_a_family_shares_at_the_full_rate_and_the_rest_more_slowly():
+    """Two families of three: one gradient for all of a family, and gradients without a mean."""
+    torch.manual_seed(0)
+    # Integers: means and differences are exact, and no rounding of theirs is made a step of.
+    shared = torch.randint(-9, 10, (2, 1, 4, 6)).float().expand(-1, 3, -1, -1)
+    own = torch.randint(-9, 10, (2, 2, 4, 6)).float()
+    own = torch.cat([own, -own.sum(1, keepdim=True)], 1)
+
+    def moved(gradient, members):
+        maps = torch.nn.Parameter(torch.zeros(6, 4, 6))
+        maps.grad = gradient.reshape(6, 4, 6).clone()
+        Muon([{"params": [maps], "members": members}], 1.0, momentum=0.0).step()
+        return -maps.detach().view(2, 3, 4, 6)
+
+    torch.testing.assert_close(moved(shared, 3), moved(shared, 1))
+    torch.testing.assert_close(moved(own, 3), OWN * moved(own, 1), rtol=1e-4, atol=1e-5)
+    both = moved(10 * shared + own, 3)
+    torch.testing.assert_close(both, moved(shared, 1) + OWN * moved(own, 1), rtol=1e-3, atol=1e-4)
