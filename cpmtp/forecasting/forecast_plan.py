@@ -22,6 +22,7 @@ from cpmtp.forecasting.probes import (
 from cpmtp.forecasting.step_times import measure_latency
 from cpmtp.latency import MeasuredLatency
 from cpmtp.sampling_law import SamplingLaw
+from cpmtp.training.head_settings import PRECISIONS
 from cpmtp.whole_files import write_text
 
 LOADS = (1,)
@@ -153,7 +154,14 @@ class Work:
         """Budgets of the probes, windows to train on, positions that there are (0: no end)."""
         settings = self.settings
         sizes = {"rows": settings.rows, "length": settings.length, "seed": settings.seed}
-        plan = ProbePlan((), horizons=self.horizons, rule=settings.rule, **sizes)
+        precision = str(self.lm.model.dtype).removeprefix("torch.")
+        plan = ProbePlan(
+            (),
+            horizons=self.horizons,
+            rule=settings.rule,
+            precision=precision if precision in PRECISIONS else "float32",
+            **sizes,
+        )
         asked = {"length": settings.length, "seed": settings.seed}
         largest = settings.probe_budget
         if largest is None and settings.minutes is None:

@@ -19,7 +19,7 @@ from numpy import ndarray
 from cpmtp.forecasting.candidates import Candidate
 from cpmtp.forecasting.learning_curves.shape_choice import ShapeChoice
 from cpmtp.forecasting.learning_curves.shapes import forecast_logs
-from cpmtp.forecasting.learning_curves.tasks import Tasks, reference_of
+from cpmtp.forecasting.learning_curves.tasks import Tasks, reference_of, short_name
 from cpmtp.resampling import normal_half_width, resampling_weights
 
 PLAIN, LOOKUP, HEAD = "plain", "lookup", "head"
@@ -174,7 +174,7 @@ class Scores:
     def _reference(self, rows: ndarray) -> Int[ndarray, " tasks"]:
         """The place, among these options, of the one that differences are taken to."""
         table = pd.DataFrame([self.options[i].sizes for i in rows])
-        names = [self.options[i].name for i in rows]
+        names = [short_name(self.options[i].name) for i in rows]
         wanted = reference_of(table.assign(candidate=names))
         return np.full(len(rows), names.index(wanted), dtype=int)
 

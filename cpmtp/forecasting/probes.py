@@ -41,6 +41,8 @@ class ProbePlan:
     horizons : tuple of int
         At which heads are judged; a head's own and shorter ones.
     rule : str
+    precision : str
+        Of the heads' matrix products, see `HeadTrainingSettings`.
     seed : int
         Of weights and windows.
     """
@@ -50,6 +52,7 @@ class ProbePlan:
     length: int = 64
     horizons: tuple[int, ...] = (4,)
     rule: str = "block"
+    precision: str = "float32"
     seed: int = 0
 
     @property
@@ -196,6 +199,7 @@ def _settings(
     candidates: Sequence[Candidate], plan: ProbePlan, positions: int
 ) -> list[HeadTrainingSettings]:
     shared: dict[str, Any] = {"rows": plan.rows, "length": plan.length, "seed": plan.seed}
+    shared["precision"] = plan.precision
     return [
         HeadTrainingSettings(**candidate.keywords, **shared, positions=positions)
         for candidate in candidates

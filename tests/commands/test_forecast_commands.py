@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from command_line import run
-from tiny_models import random_llama_folder
+from samples import random_llama_folder
 
 from cpmtp.commands.latency import head_grid
 from cpmtp.latency import OURS, read_latency

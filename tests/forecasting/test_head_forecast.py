@@ -10,7 +10,6 @@ import pytest
 import torch
 from curve_tables import damped_curves
 
-from cpmtp.acceptance.verification import verify
 from cpmtp.forecasting import probes
 from cpmtp.forecasting.cycles import forecast_cycles
 from cpmtp.forecasting.forecast_plan import ForecastSettings

@@ -66,6 +66,15 @@ def test_a_candidates_level_is_the_references_and_the_difference():
     assert logs[rows] == pytest.approx(found.level.values(tasks, tasks.logs)[rows])
 
 
+def test_the_reference_may_have_another_trunk_in_every_group():
+    table = damped_curves(chance(4), groups=4)
+    wide = table.assign(width=np.where(table["group"] == "g1", 384, 192))
+    same, other = (ShapeChoice.of(t) for t in (table, wide))
+    assert same.reference == other.reference == "cp 1"
+    assert (same.difference, same.of_difference) == (other.difference, other.of_difference)
+    assert other.residuals["is_reference"].sum() == same.residuals["is_reference"].sum() == 8
+
+
 def coverage(libraries: int, groups: int, **law) -> tuple[float, float, int]:
     """Share of curves of new groups inside the interval, and inside one without what
     extrapolations are off by.

@@ -70,7 +70,7 @@ class ShapeChoice:
     of_level, of_difference : Spread
         From residuals of groups that the shape had not seen.
     reference : str
-        The candidate that differences are taken to.
+        What differences are taken to, by its short name.
     groups : tuple of str
     errors : pandas.DataFrame
         `what`, `family`, `scale`, and the mean absolute `error` (of logarithms) on left-out groups.

@@ -21,7 +21,7 @@ from cpmtp.forecasting.learning_curves.families import (
     damped_trend,
     power_law,
 )
-from cpmtp.forecasting.learning_curves.tasks import Tasks
+from cpmtp.forecasting.learning_curves.tasks import Tasks, short_name
 
 # Family and the scale it is taken on.
 LEVELS = (
@@ -121,7 +121,10 @@ def forecast_logs(
 def reference_rows(tasks: Tasks, reference: str) -> Int[ndarray, " tasks"]:
     """The task of the reference candidate with each one's group and seed; -1: there is none."""
     keys = list(zip(tasks.groups, tasks.seeds, strict=True))
-    where = {k: i for i, k in enumerate(keys) if tasks.candidates[i] == reference}
+    where: dict[tuple, int] = {}
+    for i, key in enumerate(keys):
+        if short_name(tasks.candidates[i]) == reference:
+            where.setdefault(key, i)
     return np.array([where.get(key, -1) for key in keys], dtype=int)
 
 

@@ -196,20 +196,35 @@ def seed_variance(table: pd.DataFrame, value: str = "log_tokens") -> float:
 
 
 def differences_to(table: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Every row with the difference of its logarithm to the reference candidate's of the same
-    group, budget, seed and role, in `log_difference`; rows without one are dropped.
+    """Every row with the difference of its logarithm to the reference's of the same group, budget,
+    seed and role, in `log_difference`; rows without one are dropped.
     """
     keys = ["group", "budget", "seed", "role"]
-    of_reference = table[table["candidate"] == reference].groupby(keys, as_index=False)
+    of_reference = table[table["candidate"].map(short_name) == reference].groupby(
+        keys, as_index=False
+    )
     beside = of_reference["log_tokens"].mean().rename(columns={"log_tokens": "log_reference"})
     joined = table.merge(beside, on=keys)
     return joined.assign(log_difference=joined["log_tokens"] - joined["log_reference"])
 
 
 def reference_of(table: pd.DataFrame) -> str:
-    """The candidate that differences are taken to: cp 1 where it is there, else the first."""
+    """What differences are taken to: cp 1 where it is there, else the first candidate; by its short
+    name, so that it may have another trunk in every group.
+    """
     for name, value in REFERENCE.items():
         if name in table:
             part = table[table[name] == value]
             table = part if len(part) else table
-    return str(table["candidate"].iloc[0])
+    return short_name(str(table["candidate"].iloc[0]))
+
+
+def short_name(candidate: str) -> str:
+    """Form and ranks alone.
+
+    Examples
+    --------
+    >>> short_name("cp 8, n = 4, width 384")
+    'cp 8'
+    """
+    return candidate.split(",")[0]
