@@ -11,6 +11,7 @@ from torch import Tensor
 from cpmtp.heads.draft_head import DraftHead
 
 _KEPT_AT_ONCE = 1 << 23  # entries
+_POSITIONS_AT_ONCE = 128
 
 
 class TargetLaws:
@@ -42,13 +43,22 @@ class TargetLaws:
         probs, entropies = self._kept[key]
         return probs[rows, times], entropies[rows, times]
 
-    @torch.no_grad()
     def _made(self, head: DraftHead, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self._unembed(hidden).to(head.maps.dtype)  # (rows, time, vocab)
+        """In pieces of positions: few logits over the whole vocabulary are there at once."""
+        flat = hidden.flatten(0, 1)  # (positions, d)
+        pieces = [self._of(head, some) for some in flat.split(_POSITIONS_AT_ONCE)]
+        found = [
+            torch.cat(parts).unflatten(0, hidden.shape[:2]) for parts in zip(*pieces, strict=True)
+        ]
+        return found[0], found[1]
+
+    @torch.no_grad()
+    def _of(self, head: DraftHead, hidden: Float[Tensor, "some d"]) -> tuple[Tensor, Tensor]:
+        logits = self._unembed(hidden).to(head.maps.dtype)  # (some, vocab)
         if head.vocabulary is None:
             log_probs = logits.log_softmax(-1)
         else:
-            total = logits.logsumexp(-1, keepdim=True)  # (rows, time, 1)
-            log_probs = logits.index_select(-1, head.kept) - total  # (rows, time, support)
+            total = logits.logsumexp(-1, keepdim=True)  # (some, 1)
+            log_probs = logits.index_select(-1, head.kept) - total  # (some, support)
         probs = log_probs.exp()
         return probs, torch.linalg.vecdot(probs, log_probs.clamp_min(-1e4))
