@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cpmtp.commands.latency import head_grid
-from cpmtp.commands.options import integers, precision
+from cpmtp.commands.options import Device, Dtype, integers
 
 _SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9}
 
@@ -52,8 +52,8 @@ def forecast(
     out: Annotated[
         Path, typer.Option(help="Folder of probes and tables; the same folder again goes on.")
     ] = Path("runs/forecast"),
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     seed: Annotated[int, typer.Option(help="Seed of weights, windows and draws.")] = 0,
 ) -> None:
     """Forecast what heads earn, from short probes.
@@ -74,7 +74,7 @@ def forecast(
     }
     measured = None if latency is None else read_latency(latency)
     texts = [d.text for d in read_documents(list(corpus))] if corpus else None
-    lm = load_language_model(model, device=device, dtype=precision(dtype))
+    lm = load_language_model(model, device=device, dtype=dtype)
     found = forecast_heads(
         lm,
         candidates,

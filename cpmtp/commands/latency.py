@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from cpmtp.commands.options import integers, precision
+from cpmtp.commands.options import Device, Dtype, integers
 
 
 def latency(
     model: Annotated[str, typer.Option(help="code, prose, a folder or a hub id.")] = "code",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     tokens: Annotated[
         str, typer.Option(help="Tokens verified in a call, in each request.")
     ] = "1,2,4,8,16,32,64,128,256,512",
@@ -49,7 +49,7 @@ def latency(
     if (engine is None) != (engine_curve is None):
         raise ValueError("--engine and --engine-curve go together: whose curve, and the curve")
     heads = head_grid(forms, ranks, transition_ranks, horizons)
-    lm = load_language_model(model, device=device, dtype=precision(dtype))
+    lm = load_language_model(model, device=device, dtype=dtype)
     found = measure_latency(
         lm,
         heads,

@@ -67,15 +67,6 @@ def gigabytes_in_bytes(gigabytes: float) -> int:
     return max(int(gigabytes * 1e9), 1)
 
 
-def precision(name: str):
-    """The torch type of a precision's name."""
-    import torch
-
-    if name not in ("float32", "bfloat16", "float16", "float64"):
-        raise ValueError(f"--dtype {name!r}: choose float32, bfloat16, float16 or float64")
-    return getattr(torch, name)
-
-
 @contextmanager
 def executor_at(address: str | None, workers: int | None):
     """Dask's executor, or none."""

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from curve_tables import damped_curves
+from reference import verify
 
 from cpmtp.forecasting import probes
 from cpmtp.forecasting.cycles import forecast_cycles
