@@ -45,8 +45,10 @@ from cpmtp.acceptance.best_path import best_path_tokens_per_call as best_path_to
 from cpmtp.acceptance.implied import AcceptanceProfile as AcceptanceProfile
 from cpmtp.acceptance.implied import implied_acceptance as implied_acceptance
 from cpmtp.acceptance.implied import revealed_component_survival as revealed_component_survival
+from cpmtp.acceptance.paths import SampledPaths as SampledPaths
 from cpmtp.acceptance.sampled import AcceptanceEstimate as AcceptanceEstimate
 from cpmtp.acceptance.sampled import estimate_acceptance as estimate_acceptance
+from cpmtp.acceptance.sampled import sampled_acceptance as sampled_acceptance
 from cpmtp.acceptance.truncated import AcceptanceInterval as AcceptanceInterval
 
 # Studies

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.acceptance.children import ChildReader
 from cpmtp.acceptance.options import proposal_law
+from cpmtp.acceptance.paths import SampledPaths
 from cpmtp.acceptance.verification import (
     VERIFIED,
     check_first_token,
@@ -19,13 +20,10 @@ from cpmtp.acceptance.verification import (
     survival_along,
 )
 from cpmtp.drafts.protocol import draft_horizon, is_anchored
-from cpmtp.joint_distribution import check_context, conditional_probs, prefixes_at_once
 from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.language_model import LanguageModel
 from cpmtp.resampling import normal_half_width
-from cpmtp.sampling_law import SamplingLaw, draw
-
-_ENTRIES_AT_ONCE = 1 << 21
+from cpmtp.sampling_law import SamplingLaw
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,7 @@ def estimate_acceptance(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    draft_law: SamplingLaw | None = None,
 ) -> AcceptanceEstimate:
     """Estimate the acceptance of a draft from sequences drawn from the target.
 
@@ -104,7 +103,11 @@ def estimate_acceptance(
     confidence : float
         Nominal coverage of the interval.
     temperature, top_k, top_p
-        Of the target's law; the draft's next-token laws are put through the same.
+        Of the target's law.
+    draft_law : SamplingLaw, optional
+        What the draft's next-token laws are put through; default: the same as the target's, as
+        becomes a model or a head. A fit to a joint of that law is read as it is with
+        ``SamplingLaw()``: temperature and top-p are not idempotent.
 
     Raises
     ------
@@ -124,7 +127,8 @@ def estimate_acceptance(
     3.0
     """
     law = SamplingLaw(temperature, top_k, top_p)
-    _check_choices(samples, rule, confidence)
+    check_rule(rule, VERIFIED)
+    _check_confidence(confidence)
     check_first_token(first_token)
     horizon = draft_horizon(draft) if horizon is None else horizon
     if horizon is None or horizon < 1:
@@ -132,22 +136,79 @@ def estimate_acceptance(
             f"horizon {horizon}: expected at least 1; a language model as draft has none of its "
             "own, so pass horizon="
         )
-    told = first_token == "target"
-    anchored = is_anchored(draft, lm.vocab_size, horizon, first_token=first_token)
-    check_context(lm, context, horizon)
-    children = ChildReader.of(
-        draft, proposal_law(proposal, law), anchored=anchored, told=told, context=context
-    )
-    ratios = _sampled_ratios(lm, children, context, law, (samples, horizon), told=told, seed=seed)
-    running = survival_along(ratios, rule)  # (samples, horizon)
-    tokens = running.sum(1) + (first_token == "draft")
+    is_anchored(draft, lm.vocab_size, horizon, first_token=first_token)  # before anything is drawn
+    proposal_law(proposal, law)
+    paths = SampledPaths.drawn(lm, context, horizon, samples=samples, seed=seed, law=law)
+    options: dict[str, Any] = {"first_token": first_token, "proposal": proposal, "context": context}
+    options |= {"confidence": confidence, "draft_law": law if draft_law is None else draft_law}
+    return sampled_acceptance(paths, draft, (rule,), **options)[rule]
+
+
+def sampled_acceptance(
+    paths: SampledPaths,
+    draft: Any,
+    rules: Iterable[str] = VERIFIED,
+    *,
+    first_token: str = "target",
+    proposal: str = "sampled",
+    draft_law: SamplingLaw | None = None,
+    context: Int[Tensor, " time"] | None = None,
+    confidence: float = 0.95,
+) -> dict[str, AcceptanceEstimate]:
+    """Estimates of several rules on texts that are there already, whoever else is judged on them.
+
+    Parameters
+    ----------
+    paths : SampledPaths
+        Of the draft's horizon.
+    draft_law : SamplingLaw, optional
+        What the draft's next-token laws are put through; default: they are read as they are.
+    rules, first_token, proposal, context, confidence
+        As for `estimate_acceptance`; a context is needed by a language model as draft.
+
+    Raises
+    ------
+    ValueError
+        As of `estimate_acceptance`.
+
+    Examples
+    --------
+    >>> from cpmtp.language_model import separated_hmm
+    >>> lm, context = separated_hmm(2, 8), torch.tensor([0])
+    >>> paths = SampledPaths.drawn(lm, context, 3, samples=10)
+    >>> found = sampled_acceptance(paths, lm, context=context)
+    >>> {rule: estimate.tokens_per_call for rule, estimate in found.items()}
+    {'token': 3.0, 'block': 3.0}
+    """
+    rules = tuple(rules)
+    for rule in rules:
+        check_rule(rule, VERIFIED)
+    check_first_token(first_token)
+    _check_confidence(confidence)
+    horizon, told = paths.tokens.shape[1], first_token == "target"
+    anchored = is_anchored(draft, paths.vocab_size, horizon, first_token=first_token)
+    law = proposal_law(proposal, draft_law or SamplingLaw())
+    ratios = paths.ratios(
+        ChildReader.of(draft, law, anchored=anchored, told=told, context=context)
+    )  # (samples, horizon)
+    return {
+        rule: _estimate(survival_along(ratios, rule), rule, first_token, confidence)
+        for rule in rules
+    }
+
+
+def _estimate(
+    running: Float[Tensor, "samples horizon"], rule: str, first_token: str, confidence: float
+) -> AcceptanceEstimate:
+    """From the probability, along each text, that its first k tokens survive."""
+    samples, horizon = running.shape
+    extra = int(first_token == "draft")
+    tokens = running.sum(1) + extra  # (samples,)
     return AcceptanceEstimate(
         survival=running.mean(0),
         survival_error=running.std(0) / math.sqrt(samples),
         tokens_per_call=float(tokens.mean()),
-        tokens_per_call_interval=_bounded_mean_interval(
-            tokens, 1.0, horizon + (first_token == "draft"), confidence
-        ),
+        tokens_per_call_interval=_bounded_mean_interval(tokens, 1.0, horizon + extra, confidence),
         samples=samples,
         rule=rule,
         first_token=first_token,
@@ -170,54 +231,6 @@ def _bounded_mean_interval(
     return max(mean - half, lowest), min(mean + half, highest)
 
 
-def _sampled_ratios(
-    lm: LanguageModel,
-    children: ChildReader,
-    context: Tensor,
-    law: SamplingLaw,
-    size: tuple[int, int],
-    *,
-    told: bool,
-    seed: int,
-) -> Float[Tensor, "samples horizon"]:
-    """``q / p`` of every token of sequences from the target; 1 for a first token of its own."""
-    samples, horizon = size
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.zeros(samples, 0, dtype=torch.long)
-    ratios = torch.ones(samples, horizon, dtype=torch.float64)
-    for depth in range(horizon):
-        # Samples share prefixes: each is asked for once.
-        prefixes, which = tokens[:1], torch.zeros(samples, dtype=torch.long)
-        if depth:
-            prefixes, which = torch.unique(tokens, dim=0, return_inverse=True)
-        drawn = torch.empty(samples, dtype=torch.long)
-        uniform = torch.rand(samples, generator=generator, dtype=torch.float64)
-        at_once = prefixes_at_once(lm.vocab_size)
-        for start in range(0, len(prefixes), at_once):
-            part = prefixes[start : start + at_once]  # (some, depth)
-            rows = ((which >= start) & (which < start + at_once)).nonzero()[:, 0]
-            row = which[rows] - start  # (rows,)
-            probs = conditional_probs(lm, context, part, law)  # (some, vocab)
-            drawn[rows] = _drawn(probs, row, uniform[rows])
-            if depth or not told:
-                q = children.probs(part, row, drawn[rows])  # (rows,)
-                ratios[rows, depth] = q / probs[row, drawn[rows]]
-        tokens = torch.cat([tokens, drawn[:, None]], 1)  # (samples, depth + 1)
-    return ratios
-
-
-def _drawn(
-    probs: Float[Tensor, "some vocab"], row: Int[Tensor, " rows"], uniform: Float[Tensor, " rows"]
-) -> Int[Tensor, " rows"]:
-    """A token for every sample from its prefix's distribution."""
-    size = max(_ENTRIES_AT_ONCE // probs.shape[1], 1)
-    parts = zip(row.split(size), uniform.split(size), strict=True)
-    return torch.cat([draw(probs[some], u) for some, u in parts])
-
-
-def _check_choices(samples: int, rule: str, confidence: float) -> None:
-    if samples < 2:
-        raise ValueError(f"samples {samples}: expected at least 2")
-    check_rule(rule, VERIFIED)
+def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence {confidence}: expected a number between 0 and 1")

@@ -9,10 +9,13 @@ from reference import brute_force_survival
 from rounding import FORWARD, rounding
 from samples import BigramTable, RecurrentModel, random_draft
 
-from cpmtp.acceptance.sampled import estimate_acceptance
+from cpmtp.acceptance.implied import implied_acceptance
+from cpmtp.acceptance.paths import SampledPaths
+from cpmtp.acceptance.sampled import estimate_acceptance, sampled_acceptance
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import MarkovLanguageModel
+from cpmtp.sampling_law import SamplingLaw
 
 CONTEXT = torch.tensor([1, 0, 2])
 # Means of 20,000 products of six conditionals, three of them a model's, and sums of four of them.
@@ -130,6 +133,47 @@ def test_processing_applies_to_both():
         lm, lm, CONTEXT, samples=50, horizon=3, temperature=0.5, top_p=0.8, first_token="draft"
     )
     assert estimate.tokens_per_call == pytest.approx(4.0, abs=ROUNDING)
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("first_token", ["target", "draft"])
+def test_a_fit_to_a_processed_joint_is_read_as_it_is_where_that_is_asked_for(rule, first_token):
+    lm, draft = RecurrentModel(5), random_draft(5, 3, 2, 0)
+    law, options = (
+        {"temperature": 0.7, "top_k": 3},
+        {"rule": rule, "first_token": first_token},
+    )
+    joint = exact_joint(lm, CONTEXT, 3, **law)
+    as_is = brute_force_survival(joint.probs, draft.to_tensor(), rule, first_token)
+    processed = implied_acceptance(joint, draft, **options, **law).survival
+    options |= {"samples": 20_000, **law}
+    for exact, found in (
+        (as_is, estimate_acceptance(lm, draft, CONTEXT, draft_law=SamplingLaw(), **options)),
+        (processed, estimate_acceptance(lm, draft, CONTEXT, **options)),
+    ):
+        allowed = 4 * found.survival_error + ROUNDING
+        assert ((found.survival - exact).abs() <= allowed).all()
+        other = processed if exact is as_is else as_is
+        assert ((found.survival - other).abs() > allowed).any()
+
+
+def test_drafts_judged_on_the_same_paths_are_as_if_each_had_been_judged_alone():
+    lm = RecurrentModel(5)
+    paths = SampledPaths.drawn(lm, CONTEXT, 3, samples=200, seed=3)
+    steps = [exact_joint(lm, CONTEXT, 3).conditional_probs(k) for k in (1, 2, 3)]
+    x, y, z = paths.tokens.unbind(1)
+    expected = torch.stack([steps[0][x], steps[1][x, y], steps[2][x, y, z]], 1)
+    torch.testing.assert_close(paths.probs, expected, rtol=ROUNDING, atol=0)
+    for draft in (random_draft(5, 3, 2, 0), random_draft(5, 3, 1, 1)):
+        together = sampled_acceptance(paths, draft)
+        for rule in ("token", "block"):
+            alone = estimate_acceptance(lm, draft, CONTEXT, samples=200, seed=3, rule=rule)
+            assert together[rule].survival.equal(alone.survival)
+            assert together[rule].tokens_per_call_interval == alone.tokens_per_call_interval
+    # Shorter paths are the same ones, cut.
+    shorter = SampledPaths.drawn(lm, CONTEXT, 2, samples=200, seed=3)
+    assert paths.first(2).tokens.equal(shorter.tokens)
+    assert paths.first(2).probs.equal(shorter.probs)
 
 
 @pytest.mark.parametrize(
