@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cpmtp.acceptance.children import ChildReader
 from cpmtp.joint_distribution import check_context, conditional_probs, prefixes_at_once
 from cpmtp.language_model import LanguageModel
+from cpmtp.prefix_tree import PrefixTree
 from cpmtp.sampling_law import SamplingLaw, draw
 
 _ENTRIES_AT_ONCE = 1 << 21
+_AS_IS = SamplingLaw()
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,12 @@ class SampledPaths:
     probs : (samples, horizon) float64 tensor
         The target's conditional of each token given those before it.
     vocab_size : int
+    law : SamplingLaw
+        What the target's next-token distributions were put through.
+    outside : (samples, horizon) bool tensor, optional
+        Whether the first k tokens are no prefix that a tree keeps (see `outside_of`).
+    outside_mass : (horizon,) float64 tensor, optional
+        Exact probability of that.
 
     Examples
     --------
@@ -43,6 +51,9 @@ class SampledPaths:
     tokens: Int[Tensor, "samples horizon"]
     probs: Float[Tensor, "samples horizon"]
     vocab_size: int
+    law: SamplingLaw
+    outside: Bool[Tensor, "samples horizon"] | None = None
+    outside_mass: Float[Tensor, " horizon"] | None = None
 
     @classmethod
     def drawn(
@@ -53,7 +64,7 @@ class SampledPaths:
         *,
         samples: int = 1000,
         seed: int = 0,
-        law: SamplingLaw | None = None,
+        law: SamplingLaw = _AS_IS,
     ) -> SampledPaths:
         """Draw `samples` continuations; each prefix that several share is asked for once.
 
@@ -70,13 +81,14 @@ class SampledPaths:
             torch.zeros(samples, 0, dtype=torch.long),
             torch.zeros(samples, 0, dtype=torch.float64),
             lm.vocab_size,
+            law,
         )
         for depth in range(horizon):
             drawn = torch.empty(samples, dtype=torch.long)
             found = torch.empty(samples, dtype=torch.float64)
             uniform = torch.rand(samples, generator=generator, dtype=torch.float64)
             for prefixes, row, rows in paths.prefixes(depth):
-                probs = conditional_probs(lm, context, prefixes, law or SamplingLaw())
+                probs = conditional_probs(lm, context, prefixes, law)
                 drawn[rows] = _drawn(probs, row, uniform[rows])
                 found[rows] = probs[row, drawn[rows]]  # (rows,)
             paths = replace(
@@ -88,7 +100,25 @@ class SampledPaths:
 
     def first(self, horizon: int) -> SampledPaths:
         """The same texts, cut after `horizon` tokens."""
-        return replace(self, tokens=self.tokens[:, :horizon], probs=self.probs[:, :horizon])
+        cut = {name: getattr(self, name)[:, :horizon] for name in ("tokens", "probs")}
+        return replace(self, **cut, outside=None, outside_mass=None)
+
+    def outside_of(self, tree: PrefixTree) -> SampledPaths:
+        """The same texts, marked where they leave a truncated joint of the same context: what it
+        holds need not be estimated.
+
+        Raises
+        ------
+        ValueError
+            If the tree is of another horizon, vocabulary or law.
+        """
+        own = (self.tokens.shape[1], self.vocab_size, self.law)
+        if (tree.horizon, tree.vocab_size, tree.law) != own:
+            raise ValueError(
+                f"a tree of horizon {tree.horizon} over {tree.vocab_size} tokens under {tree.law} "
+                f"for texts of {own[0]} over {own[1]} under {own[2]}: expected the same"
+            )
+        return replace(self, outside=~tree.keeps(self.tokens), outside_mass=1 - tree.mass)
 
     def prefixes(self, depth: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Distinct prefixes of `depth` tokens (some, depth), some at a time; the place among them

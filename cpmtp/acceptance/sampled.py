@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.acceptance.children import ChildReader
 from cpmtp.acceptance.options import proposal_law
 from cpmtp.acceptance.paths import SampledPaths
+from cpmtp.acceptance.truncated import AcceptanceInterval
 from cpmtp.acceptance.verification import (
     VERIFIED,
     check_first_token,
@@ -154,13 +156,20 @@ def sampled_acceptance(
     draft_law: SamplingLaw | None = None,
     context: Int[Tensor, " time"] | None = None,
     confidence: float = 0.95,
+    bounds: Mapping[str, AcceptanceInterval] | None = None,
 ) -> dict[str, AcceptanceEstimate]:
     """Estimates of several rules on texts that are there already, whoever else is judged on them.
+
+    With `bounds` only what is lost where a tree holds nothing is estimated. With ``m_k`` the rule's
+    term of a prefix and K its kept prefixes, ``S_k = L_k + (1 - P(K)) - E_P[1 - m_k / P; not in
+    K]``, where ``L_k``, the sum of the kept prefixes' terms, and ``P(K)`` are exact.
 
     Parameters
     ----------
     paths : SampledPaths
         Of the draft's horizon.
+    bounds : mapping of rule to AcceptanceInterval, optional
+        What `implied_acceptance` says of the same draft on the tree that `paths` is marked by.
     draft_law : SamplingLaw, optional
         What the draft's next-token laws are put through; default: they are read as they are.
     rules, first_token, proposal, context, confidence
@@ -169,7 +178,7 @@ def sampled_acceptance(
     Raises
     ------
     ValueError
-        As of `estimate_acceptance`.
+        As of `estimate_acceptance`, or if there are bounds and the paths are not marked.
 
     Examples
     --------
@@ -185,30 +194,46 @@ def sampled_acceptance(
         check_rule(rule, VERIFIED)
     check_first_token(first_token)
     _check_confidence(confidence)
+    if bounds is not None and paths.outside is None:
+        raise ValueError("bounds without a tree: mark the paths first, paths.outside_of(tree)")
     horizon, told = paths.tokens.shape[1], first_token == "target"
     anchored = is_anchored(draft, paths.vocab_size, horizon, first_token=first_token)
     law = proposal_law(proposal, draft_law or SamplingLaw())
     ratios = paths.ratios(
         ChildReader.of(draft, law, anchored=anchored, told=told, context=context)
     )  # (samples, horizon)
-    return {
-        rule: _estimate(survival_along(ratios, rule), rule, first_token, confidence)
-        for rule in rules
-    }
+    found = {}
+    for rule in rules:
+        lost = 1 - survival_along(ratios, rule)  # (samples, horizon)
+        most = torch.ones(horizon, dtype=torch.float64)
+        if bounds is not None:
+            assert paths.outside is not None and paths.outside_mass is not None  # checked above
+            lost = lost * paths.outside  # (samples, horizon)
+            most = bounds[rule].survival_lower + paths.outside_mass  # (horizon,)
+        if told:  # the target's own first token survives
+            most[0] = 1.0
+        found[rule] = _estimate(most, lost, rule, first_token, confidence)
+    return found
 
 
 def _estimate(
-    running: Float[Tensor, "samples horizon"], rule: str, first_token: str, confidence: float
+    most: Float[Tensor, " horizon"],
+    lost: Float[Tensor, "samples horizon"],
+    rule: str,
+    first_token: str,
+    confidence: float,
 ) -> AcceptanceEstimate:
-    """From the probability, along each text, that its first k tokens survive."""
-    samples, horizon = running.shape
-    extra = int(first_token == "draft")
-    tokens = running.sum(1) + extra  # (samples,)
+    """From what survives at most, and what of it is lost along each text."""
+    samples, horizon = lost.shape
+    told = first_token == "target"
+    tokens = lost.sum(1)  # (samples,)
+    low, high = _bounded_mean_interval(tokens, 0.0, horizon - told, confidence)
+    sure = float(most.sum()) + (not told)
     return AcceptanceEstimate(
-        survival=running.mean(0),
-        survival_error=running.std(0) / math.sqrt(samples),
-        tokens_per_call=float(tokens.mean()),
-        tokens_per_call_interval=_bounded_mean_interval(tokens, 1.0, horizon + extra, confidence),
+        survival=most - lost.mean(0),
+        survival_error=lost.std(0) / math.sqrt(samples),
+        tokens_per_call=sure - float(tokens.mean()),
+        tokens_per_call_interval=(sure - high, sure - low),
         samples=samples,
         rule=rule,
         first_token=first_token,

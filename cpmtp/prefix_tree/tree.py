@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cpmtp.sampling_law import SamplingLaw
@@ -125,6 +125,20 @@ class PrefixTree:
         ``levels[length].parent_entropies``.
         """
         return self._walk(length, self.levels[length].parents.unique_consecutive())
+
+    def keeps(self, tokens: Int[Tensor, "count length"]) -> Bool[Tensor, "count length"]:
+        """Whether the first k tokens of each sequence are a kept prefix, for k = 1 … length."""
+        node = torch.zeros(len(tokens), dtype=torch.long)
+        kept, found = torch.ones(len(tokens), dtype=torch.bool), []
+        for level, token in zip(self.levels, tokens.unbind(1), strict=False):
+            keys = level.parents * self.vocab_size + level.tokens  # (nodes,)
+            order = keys.argsort()
+            wanted = node * self.vocab_size + token  # (count,)
+            place = torch.searchsorted(keys[order], wanted).clamp_max(len(keys) - 1)  # (count,)
+            node = order[place]
+            kept = kept & (keys[node] == wanted)
+            found.append(kept)
+        return torch.stack(found, 1)  # (count, length)
 
     def _walk(self, length: int, nodes: Tensor | None) -> Tensor:
         if length == 0:

@@ -15,6 +15,7 @@ from cpmtp.acceptance.sampled import estimate_acceptance, sampled_acceptance
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import JointDistribution, exact_joint
 from cpmtp.language_model import MarkovLanguageModel
+from cpmtp.prefix_tree import truncated_joint
 from cpmtp.sampling_law import SamplingLaw
 
 CONTEXT = torch.tensor([1, 0, 2])
@@ -174,6 +175,36 @@ def test_drafts_judged_on_the_same_paths_are_as_if_each_had_been_judged_alone():
     shorter = SampledPaths.drawn(lm, CONTEXT, 2, samples=200, seed=3)
     assert paths.first(2).tokens.equal(shorter.tokens)
     assert paths.first(2).probs.equal(shorter.probs)
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("first_token", ["target", "draft"])
+def test_what_a_tree_holds_is_exact_and_the_rest_is_estimated(rule, first_token):
+    lm, law = RecurrentModel(5), SamplingLaw(0.7)
+    draft = random_draft(5, 3, 2, 0)
+    tree = truncated_joint(lm, CONTEXT, 3, mass=0.9, temperature=0.7)
+    joint = exact_joint(lm, CONTEXT, 3, temperature=0.7)
+    exact = brute_force_survival(joint.probs, draft.to_tensor(), rule, first_token)
+    paths = SampledPaths.drawn(lm, CONTEXT, 3, samples=20_000, law=law).outside_of(tree)
+    for depth in (1, 2, 3):
+        kept = {tuple(row) for row in tree.prefixes(depth).tolist()}
+        inside = [tuple(row) in kept for row in paths.tokens[:, :depth].tolist()]
+        assert paths.outside[:, depth - 1].tolist() == [not here for here in inside]
+    bounds = {rule: implied_acceptance(tree, draft, rule=rule, first_token=first_token)}
+    plain, found = (
+        sampled_acceptance(paths, draft, (rule,), first_token=first_token, bounds=known)[rule]
+        for known in (None, bounds)
+    )
+    assert ((found.survival - exact).abs() <= 4 * found.survival_error + ROUNDING).all()
+    assert ((plain.survival - exact).abs() <= 4 * plain.survival_error + ROUNDING).all()
+    # A tenth of the mass is left to chance, and with it a part of the variance.
+    widths = [high - low for low, high in (i.tokens_per_call_interval for i in (found, plain))]
+    assert widths[0] < 0.8 * widths[1]
+    assert bounds[rule].tokens_per_call_lower < found.tokens_per_call_interval[0]
+    with pytest.raises(ValueError, match=r"of horizon 3 over 5 tokens under .* expected the same"):
+        SampledPaths.drawn(lm, CONTEXT, 3, samples=2).outside_of(tree)
+    with pytest.raises(ValueError, match="mark the paths first"):
+        sampled_acceptance(paths.first(3), draft, bounds=bounds)
 
 
 @pytest.mark.parametrize(
