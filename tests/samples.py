@@ -258,3 +258,14 @@ def with_trees(
         tokens_per_call_upper_block_target=table[column] + width * tree,
         kl_nats=table["kl_nats"].where(~tree),
     )
+
+
+def with_samples(table: pd.DataFrame, horizons=(3,), width: float = 0.1) -> pd.DataFrame:
+    """The same table with estimates at some horizons, intervals `width` wide around them."""
+    column, found = "tokens_per_call_block_target", with_trees(table, horizons, width=0.0)
+    sampled = table["horizon"].isin(horizons)
+    ends = {
+        column.replace("call", f"call_{end}"): table[column] + sign * width / 2 * sampled
+        for end, sign in (("lower", -1), ("upper", 1))
+    }
+    return found.assign(computed=np.where(sampled, "sampled", "complete"), **ends)

@@ -52,6 +52,11 @@ def test_a_study_of_truncated_joints_says_so(monkeypatch, capsys, tmp_path):
     assert "Horizon 3 is truncated: its joints hold" in out
     assert re.search(r"r=1: \d\.\d\d to \d\.\d\d \[", out)
     assert "truncated" in (tmp_path / "report.html").read_text("utf-8")
+    options = ("--width", "0.0001", "--samples", "100", "--out", tmp_path / "sampled")
+    status, out, err = run(monkeypatch, capsys, *arguments, *options)
+    assert status == 0, err
+    assert "(estimated, 95 % interval" in out and "is truncated" not in out
+    assert re.search(r"r=1: \d\.\d\d \[", out)
 
 
 def test_a_models_folder_and_a_corpus_are_enough(monkeypatch, capsys, tmp_path):
@@ -161,6 +166,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(monkeypatch, capsy
     wide = ("study", "--model", "samples:wide", "--horizons", "2,3", "--dry-run")
     out = run(monkeypatch, capsys, *wide)[1]
     assert "truncated       samples:wide, horizon 3: tokens per call will be lower" in out
+    assert "or estimates where these are more than 0.05 apart" in out
     assert "horizon 2:" not in out
 
 
@@ -177,7 +183,7 @@ def test_the_options_defaults_are_the_settings_own(monkeypatch, capsys):
     given, settings = defaults(study), StudySettings()
     for name in ("horizons", "ranks", "methods", "temperatures"):
         assert given[name] == ",".join(map(str, getattr(settings, name))), name
-    for name in ("contexts", "context_length", "restarts", "seed"):
+    for name in ("contexts", "context_length", "restarts", "seed", "width", "samples"):
         assert given[name] == getattr(settings, name), name
     assert tuple(given["model"]) == settings.models
     assert given["max_gigabytes"] * 1e9 == settings.max_bytes

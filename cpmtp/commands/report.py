@@ -74,6 +74,7 @@ def compare(
             else "unpaired"
         )
         bounds = "; truncated joints: lower bounds" if part["truncated"].any() else ""
+        bounds += "; estimated from samples" if part["sampled"].any() else ""
         print(f"{what}, horizon {horizon} ({paired}{bounds})")
         for row in part.itertuples():
             print(

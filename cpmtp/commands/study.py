@@ -93,6 +93,14 @@ def study(
         float,
         typer.Option(help="Memory of a worker for dense joints; larger ones become trees."),
     ] = 4.0,
+    width: Annotated[
+        float,
+        typer.Option(
+            help="Where joints are truncated and certified intervals wider than this many tokens "
+            "per call, these are estimated from sampled texts."
+        ),
+    ] = 0.05,
+    samples: Annotated[int, typer.Option(help="Texts sampled per context for that.")] = 2000,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     quiet: Annotated[
@@ -129,6 +137,8 @@ def study(
         dtype=dtype,
         restarts=restarts,
         max_bytes=gigabytes_in_bytes(max_gigabytes),
+        width=width,
+        samples=samples,
         seed=seed,
     )
     if workers is not None and workers < 1:
@@ -150,7 +160,10 @@ def _show_plan(settings, workers: int | None) -> None:
     print(f"cells           {estimate.cells:,}")
     print(f"largest joint   {estimate.joint_bytes / 1e6:,.1f} MB")
     for what in estimate.truncated:
-        print(f"truncated       {what}: tokens per call will be lower and upper bounds")
+        print(
+            f"truncated       {what}: tokens per call will be lower and upper bounds, or estimates "
+            f"where these are more than {settings.width:g} apart"
+        )
     print(
         f"memory          about {estimate.memory_bytes / 1e9:.1f} GB with {estimate.workers} "
         "worker(s)"

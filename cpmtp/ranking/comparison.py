@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from cpmtp.ranking.scores import sampled_rows
 from cpmtp.resampling import Clusters, difference_interval, intervals
 
 # What a context is, whoever continues it: the same text from the same document.
@@ -41,7 +42,8 @@ def compare_studies(
         Per (compared, horizon, rank): `first`, `second` (mean tokens per call), `difference`
         (second minus first), `difference_low`, `difference_high` (NaN where one
         context is all there is), `paired`, `shared_contexts`, and
-        `truncated`: whether joints of either study are, so that these are means of lower bounds.
+        `truncated`: whether joints of either study are, so that these are means of lower bounds;
+        `sampled`: whether tokens per call of either study are estimates instead.
 
     Raises
     ------
@@ -78,8 +80,9 @@ def compare_studies(
             before, after = (v[horizon, rank].dropna() for v in values)
             found = {"compared": name, "horizon": horizon, "rank": rank}
             found |= _difference(before, after, seed)
-            truncated = any(_is_truncated(table, horizon) for table in (part, other))
-            rows.append(found | {"truncated": truncated})
+            ways = [_ways(table, horizon, column) for table in (part, other)]
+            flags = {name: any(name in way for way in ways) for name in ("truncated", "sampled")}
+            rows.append(found | flags)
     if not rows:
         raise ValueError(
             "the studies have no horizon and rank of the same model and domain in common"
@@ -111,10 +114,14 @@ def _matching_parts(first: pd.DataFrame, second: pd.DataFrame):
             yield ", ".join([*told, *named, *same]), part, others[key]
 
 
-def _is_truncated(table: pd.DataFrame, horizon: int) -> bool:
-    return "joint" in table and bool(
-        ((table["joint"] == "tree") & (table["horizon"] == horizon)).any()
-    )
+def _ways(table: pd.DataFrame, horizon: int, column: str) -> set[str]:
+    """How the figures of a horizon that are not exact were computed."""
+    here = table[(table["horizon"] == horizon) & table[column].notna()]
+    if "joint" not in table:
+        return set()
+    sampled = sampled_rows(here)
+    bounds = (here["joint"] == "tree") & ~sampled
+    return {name for name, rows in (("truncated", bounds), ("sampled", sampled)) if rows.any()}
 
 
 def _told(name: str, value: object) -> str:

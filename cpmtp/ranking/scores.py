@@ -3,6 +3,11 @@
 Where joints are truncated, a score is a certified lower bound with an upper one beside it. Ranks
 are then compared by the lower bounds, and the intervals of means reach from the lower bounds' lower
 end to the upper bounds' upper end.
+
+Where scores are estimated from sampled texts, ranks are compared by the estimates, which rest on
+the same texts. Each context has texts of its own, so that resampled documents show how far the
+estimates scatter, too. A context of such a horizon whose certified interval was narrow enough
+counts by its lower bound, in the upper end by its upper one.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from cpmtp.ranking.criteria import tolerated
 from cpmtp.ranking.parts import CONTEXT_KEYS, usable_rows
 from cpmtp.resampling import Clusters, intervals, shortfalls
 
-_PREFIX, _UPPER = "tokens_per_call_", "tokens_per_call_upper_"
+_PREFIX, _LOWER, _UPPER = (f"tokens_per_call_{end}" for end in ("", "lower_", "upper_"))
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,10 @@ class Scores:
     clusters : Clusters
         Of the scores; certified lower bounds where the horizon is truncated.
     upper : Clusters, optional
-        Of the upper bounds on the same contexts; None where the joints are complete.
+        Of the upper bounds on the same contexts; None where the joints are complete. Of a horizon
+        with estimates: the estimates, and the upper bounds of the other contexts.
+    ends : pair of (ranks,) arrays, optional
+        Where there are estimates: means of their intervals' lower and upper ends.
     kept_mass : (float, float)
         Probability that the joints hold, mean and smallest over contexts.
     """
@@ -41,6 +49,7 @@ class Scores:
     parameters: np.ndarray
     clusters: Clusters
     upper: Clusters | None = None
+    ends: tuple[np.ndarray, np.ndarray] | None = None
     kept_mass: tuple[float, float] = (1.0, 1.0)
 
 
@@ -92,20 +101,32 @@ def scores_of(table: pd.DataFrame, column: str, *, complete: bool = False) -> li
             )
         rows, ranks = table[table["horizon"] == horizon], scores.columns.to_numpy()
         bounded = column.startswith(_PREFIX) and above in table and _is_truncated(rows)
-        upper = _upper_clusters(rows, above, scores) if bounded else None
-        clusters, counted = Clusters.of(scores), _parameters(rows, ranks)
-        parts.append(Scores(int(horizon), ranks, counted, clusters, upper, _kept_mass(rows)))
+        upper, ends = None, None
+        if bounded:
+            certain = rows.assign(**{above: rows[above].where(~sampled_rows(rows), rows[column])})
+            upper = Clusters.of(_same_contexts(certain, above, scores))
+        if bounded and sampled_rows(rows[rows[column].notna()]).any():
+            names = (column.replace(_PREFIX, end, 1) for end in (_LOWER, _UPPER))
+            low, high = (_same_contexts(rows, name, scores).mean().to_numpy() for name in names)
+            ends = low, high
+        known = int(horizon), ranks, _parameters(rows, ranks), Clusters.of(scores)
+        parts.append(Scores(*known, upper, ends, _kept_mass(rows)))
     return parts
+
+
+def sampled_rows(rows: pd.DataFrame) -> pd.Series:
+    """Which rows' tokens per call are estimates."""
+    return rows.get("computed", pd.Series("", index=rows.index)) == "sampled"
 
 
 def _is_truncated(rows: pd.DataFrame) -> bool:
     return "joint" in rows and bool((rows["joint"] == "tree").any())
 
 
-def _upper_clusters(rows: pd.DataFrame, column: str, scores: pd.DataFrame) -> Clusters:
-    """The upper bounds of the same contexts and ranks."""
+def _same_contexts(rows: pd.DataFrame, column: str, scores: pd.DataFrame) -> pd.DataFrame:
+    """Another column of the same contexts and ranks."""
     values = context_values(rows, column).droplevel("horizon")
-    return Clusters.of(values.loc[scores.index, scores.columns])
+    return values.loc[scores.index, scores.columns]
 
 
 def _kept_mass(rows: pd.DataFrame) -> tuple[float, float]:
@@ -135,18 +156,25 @@ def _rank_rows(part: Scores, tolerance: float, seed: int) -> pd.DataFrame:
     arrays = shortfalls(part.clusters, np.ones((1, part.clusters.number), dtype=int))
     means, shortfall, error = (array[0] for array in arrays)
     low, high = intervals(part.clusters, seed)
+    upper = means if part.upper is None else part.upper.means()
     if part.upper is not None:
         high = intervals(part.upper, seed)[1]
+    if part.ends is not None:
+        # Of a single document there is what sampling leaves open alone.
+        low, high = (
+            np.where(np.isnan(h), e, h) for h, e in zip((low, high), part.ends, strict=True)
+        )
     return pd.DataFrame(
         {
             "horizon": part.horizon,
             "rank": part.ranks,
             "parameters": part.parameters,
-            "truncated": part.upper is not None,
+            "truncated": part.upper is not None and part.ends is None,
+            "sampled": part.ends is not None,
             "kept_mass": part.kept_mass[0],
             "kept_mass_lowest": part.kept_mass[1],
             "tokens_per_call": means,
-            "tokens_per_call_upper": means if part.upper is None else part.upper.means(),
+            "tokens_per_call_upper": upper,
             "tokens_per_call_low": low,
             "tokens_per_call_high": high,
             "shortfall": shortfall,
@@ -182,6 +210,8 @@ def tokens_in_words(row: pd.Series) -> str:
     >>> bounds = dict(truncated=True, tokens_per_call=2.68, tokens_per_call_upper=2.75)
     >>> tokens_in_words(pd.Series(bounds | ends))
     'between 2.68 and 2.75 tokens per call (truncated joints; 95 % interval 2.60 to 2.80)'
+    >>> tokens_in_words(pd.Series(dict(truncated=False, sampled=True, tokens_per_call=2.7) | ends))
+    '2.70 tokens per call (estimated, 95 % interval 2.60 to 2.80)'
     """
     mean = f"{row.tokens_per_call:.2f}"
     notes = []
@@ -190,5 +220,7 @@ def tokens_in_words(row: pd.Series) -> str:
         notes.append("truncated joints")
     known = np.isfinite(row.tokens_per_call_low) and np.isfinite(row.tokens_per_call_high)
     ends = f"95 % interval {row.tokens_per_call_low:.2f} to {row.tokens_per_call_high:.2f}"
+    if row.get("sampled", False):
+        ends = f"estimated, {ends}"
     notes.append(ends if known else "a single context gives no interval")
     return f"{mean} tokens per call ({'; '.join(notes)})"

@@ -58,7 +58,8 @@ class RankChoice:
         the fastest of all. Where joints are `truncated` the mean is that of certified lower bounds,
         with the upper bounds' mean beside it (`tokens_per_call_upper`, elsewhere the same number),
         an interval that holds both, and the probability that the joints hold (`kept_mass`,
-        `kept_mass_lowest`: mean and smallest over contexts).
+        `kept_mass_lowest`: mean and smallest over contexts). Where tokens per call of any context
+        were estimated from samples, the horizon is `sampled`, not `truncated`.
     contexts, documents : int
         Units and clusters the choice rests on.
     detectable_gain : dict of int to float
@@ -145,7 +146,8 @@ def select_rank(
 
     Every context counts once; its value at a rank is the best any method reached (each fit is a
     rank-r distribution, so the best is the tightest bound on the ceiling). Ranks are compared on
-    the same contexts, and where joints are truncated by their certified lower bounds. Contexts of
+    the same contexts, and where joints are truncated by their certified lower bounds or, `sampled`,
+    by estimates from the same texts. Contexts of
     one document are one cluster, of standard errors as of the bootstrap. A choice is made for one
     model, domain, temperature and kind of draft: `table_parts` has the parts of a table.
 

@@ -78,10 +78,11 @@ def _ceiling(subject: Subject) -> Iterator[str]:
         f"{tokens_in_words(subject.row)}; an exact draft gives {horizon}."
     )
     yield from subject.truncation_sentences()
-    complete = [str(n) for n in subject.recommended.rank if n not in subject.truncated]
+    inexact = (*subject.truncated, *subject.sampled)
+    complete = [str(n) for n in subject.recommended.rank if n not in inexact]
     if subject.truncated:
         yield "Ranks and horizons are compared by the lower bounds."
-    if subject.truncated and complete:
+    if inexact and complete:
         yield f"Figures of horizon {', '.join(complete)} are exact."
 
 

@@ -168,7 +168,9 @@ def write_report(
 def _sections(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) -> list[Section]:
     extras = subjects[0].extras
     truncated = any(subject.truncated for subject in subjects)
-    reading = (*_READING, _TRUNCATED) if truncated else _READING
+    reading = (*_READING, *([_TRUNCATED] if truncated else []))
+    if any(subject.sampled for subject in subjects):
+        reading = (*reading, _SAMPLED)
     sections = [Section("How to read this", tuple(Text(text) for text in reading))]
     for subject in subjects:
         sections += findings(subject)
@@ -198,6 +200,12 @@ _TRUNCATED = (
     "them, and intervals reach from the lower bounds' lower end to the upper bounds' upper end. "
     "Ranks are compared by the lower bounds."
 )
+_SAMPLED = (
+    "Sampled: where a joint is too large and bounds would be too far apart, drafts are fitted to "
+    "its most probable sequences, and what they earn on all of it is estimated from texts drawn "
+    "from the model, the same for all ranks of a context. Tokens per call are then estimates with "
+    "95 % intervals; nothing bounds them."
+)
 _PILOT = (
     "Begin with a workload where a slow or failed answer hurts nobody (batch jobs, internal "
     "tools), at a small share of it; "
@@ -222,7 +230,7 @@ def _setup(table: pd.DataFrame, manifest: dict) -> Table:
         ("Temperature", ", ".join(map(str, _several(settings, "temperature")))),
         ("Horizons", ", ".join(map(str, settings["horizons"]))),
         *_kinds_of_draft(table),
-        *_truncated_horizons(table),
+        *_truncated_horizons(table, settings),
         ("Ranks", ", ".join(map(str, settings["ranks"]))),
         ("Methods", f"{', '.join(settings['methods'])}; {settings['restarts']} start(s) each"),
         ("Seed", str(settings["seed"])),
@@ -240,15 +248,28 @@ def _kinds_of_draft(table: pd.DataFrame) -> list[tuple[str, str]]:
     return [("Drafts", " and ".join(told[bool(kind)] for kind in table["anchored"].unique()))]
 
 
-def _truncated_horizons(table: pd.DataFrame) -> list[tuple[str, str]]:
+def _truncated_horizons(table: pd.DataFrame, settings: dict) -> list[tuple[str, str]]:
     if "joint" not in table:
         return []
     rows = table[table["joint"] == "tree"]
+    ways = set(rows["computed"]) if "computed" in rows else set()
     found = [
         f"{model}: horizon {horizon} (joints hold {100 * part['kept_mass'].min():.1f} % at least)"
         for (model, horizon), part in rows.groupby(["model", "horizon"], sort=False)
     ]
-    return [("Truncated joints", ", ".join(found))] if found else []
+    told = [("Truncated joints", ", ".join(found))] if found else []
+    if "sampled" in ways:
+        texts = f"{settings['samples']:,} texts per context"
+        told.append(("Estimated", f"tokens per call of {_sampled_cells(rows)}; from {texts}"))
+    return told
+
+
+def _sampled_cells(rows: pd.DataFrame) -> str:
+    cells = rows[rows["computed"] == "sampled"].groupby(["model", "horizon"], sort=False)
+    contexts = ((name, part[["domain", "context"]].drop_duplicates()) for name, part in cells)
+    return ", ".join(
+        f"{len(some)} contexts of {model}, horizon {n}" for (model, n), some in contexts
+    )
 
 
 def _several(settings: dict, name: str) -> list:

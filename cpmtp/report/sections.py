@@ -41,6 +41,10 @@ def findings(subject: Subject) -> Iterator[Section]:
         told = ", ".join(map(str, subject.truncated))
         note = f"Horizon {told} is truncated: its gains are differences of lower bounds."
         gains.append(Text(note, "note"))
+    if subject.sampled:
+        told = ", ".join(map(str, subject.sampled))
+        note = f"Horizon {told}: gains are differences of estimates from the same sampled texts."
+        gains.append(Text(note, "note"))
     yield Section("What a higher rank gains, on the same contexts", tuple(gains), level=3)
     yield Section(
         "Every criterion's choice", (_criteria_table(subject), Text(_NOT_OFFERED, "note")), level=3
@@ -96,6 +100,8 @@ def _rank_table(subject: Subject) -> Table:
 
 def _rank_note(subject: Subject) -> Text:
     bounds = ", certified lower to upper bound where truncated" if subject.truncated else ""
+    if subject.sampled:
+        bounds += f", estimated (95 % interval) at horizon {', '.join(map(str, subject.sampled))}"
     return Text(
         f"Ceiling: tokens per call of the best fit{bounds}. Speedup: over plain decoding, "
         f"{subject.share.words}. Fastest in: share of resamples. Bold: the recommendation.",
@@ -110,7 +116,8 @@ def _interval(low: float, high: float, digits: int = 3) -> str:
 def _horizon_figures(subject: Subject) -> Iterator[Figure]:
     table, label = subject.table, subject.title
     block = survival_by_rank(table)
-    known = "tokens_per_call_coupling_target" in table
+    # Samples say nothing of the coupling.
+    known = table.get("tokens_per_call_coupling_target", pd.Series(dtype=float)).notna().any()
     coupling = survival_by_rank(table, "coupling") if known else block.iloc[:0]
     values = context_values(table, OUTCOME)
     for n, saturated in subject.saturation.rank.items():
@@ -119,9 +126,11 @@ def _horizon_figures(subject: Subject) -> Iterator[Figure]:
         recommended = subject.best[1] if n == subject.best[0] else None
         ranks = {int(cells["rank"].min()), saturated, int(cells["rank"].max())}
         shown = sorted(ranks | {subject.recommended.rank[n]})
+        estimated = n in subject.sampled
         # A truncated joint gives a lower bound of the coupling's survival, which bounds nothing.
         some = _only(block, n, shown)
-        most = coupling.iloc[:0] if truncated else _only(coupling, n, shown)
+        most = coupling.iloc[:0] if truncated or estimated else _only(coupling, n, shown)
+        way = ", certified lower bounds" if truncated else ", estimated" if estimated else ""
         scores = values.xs(n, level="horizon").dropna(axis=1, how="all").dropna()
         yield Figure(
             f"Tokens per call against rank, n = {n}",
@@ -131,13 +140,13 @@ def _horizon_figures(subject: Subject) -> Iterator[Figure]:
         )
         yield Figure(
             f"Survival per position, n = {n}",
-            _survival_in_words(some, bounded=len(most) > 0, truncated=truncated),
+            _survival_in_words(some, bounded=len(most) > 0, way=way),
             partial(plots.plot_survival, some, ceiling=most if len(most) else None),
             label,
         )
         yield Figure(
             f"Contexts, n = {n}",
-            f"One point per context{', certified lower bounds' if truncated else ''}: at rank "
+            f"One point per context{way}: at rank "
             f"{shown[0]} from {scores.iloc[:, 0].min():.2f} to {scores.iloc[:, 0].max():.2f} "
             f"tokens per call, at rank {shown[-1]} from {scores.iloc[:, -1].min():.2f} to "
             f"{scores.iloc[:, -1].max():.2f}. Bars: quartiles.",
@@ -167,6 +176,8 @@ def _ceilings_in_words(subject: Subject, horizon: int) -> str:
             f"Certified lower bounds of ceilings, with upper bounds dashed (truncated joints that "
             f"hold {100 * mean:.1f} % of the probability): tokens per call"
         )
+    if horizon in subject.sampled:
+        what = "Ceilings, estimated from sampled texts (95 % band): tokens per call"
     recommended = (
         f"Recommended: rank {subject.best[1]}."
         if horizon == subject.best[0]
@@ -186,10 +197,9 @@ def _only(survival: pd.DataFrame, horizon: int, ranks: list[int]) -> pd.DataFram
     return survival[(survival["horizon"] == horizon) & survival["rank"].isin(ranks)]
 
 
-def _survival_in_words(survival: pd.DataFrame, *, bounded: bool, truncated: bool) -> str:
+def _survival_in_words(survival: pd.DataFrame, *, bounded: bool, way: str) -> str:
     last = survival[survival["position"] == survival["position"].max()]
     whole = ", ".join(f"{row.survival:.0%} at rank {row.rank}" for row in last.itertuples())
-    lower = " (truncated joints: certified lower bounds)" if truncated else ""
     dotted = (
         ", and dotted the most that any verification could reach with the same draft"
         if bounded
@@ -197,7 +207,7 @@ def _survival_in_words(survival: pd.DataFrame, *, bounded: bool, truncated: bool
     )
     return (
         "Probability that the first k tokens of a block are emitted unchanged, mean over "
-        f"contexts{lower}{dotted}. All of the block: {whole}."
+        f"contexts{way}{dotted}. All of the block: {whole}."
     )
 
 

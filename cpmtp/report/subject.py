@@ -208,6 +208,12 @@ class Subject:
         }
 
     @property
+    def sampled(self) -> tuple[int, ...]:
+        """Horizons whose tokens per call are estimates."""
+        rows = self.saturation.table.drop_duplicates("horizon")
+        return tuple(int(row.horizon) for row in rows.itertuples() if row.sampled)
+
+    @property
     def best_by_upper_bounds(self) -> tuple[int, int]:
         """What the recommendation would be if every upper bound were the ceiling."""
         cells = self.recommended.table
@@ -222,6 +228,14 @@ class Subject:
                 f"Horizon {horizon} is truncated: its joints hold {100 * mean:.1f} % of the "
                 f"probability on average and {100 * lowest:.1f} % at least, so that its tokens per "
                 "call are certified lower bounds with upper ones beside them."
+            )
+        rows = self.saturation.table.drop_duplicates("horizon").set_index("horizon")
+        for horizon in self.sampled:
+            kept = 100 * rows.loc[horizon, "kept_mass"]
+            yield (
+                f"Horizon {horizon} is sampled: its drafts are fitted to {kept:.1f} % of the "
+                "probability on average, and what they earn on all of it is estimated from texts "
+                "drawn from the model, the same for all ranks of a context."
             )
 
 

@@ -85,7 +85,8 @@ def _prefixes(vocab: int, settings: StudySettings, trees: tuple[int, ...]) -> in
     for n in trees:
         kept = settings.top_k if is_completed(settings, n) else 0
         found += sum(kept**depth for depth in range(n)) if kept else settings.tree_nodes
-    return found
+    longest = max((n for n in trees if not is_completed(settings, n)), default=1)
+    return found + (longest - 1) * settings.samples
 
 
 def _seconds_per_prefix(lm: LanguageModel, settings: StudySettings) -> float:

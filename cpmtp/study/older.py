@@ -21,7 +21,8 @@ _IMPLIED = {
     "kept_mass": 1.0,
     "kl_floor_nats": math.nan,
 }
-_UPPER, _SURVIVAL = "tokens_per_call_upper_", "survival_block_target_"
+_ENDS = ("tokens_per_call_lower_", "tokens_per_call_upper_")
+_SURVIVAL = "survival_block_target_"
 
 
 def completed(table: pd.DataFrame) -> pd.DataFrame:
@@ -40,9 +41,11 @@ def completed(table: pd.DataFrame) -> pd.DataFrame:
         joints = table["joint"] if "joint" in table else pd.Series("dense", index=table.index)
         added["computed"] = joints.map({"dense": "complete", "tree": "certified"})
     for name in missing:
-        exact = name.replace(_UPPER, "tokens_per_call_", 1)
-        if name.startswith(_UPPER) and exact in table:
-            added[name] = table[exact]
+        for end in _ENDS:
+            # Until there were estimates, tokens per call were exact or lower bounds themselves.
+            exact = name.replace(end, "tokens_per_call_", 1)
+            if name.startswith(end) and exact in table:
+                added[name] = table[exact]
     # One frame from all columns: adding them one by one would take the table apart.
     table = pd.concat([table, pd.DataFrame(added, index=table.index)], axis=1)
     if "best" in missing:

@@ -12,11 +12,9 @@ from dataclasses import asdict, replace
 import torch
 from threadpoolctl import threadpool_limits
 
-from cpmtp.acceptance.implied import AcceptanceProfile, acceptance_profiles, implied_acceptance
 from cpmtp.decomposition.fit_result import FitResult
 from cpmtp.decomposition.fitting import KL_METHODS, fit, fit_path
 from cpmtp.decomposition.floors import rank_floors
-from cpmtp.drafts.divergence import divergences
 from cpmtp.joint_distribution import JointDistribution, check_context, exact_joint
 from cpmtp.language_model import LanguageModel
 from cpmtp.prefix_tree import PrefixTree, complete_joint, truncated_joint
@@ -27,8 +25,9 @@ from cpmtp.study.plan import (
     open_language_model,
     study_cells,
 )
+from cpmtp.study.quality import SharedPaths, qualities
 from cpmtp.study.settings import StudySettings
-from cpmtp.study.table import FIRST_TOKENS, RULES, SCHEMA_VERSION
+from cpmtp.study.table import SCHEMA_VERSION
 
 
 def study_unit_rows(settings: StudySettings, unit: StudyUnit) -> list[dict]:
@@ -45,7 +44,7 @@ def study_unit_rows(settings: StudySettings, unit: StudyUnit) -> list[dict]:
             facts = {"context_nats": _context_nats(lm, unit)}
         except Exception as error:
             return failed_rows(settings, unit, _said(error))
-        rows = []
+        rows, shared = [], SharedPaths(settings, unit, lm)
         dense = [n for n in settings.horizons if n not in unit.trees]
         longest = (
             _joint(settings, unit, lm, max(dense)) if dense else (RuntimeError("not computed"), 0.0)
@@ -63,10 +62,11 @@ def study_unit_rows(settings: StudySettings, unit: StudyUnit) -> list[dict]:
             known = facts | {"joint_seconds": seconds} | _joint_facts(joint)
             fits = _fits(settings, joint, here, unit.seed(settings.seed) % 2**31)
             floors = _kl_floors(joint, here)
+            found, computed = qualities(joint, fits, shared)
             for cell in here:
                 floor = floors.get((cell.rank, cell.anchored), math.nan)
-                row = _fit_row(settings, unit, joint, cell, fits[cell])
-                rows.append(row | known | {"kl_floor_nats": floor})
+                row = _fit_row(settings, unit, cell, fits[cell], found[cell])
+                rows.append(row | known | {"kl_floor_nats": floor} | computed)
         return rows
 
 
@@ -219,20 +219,14 @@ def _kl_floors(
 def _fit_row(
     settings,
     unit: StudyUnit,
-    joint: JointDistribution | PrefixTree,
     cell: StudyCell,
     result: FitResult | Exception,
+    quality: dict | Exception,
 ) -> dict:
-    try:
-        if isinstance(result, Exception):
-            raise result
-        quality = (
-            _tree_quality(joint, result, cell)
-            if isinstance(joint, PrefixTree)
-            else _quality(joint, result, cell)
-        )
-    except Exception as error:
-        return _failed(settings, unit, cell, _said(error))
+    if isinstance(result, Exception):
+        return _failed(settings, unit, cell, _said(result))
+    if isinstance(quality, Exception):
+        return _failed(settings, unit, cell, _said(quality))
     return _row(settings, unit, cell) | _fit_facts(result) | quality
 
 
@@ -298,41 +292,6 @@ def _fit_facts(result: FitResult) -> dict:
         "negative_mass": float(result.negative_mass),
         "mass_deficit": float(result.mass_deficit),
         "fit_seconds": result.seconds,
-    }
-
-
-def _first_tokens(cell: StudyCell) -> tuple[str, ...]:
-    return ("target",) if cell.anchored else FIRST_TOKENS
-
-
-def _quality(joint: JointDistribution, result: FitResult, cell: StudyCell) -> dict:
-    quality: dict = asdict(divergences(joint, result.distribution))
-    for first in _first_tokens(cell):
-        for rule, profile in acceptance_profiles(
-            joint, result.distribution, RULES, first_token=first
-        ).items():
-            earned = profile.tokens_per_call
-            quality |= _acceptance(rule, first, earned, earned, profile.survival)
-    return quality
-
-
-def _tree_quality(tree: PrefixTree, result: FitResult, cell: StudyCell) -> dict:
-    # Of a complete tree the objective of a fit by em or gradient is the divergence itself.
-    exact = tree.is_complete and cell.method != "acceptance"
-    quality: dict = {"kl_nats": float(result.objective)} if exact else {}
-    for first in _first_tokens(cell):
-        for rule in RULES:
-            bounds = implied_acceptance(tree, result.distribution, rule=rule, first_token=first)
-            assert not isinstance(bounds, AcceptanceProfile)
-            earned = bounds.tokens_per_call_lower, bounds.tokens_per_call_upper
-            quality |= _acceptance(rule, first, *earned, bounds.survival_lower)
-    return quality
-
-
-def _acceptance(rule: str, first: str, low, high, survival: torch.Tensor) -> dict:
-    found = {f"tokens_per_call_{rule}_{first}": low, f"tokens_per_call_upper_{rule}_{first}": high}
-    return found | {
-        f"survival_{rule}_{first}_{k}": s for k, s in enumerate(survival.tolist(), start=1)
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,14 @@ class StudySettings:
         Memory a worker may take for dense joints and their fits; where a vocabulary and horizon
         need more, a tree takes the joint's place, fitted by ``em``, ``gradient`` and ``acceptance``
         only. Under a top-k that leaves few enough sequences it is complete, and exact; otherwise it
-        is truncated, and tokens per call become certified lower bounds, upper ones beside.
+        is truncated, and tokens per call become certified lower bounds, upper ones beside, or
+        estimates.
+    width : float
+        Tokens per call: where a truncated tree leaves any fit of a context a certified interval
+        that is wider, all fits to this tree are judged on sampled texts instead, and have estimates
+        with 95 % intervals.
+    samples : int
+        Texts drawn per context for that, the same for all fits.
     tree_mass, tree_nodes : float, int
         Of truncated trees: the probability they should keep; of all: the most prefixes they may
         expand.
@@ -85,6 +93,8 @@ class StudySettings:
     context_length: int = 64
     restarts: int = 1
     max_bytes: int = 4_000_000_000
+    width: float = 0.05
+    samples: int = 2000
     tree_mass: float = 0.95
     tree_nodes: int = 20_000
     device: str = "cpu"
@@ -136,6 +146,14 @@ class StudySettings:
                 _is_positive_integer(getattr(self, name)),
                 f"{name} {getattr(self, name)}: expected an integer of at least 1",
             )
+        _require(
+            _is_positive_integer(self.samples) and self.samples >= 2,
+            f"samples {self.samples}: expected an integer of at least 2",
+        )
+        _require(
+            isinstance(self.width, int | float) and 0 < self.width < math.inf,
+            f"width {self.width!r}: expected tokens per call, a number above 0",
+        )
         _require(isinstance(self.seed, int), f"seed {self.seed!r}: expected an integer")
         for temperature in self.temperatures:
             _require(

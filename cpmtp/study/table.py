@@ -103,12 +103,14 @@ _FIXED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "mass_deficit": (pa.float64(), "1 minus the sum of the raw answer"),
     "joint": (
         pa.string(),
-        "dense; complete: a tree of all mass but 1e-9; tree: a truncated joint, whose tokens per "
-        "call and survival are certified lower bounds",
+        "what drafts are fitted to: dense; complete: a tree of all mass but 1e-9; tree: a "
+        "truncated joint",
     ),
     "computed": (
         pa.string(),
-        "complete: exact; certified: an interval that contains the exact value",
+        "how tokens per call and survival were. complete: exact; certified: lower bounds, with "
+        "upper ones of tokens per call beside; sampled: estimates from sampled texts, with 95 % "
+        "intervals of tokens per call, under the token and block rules alone",
     ),
     "kept_mass": (
         pa.float64(),
@@ -161,12 +163,15 @@ def _schema(longest_horizon: int) -> pa.Schema:
             told = f"under the {rule} rule, first token from the {first}"
             columns[f"tokens_per_call_{rule}_{first}"] = (
                 pa.float64(),
-                f"expected tokens per call of the target {told}",
+                f"expected tokens per call of the target {told}: exact, a certified lower bound or "
+                "an estimate, as `computed` says",
             )
-            columns[f"tokens_per_call_upper_{rule}_{first}"] = (
-                pa.float64(),
-                f"certified upper bound of the same {told}",
-            )
+            for end in ("lower", "upper"):
+                columns[f"tokens_per_call_{end}_{rule}_{first}"] = (
+                    pa.float64(),
+                    f"the same {told}: certified {end} bound; where sampled the {end} end of the "
+                    "95 % interval",
+                )
     for rule in RULES:
         for first in FIRST_TOKENS:
             for k in range(1, longest_horizon + 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from samples import study_table, with_trees
+from samples import study_table, with_samples, with_trees
 from scipy import stats
 
 from cpmtp.latency import LatencyModel
@@ -254,6 +254,43 @@ def test_where_joints_are_truncated_the_choice_has_both_bounds_and_an_interval_o
     np.testing.assert_allclose(found["kept_mass"], 0.96)
     np.testing.assert_allclose(found["kept_mass_lowest"], 0.95)
     assert (exact["tokens_per_call_upper"] == exact["tokens_per_call"]).all()
+
+
+def test_estimates_are_ranked_as_they_are_with_the_interval_of_the_documents():
+    table = study_table(lambda r: 0.4 / r)
+    exact, found = select_rank(table), select_rank(with_samples(table))
+    assert found.table["sampled"].all() and not found.table["truncated"].any()
+    assert not exact.table["sampled"].any() and found.rank == exact.rank
+    for name in ("tokens_per_call", "tokens_per_call_low", "tokens_per_call_high"):
+        pd.testing.assert_series_equal(found.table[name], exact.table[name])
+    assert "tokens per call (estimated, 95 % interval" in found.sentence(3)
+    # Of one document there is no more than what the sampling leaves open.
+    one = with_samples(study_table(lambda r: 0.4 / r, contexts=1))
+    alone = select_rank(one).table
+    for end, sign in (("low", -1), ("high", 1)):
+        expected = alone["tokens_per_call"] + sign * 0.05
+        np.testing.assert_allclose(alone[f"tokens_per_call_{end}"], expected)
+
+
+def test_where_some_contexts_have_bounds_the_interval_of_estimates_holds_both_of_them():
+    table = study_table(lambda r: 0.4 / r)
+    mixed, even = with_samples(table), table["context"] % 2 == 0
+    column = "tokens_per_call_upper_block_target"
+    mixed.loc[even, "computed"] = "certified"
+    mixed.loc[even, column] = table["tokens_per_call_block_target"] + 0.04
+    found, exact = select_rank(mixed).table, select_rank(table).table
+    assert found["sampled"].all() and not found["truncated"].any()
+    pd.testing.assert_series_equal(found["tokens_per_call_low"], exact["tokens_per_call_low"])
+    np.testing.assert_allclose(found["tokens_per_call_upper"], exact["tokens_per_call"] + 0.02)
+    assert (found["tokens_per_call_high"] > exact["tokens_per_call_high"]).all()
+    # Under a rule that samples do not judge there are the others' bounds alone.
+    renamed = {
+        name: name.replace("block", "coupling") for name in mixed if name.endswith("block_target")
+    }
+    coupling = mixed.rename(columns=renamed)
+    coupling.loc[~even, "tokens_per_call_coupling_target"] = np.nan
+    bounds = select_rank(coupling, column="tokens_per_call_coupling_target").table
+    assert bounds["truncated"].all() and not bounds["sampled"].any()
 
 
 def test_a_table_of_complete_and_truncated_joints_is_right_per_horizon():

@@ -168,6 +168,8 @@ def test_lower_bounds_are_told_from_exact_figures():
     assert compare_studies(exact.assign(joint="dense"), exact.assign(joint="tree"))[
         "truncated"
     ].all()
+    estimates = compare_studies(exact, exact.assign(joint="tree", computed="sampled"))
+    assert estimates["sampled"].all() and not estimates["truncated"].any()
 
 
 def test_a_fresh_study_is_compared_with_a_stored_one_of_an_earlier_version(

@@ -176,7 +176,7 @@ def test_temperatures_and_anchored_drafts_are_axes_of_the_table(table, tmp_path)
 
 def test_a_joint_that_is_too_large_becomes_a_tree_with_bounds(tmp_path):
     methods = ("em", "als", "gradient")
-    settings = replace(TINY, methods=methods, max_bytes=8 * 8 * 6**2, tree_nodes=15)
+    settings = replace(TINY, methods=methods, max_bytes=8 * 8 * 6**2, tree_nodes=15, width=3)
     found = run_study(settings, tmp_path, workers=1)
     assert found.groupby("horizon")["joint"].unique().map(list).to_dict() == {
         2: ["dense"],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from samples import CharacterTable, random_llama_folder
 
+import cpmtp.study.quality
 import cpmtp.study.rows
 from cpmtp.study.plan import plan_study
 from cpmtp.study.running import run_study
@@ -39,8 +40,9 @@ class FailsFirst:
     """What `name` does in the rows of a study, but for the first few calls."""
 
     def __init__(self, monkeypatch, name: str, error: Exception, times: int):
-        self.real, self.error, self.left = getattr(cpmtp.study.rows, name), error, times
-        monkeypatch.setattr(cpmtp.study.rows, name, self)
+        home = next(m for m in (cpmtp.study.rows, cpmtp.study.quality) if hasattr(m, name))
+        self.real, self.error, self.left = getattr(home, name), error, times
+        monkeypatch.setattr(home, name, self)
 
     def __call__(self, *arguments, **options):
         if self.left > 0:
@@ -66,6 +68,18 @@ def test_what_passes_leaves_no_trace(table, tmp_path, monkeypatch, name, error):
     FailsFirst(monkeypatch, name, error, 2)
     found = run_study(TINY, tmp_path, workers=1)
     pd.testing.assert_frame_equal(without_times(found), without_times(table))
+
+
+def test_texts_that_could_not_be_drawn_for_want_of_memory_are_drawn_again(tmp_path, monkeypatch):
+    settings = replace(
+        TINY, methods=("em",), contexts=1, max_bytes=8, tree_nodes=4, width=1e-3, samples=50
+    )
+    whole = run_study(settings, workers=1)
+    assert set(whole["computed"]) == {"sampled"}
+    FailsFirst(monkeypatch, "sampled_acceptance", MemoryError(), 2)
+    pd.testing.assert_frame_equal(
+        without_times(run_study(settings, tmp_path, workers=1)), without_times(whole)
+    )
 
 
 def test_what_does_not_pass_is_a_failed_row_and_no_part(table, tmp_path, monkeypatch):

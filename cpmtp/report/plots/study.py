@@ -88,7 +88,9 @@ def plot_tokens_per_call(
         color=COLOURS[0],
         alpha=0.2,
     )
-    label = "lower bound (mean, 95 % band)" if truncated else "best fit (mean, 95 % band)"
+    sampled = "sampled" in choice and bool(choice["sampled"].any())
+    what = "lower bound" if truncated else "estimate of best fit" if sampled else "best fit"
+    label = f"{what} (mean, 95 % band)"
     ax.plot(choice["rank"], choice["tokens_per_call"], label=label, **_series(0))
     if truncated:
         upper = _series(2) | {"linestyle": "--", "marker": ""}
