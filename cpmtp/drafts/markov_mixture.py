@@ -203,7 +203,7 @@ class MarkovMixture(Mixture):
             found = rows_at(logits.mT, place)  # (*batch, rows, rank)
         else:
             found = self._transition(position).log_emission(before, place)
-        return torch.where(there.unsqueeze(-1), found, -torch.inf)
+        return torch.where(there.unsqueeze(-1), found, -torch.inf)  # (*batch, rows, rank)
 
     def _mixed(self, position: int, weights: Tensor, before: Tensor | None) -> Tensor:
         if before is None:

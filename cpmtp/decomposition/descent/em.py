@@ -65,7 +65,7 @@ class Targets:
         negative_entropy = -JointDistribution(matrices.flatten(1), 1).entropy()  # (items,)
         scratch = matrices.new_empty(2, 0)
         once = cls(matrices, negative_entropy, owner, scratch, horizon, vocab)
-        return once.for_runs(owner.repeat_interleave(runs_per_item))
+        return once.for_runs(owner.repeat_interleave(runs_per_item))  # (items * runs_per_item,)
 
     def for_runs(self, owner: Int[Tensor, " runs"]) -> Targets:
         """The same joints for other runs."""
