@@ -10,8 +10,7 @@ from chances import assert_share
 from rounding import kl_rounding, rounding
 from unchecked import unchecked
 
-from cpmtp.joint_distribution import exact_joint
-from cpmtp.language_model import separated_hmm
+from cpmtp.acceptance.verification import survival_along
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -59,8 +58,7 @@ def test_a_share_passes_where_it_lies_and_tells_the_test_that_has_too_few_runs()
 
 
 def test_signatures_are_checked_while_tests_run_but_for_calls_that_ask_for_none():
-    lm = separated_hmm(2, 4)
+    ratios = torch.tensor([2, 1])  # whole numbers where floating ones are promised
     with pytest.raises(TypeError):
-        exact_joint(lm, torch.tensor([1.0]), 2)
-    with pytest.raises(ValueError, match="1-D tensor of token ids"):
-        unchecked(exact_joint, lm, torch.tensor([1.0]), 2)
+        survival_along(ratios, "block")
+    assert unchecked(survival_along, ratios, "block").tolist() == [1, 1]
