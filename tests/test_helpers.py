@@ -10,6 +10,8 @@ from chances import assert_share
 from rounding import kl_rounding, rounding
 from unchecked import unchecked
 
+from cpmtp.sampling_law import entropy
+
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
