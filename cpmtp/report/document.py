@@ -260,16 +260,14 @@ def _truncated_horizons(table: pd.DataFrame, settings: dict) -> list[tuple[str, 
     told = [("Truncated joints", ", ".join(found))] if found else []
     if "sampled" in ways:
         texts = f"{settings['samples']:,} texts per context"
-        told.append(("Estimated", f"tokens per call of {_sampled_cells(rows)}; from {texts}"))
+        told.append(("Estimated", f"{_sampled_cells(rows)}; from {texts}"))
     return told
 
 
 def _sampled_cells(rows: pd.DataFrame) -> str:
     cells = rows[rows["computed"] == "sampled"].groupby(["model", "horizon"], sort=False)
     contexts = ((name, part[["domain", "context"]].drop_duplicates()) for name, part in cells)
-    return ", ".join(
-        f"{len(some)} contexts of {model}, horizon {n}" for (model, n), some in contexts
-    )
+    return ", ".join(f"{model}: horizon {n}, {len(some)} contexts" for (model, n), some in contexts)
 
 
 def _several(settings: dict, name: str) -> list:

@@ -15,6 +15,7 @@ import pandas as pd
 from cpmtp.latency import LatencyModel, cost_per_million_tokens, memory_bound_latency
 from cpmtp.ranking.criteria import throughput_choice
 from cpmtp.ranking.parts import table_parts
+from cpmtp.ranking.scores import sampled_rows
 from cpmtp.ranking.selection import RankChoice, compare_criteria
 from cpmtp.report.learned import (
     LEARNED_SHARE,
@@ -232,11 +233,22 @@ class Subject:
         rows = self.saturation.table.drop_duplicates("horizon").set_index("horizon")
         for horizon in self.sampled:
             kept = 100 * rows.loc[horizon, "kept_mass"]
+            here = self.table[self.table["horizon"] == horizon]
+            number, all_contexts = (
+                len(part.drop_duplicates(["document", "context"]))
+                for part in (here[sampled_rows(here)], here)
+            )
             yield (
                 f"Horizon {horizon} is sampled: its drafts are fitted to {kept:.1f} % of the "
-                "probability on average, and what they earn on all of it is estimated from texts "
-                "drawn from the model, the same for all ranks of a context."
+                f"probability on average, and what they earn on all of it is estimated, of "
+                f"{number} of {all_contexts} contexts, from texts drawn from the model, the same "
+                "for all ranks of a context."
             )
+            if number < all_contexts:
+                yield (
+                    "The other contexts count by certified lower bounds, in the upper end of the "
+                    "interval by upper ones."
+                )
 
 
 def subjects_of(table: pd.DataFrame, extras: ReportExtras) -> list[Subject]:

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-from samples import MANIFEST, study_table, with_trees
+from samples import MANIFEST, study_table, with_samples, with_trees
 
 from cpmtp.latency import LatencyModel
 from cpmtp.report.document import Report, ReportExtras, read_extras, write_report
@@ -27,9 +27,11 @@ def both_horizons() -> pd.DataFrame:
     return pd.concat([study_table(loss, horizon=n) for n in (2, 3)], ignore_index=True)
 
 
-def page_of(table: pd.DataFrame, tmp_path, extras: ReportExtras = EXTRAS) -> str:
+def page_of(
+    table: pd.DataFrame, tmp_path, extras: ReportExtras = EXTRAS, manifest: dict = MANIFEST
+) -> str:
     """The Markdown twin as plain text, figures' labels included."""
-    path = write_report(table, MANIFEST, tmp_path / "report.md", extras)
+    path = write_report(table, manifest, tmp_path / "report.md", extras)
     figures = "".join(file.read_text("utf-8") for file in (tmp_path / "report_figures").iterdir())
     return path.read_text("utf-8").replace("\\", "") + figures
 
@@ -139,6 +141,19 @@ def test_a_study_of_complete_and_truncated_joints_is_right_per_horizon(tmp_path)
     assert " to " in ceilings["3"] and " to " not in ceilings["2"]
     captions = re.findall(r"^\*\*Tokens per call against rank.*$", page, flags=re.MULTILINE)
     assert "Ceilings rise" in captions[0] and "Certified lower bounds" in captions[1]
+
+
+def test_bounds_among_estimates_are_told_from_them(tmp_path):
+    table = with_samples(study_table(loss))
+    manifest = MANIFEST | {"settings": MANIFEST["settings"] | {"samples": 2000}}
+    said = "The other contexts count by certified lower bounds"
+    assert said not in page_of(table, tmp_path, manifest=manifest)
+    table.loc[table["context"] % 4 > 0, "computed"] = "certified"
+    page = page_of(table, tmp_path, manifest=manifest)
+    for text in (page, Report.of(table, manifest, EXTRAS).summary):
+        assert "estimated, of 16 of 64 contexts, from texts drawn" in text and said in text
+    assert "horizon 3, 16 contexts; from 2,000 texts per context" in page
+    assert "estimate of best fit (mean, 95 % band)" in page
 
 
 def test_what_upper_bounds_would_change_is_told(tmp_path):

@@ -128,12 +128,10 @@ def test_the_report_calls_them_estimates_and_nothing_a_bound(folder):
     page = write_report(*read_study(folder), folder / "report.md").read_text("utf-8")
     assert "ertified" not in page and "lower bound" not in page and "truncated" not in page
     report = Report.of(*read_study(folder), ReportExtras())
+    assert "estimated, of 3 of 3 contexts, from texts" in page
     for text in (page[: page.index("How to read this")], report.summary):
         assert "(estimated, 95 % interval" in text and "is sampled" in text
         assert "is exact" not in text and "are exact" not in text
-    assert (
-        "| Estimated | tokens per call of 3 contexts of samples:recurrent, horizon 3, 3 contexts"
-        in page
-    )
+    assert "| Estimated | samples:recurrent: horizon 3, 3 contexts" in page
     assert "Ceilings, estimated from sampled texts (95 % band)" in page
     assert "mean over contexts, estimated" in page and "any verification could reach" not in page
