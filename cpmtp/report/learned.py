@@ -18,6 +18,7 @@ import pandas as pd
 
 from cpmtp.report import plots
 from cpmtp.report.blocks import Figure, Section, Table
+from cpmtp.report.words import readable
 
 # Tokens per call of a trained head over those of its ceiling. The trained anchored heads of rank 8
 # that come with the embedded models reached 78 % (code) and 87 % (prose), over three tokens
@@ -192,7 +193,7 @@ def learned_sections(
         yield Section(
             "Forecast against measurement",
             (
-                _plain_table(decoding),
+                readable(decoding),
                 Figure("Forecast and measurement", words, partial(plots.plot_forecast, decoding)),
             ),
         )
@@ -200,7 +201,7 @@ def learned_sections(
         yield Section(
             "What a call spends its time on",
             (
-                _plain_table(step_times),
+                readable(step_times),
                 Figure(
                     "Time of a call",
                     "Milliseconds per call, by part.",
@@ -211,7 +212,7 @@ def learned_sections(
 
 
 def _waterfall_blocks(waterfall: pd.DataFrame) -> Iterator[Table | Figure]:
-    yield _plain_table(waterfall)
+    yield readable(waterfall)
     waterfall = waterfall.assign(anchored=waterfall.get("anchored", False))
     for (model, horizon, anchored), rows in waterfall.groupby(
         ["model", "horizon", "anchored"], sort=False
@@ -238,11 +239,3 @@ def _waterfall_blocks(waterfall: pd.DataFrame) -> Iterator[Table | Figure]:
             partial(plots.plot_waterfall, row),
             str(row["model"]),
         )
-
-
-def _plain_table(table: pd.DataFrame) -> Table:
-    def cell(value) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    rows = tuple(tuple(cell(value) for value in row) for row in table.itertuples(index=False))
-    return Table(tuple(str(name).replace("_", " ") for name in table.columns), rows)
