@@ -17,7 +17,7 @@ from functools import partial
 import pandas as pd
 
 from cpmtp.report import plots
-from cpmtp.report.blocks import Figure, Section, Table
+from cpmtp.report.blocks import Figure, Section
 from cpmtp.report.words import readable
 
 # Tokens per call of a trained head over those of its ceiling. The trained anchored heads of rank 8
@@ -183,7 +183,8 @@ def learned_sections(
 ) -> Iterator[Section]:
     """What the learned head reached; each part only where its table is there."""
     if waterfall is not None and len(waterfall):
-        yield Section("Where tokens per call are lost", tuple(_waterfall_blocks(waterfall)))
+        yield Section("Where tokens per call are lost", tuple(_waterfall_figures(waterfall)))
+        yield Section("Every head's losses", (readable(waterfall),), level=3, folded=True)
     if decoding is not None and len(decoding):
         words = (
             f"Measured against forecast tokens per call of {len(decoding)} runs; mean difference "
@@ -192,11 +193,9 @@ def learned_sections(
         )
         yield Section(
             "Forecast against measurement",
-            (
-                readable(decoding),
-                Figure("Forecast and measurement", words, partial(plots.plot_forecast, decoding)),
-            ),
+            (Figure("Forecast and measurement", words, partial(plots.plot_forecast, decoding)),),
         )
+        yield Section("Every run", (readable(decoding),), level=3, folded=True)
     if step_times is not None and len(step_times):
         yield Section(
             "What a call spends its time on",
@@ -211,8 +210,7 @@ def learned_sections(
         )
 
 
-def _waterfall_blocks(waterfall: pd.DataFrame) -> Iterator[Table | Figure]:
-    yield readable(waterfall)
+def _waterfall_figures(waterfall: pd.DataFrame) -> Iterator[Figure]:
     waterfall = waterfall.assign(anchored=waterfall.get("anchored", False))
     for (model, horizon, anchored), rows in waterfall.groupby(
         ["model", "horizon", "anchored"], sort=False
