@@ -191,6 +191,14 @@ def test_nothing_is_cut_off_and_no_line_crosses_a_legend(function):
                 assert not path.intersects_bbox(box, filled=False), line.get_label()
 
 
+@pytest.mark.parametrize("shape", [[2.0, 2.0, 2.0], [2.6, 2.4, 1.0], [1.0, 2.0, 1.0]])
+def test_whatever_the_ceilings_the_legend_is_below_them(shape):
+    table = CHOICE.assign(tokens_per_call=shape, tokens_per_call_low=shape)
+    ax = drawn(plots.plot_tokens_per_call, table, recommended=8)
+    box = ax.get_legend().get_window_extent(FigureCanvasAgg(ax.figure).get_renderer())
+    assert ax.transData.inverted().transform((0, box.y1))[1] < min(shape)
+
+
 def test_tokens_per_call_lie_in_their_band_between_the_ceiling_and_the_recommended_rank():
     ax = drawn(plots.plot_tokens_per_call)
     found = lines(ax)

@@ -37,7 +37,10 @@ LEARNED = ReportExtras(
         ]
     ),
     decoding=pd.DataFrame(
-        [dict(rank=4, forecast=2.4, forecast_low=2.3, forecast_high=2.5, measured=2.38)]
+        [
+            dict(rank=4, forecast=2.4, forecast_low=2.3, forecast_high=2.5, measured=2.38)
+            | dict(tokens_per_second=90.0)
+        ]
     ),
     step_times=pd.DataFrame([dict(label="rank 4", target_seconds=0.01, draft_seconds=0.001)]),
 )
