@@ -66,8 +66,8 @@ def details(subject: Subject) -> tuple[Text, ...]:
 
 
 _DIAGNOSIS = (
-    "Diagnosis: what the best possible drafts of each rank give, which no training exceeds. By "
-    "these ceilings alone {} would be the fastest; what a trained head brings is forecast above."
+    "Diagnosis: what the best possible drafts of each rank give on these contexts. By these "
+    "ceilings alone {} would be the fastest; what a trained head brings is forecast above."
 )
 
 

@@ -281,7 +281,7 @@ def _picture(found: HeadsForecast, ceilings: pd.DataFrame | None) -> Figure:
     lookup = options.loc[options["kind"] == _LOOKUP, "speedup"]
     best = heads.iloc[0]
     ticks = (
-        " Ticks: what the best possible draft of that rank would give, which no training exceeds."
+        " Ticks: what the best possible draft of that rank gives on the study's contexts."
         if heads["ceiling"].notna().any()
         else ""
     )
