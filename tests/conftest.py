@@ -10,6 +10,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker per core: threads of their own would only wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Without ``with``: the hook must still be there when the tests import the package.
 install_import_hook("cpmtp", "typechecker.checked")

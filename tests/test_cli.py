@@ -167,7 +167,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(monkeypatch, capsy
 def test_the_options_defaults_are_the_settings_own(monkeypatch, capsys):
     from cpmtp.commands.study import study
     from cpmtp.commands.train import train_one_head
-    from cpmtp.decomposition.fitting import METHODS
+    from cpmtp.decomposition.restarts import METHODS
     from cpmtp.study.settings import StudySettings
     from cpmtp.training.heads import HeadTrainingSettings
 

@@ -10,8 +10,7 @@ from chances import assert_share
 from rounding import kl_rounding, rounding
 from unchecked import unchecked
 
-from cpmtp.joint_distribution import exact_joint
-from cpmtp.language_model import separated_hmm
+from cpmtp.sampling_law import entropy
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -59,8 +58,7 @@ def test_a_share_passes_where_it_lies_and_tells_the_test_that_has_too_few_runs()
 
 
 def test_signatures_are_checked_while_tests_run_but_for_calls_that_ask_for_none():
-    lm = separated_hmm(2, 4)
+    certain = torch.tensor([0, 1])  # whole numbers where floating ones are promised
     with pytest.raises(TypeError):
-        exact_joint(lm, torch.tensor([1.0]), 2)
-    with pytest.raises(ValueError, match="1-D tensor of token ids"):
-        unchecked(exact_joint, lm, torch.tensor([1.0]), 2)
+        entropy(certain)
+    assert unchecked(entropy, certain) == 0

@@ -164,6 +164,7 @@ class MarkovBlock:
         moved = self._moved(0, token)  # (batch, support)
         first = self.logits[:, :1] + moved[:, None, None]  # (batch, 1, rank, support)
         gates = None if self.gates is None else self.gates[:, 1:]
+        # logits (batch, length, rank, support)
         return replace(self, logits=torch.cat([first, self.logits[:, 1:]], 1), gates=gates)
 
     def sample(
@@ -175,6 +176,7 @@ class MarkovBlock:
     def _rows(self, position: int, token: Tensor | None) -> Tensor:
         logits = self.logits[:, position]  # (batch, rank, support)
         if token is not None:
+            # (batch, rank, support)
             logits = logits + self._moved(position - 1, token).unsqueeze(1)
         return logits.double().softmax(-1)
 
@@ -219,6 +221,7 @@ class RecurrentBlock:
         def rows(position: int, token: Tensor | None) -> Tensor:
             nonlocal state
             state = state if token is None else self.advance(state, token)
+            # (batch, 1, support)
             return self.logits(position, state).double().softmax(-1).unsqueeze(1)
 
         weights = torch.ones(len(state), 1, dtype=torch.float64, device=state.device)

@@ -123,6 +123,7 @@ class LookupDraft:
 
     def path(self, known: Int[Tensor, " tokens"]) -> Int[Tensor, " drafted"]:
         """What is proposed after the text and some known tokens, up to the horizon."""
+        # whole (text and known,)
         whole, length = torch.cat([self.text, known]), self.horizon - len(known)
         return looked_up(whole, length, max_ngram=self.max_ngram, min_ngram=self.min_ngram)
 
@@ -174,7 +175,7 @@ class LookupDraft:
         """Known tokens and what is proposed after them, filled up with -1."""
         paths = torch.full((len(known), self.horizon), -1)
         for row, tokens in zip(paths, known, strict=True):
-            path = torch.cat([tokens, self.path(tokens)])
+            path = torch.cat([tokens, self.path(tokens)])  # (known and proposed,)
             row[: len(path)] = path
         return paths
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -37,7 +37,7 @@ class MarkovMixture(Mixture):
         ``R``, likewise.
     gate : (*batch, horizon - 1, transition_rank) tensor, optional
         ``g``, shared by the components; default: ones.
-    support : Support, optional
+    support : Support, or ids in a shape that `Support.of` takes, optional
         The tokens that logits and right factors run over, as many at each position; default: all.
 
     Raises
@@ -66,13 +66,17 @@ class MarkovMixture(Mixture):
     left: Float[Tensor, "*left_batch _ vocab width"]
     right: Float[Tensor, "*right_batch _ width size"]
     gate: Float[Tensor, "*batch steps width"] | None = None
-    support: Support | None = None
+    support: Any = None
     _named: ClassVar[tuple[str, ...]] = ("transition_rank",)
 
     def __post_init__(self):
         if self.gate is None:
             shape = (*self.batch_shape, self.horizon - 1, self.transition_rank)
             object.__setattr__(self, "gate", self.logits.new_ones(shape))
+        if self.support is not None and not isinstance(self.support, Support):
+            shape = {"positions": self.horizon, "batch_shape": self.batch_shape}
+            support = Support.of(self.support, vocab_size=self.vocab_size, **shape)
+            object.__setattr__(self, "support", support)
         self._check_shapes()
         if self.support is not None:
             self._check_support(self.support)
@@ -199,7 +203,7 @@ class MarkovMixture(Mixture):
             found = rows_at(logits.mT, place)  # (*batch, rows, rank)
         else:
             found = self._transition(position).log_emission(before, place)
-        return torch.where(there.unsqueeze(-1), found, -torch.inf)
+        return torch.where(there.unsqueeze(-1), found, -torch.inf)  # (*batch, rows, rank)
 
     def _mixed(self, position: int, weights: Tensor, before: Tensor | None) -> Tensor:
         if before is None:

@@ -287,7 +287,7 @@ class Mixture(Stored, ABC):
     def _as_rows(self, tokens: Tensor) -> Tensor:
         """Tokens (*batch, …, length) as (*batch, rows, length)."""
         rows = math.prod(tokens.shape[len(self.batch_shape) : -1])
-        return tokens.reshape(*self.batch_shape, rows, tokens.shape[-1])
+        return tokens.reshape(*self.batch_shape, rows, tokens.shape[-1])  # (*batch, rows, length)
 
     def _place(self, position: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Places of tokens in what runs over the support, and whether they are there."""
@@ -309,6 +309,7 @@ class Mixture(Stored, ABC):
 
         With `told` an impossible first token leaves the weights as they are, and later ones count.
         """
+        # (*batch, rows, rank)
         scores = self.weights.log().unsqueeze(-2).expand(*prefixes.shape[:-1], self.rank)
         before = None
         for position, token in enumerate(prefixes.unbind(-1)):
@@ -328,7 +329,7 @@ class Mixture(Stored, ABC):
         prior = self.weights.unsqueeze(-2)  # (*batch, 1, rank)
         length = prefixes.shape[-1]
         if not length:
-            return prior.expand(*prefixes.shape[:-1], self.rank)
+            return prior.expand(*prefixes.shape[:-1], self.rank)  # (*batch, rows, rank)
         scores = self._moved(length, self._scores(prefixes, told=told))
         impossible = scores.amax(-1, keepdim=True) == -math.inf
         if not bool(impossible.any()):

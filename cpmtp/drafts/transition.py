@@ -92,7 +92,7 @@ class Transition:
         per_row = self.logits.shape[:-2].numel() * self.logits.shape[-1]
         size = max(_ENTRIES_AT_ONCE // max(per_row, 1), 1)
         parts = [After.of(self, part).log_normaliser for part in gated.split(size, -2)]
-        return torch.cat(parts, -2)
+        return torch.cat(parts, -2)  # (*batch, rows, rank)
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ class After:
         highest = bias.detach().amax(-1, keepdim=True)
         bias = bias - highest
         tilt = bias.exp()
+        # products (*batch, rows, rank)
         return cls(transition, highest, bias, tilt, tilt @ transition.tilts.mT)
 
     def __getitem__(self, rows: Int[Tensor, " some"]) -> After:
@@ -166,6 +167,7 @@ class After:
     @property
     def _logits(self) -> Tensor:
         """A table per component, (*batch, rows, rank, size)."""
+        # (*batch, rows, rank, size)
         return self.transition.logits.unsqueeze(-3) + self.bias.unsqueeze(-2)
 
 

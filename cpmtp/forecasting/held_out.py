@@ -162,6 +162,7 @@ def _beginnings(
 ) -> tuple[list[Tensor], ndarray]:
     """Windows of held-out documents, spread over them, and each one's document."""
     cut = [lm.encode_document(text) for text in texts]
+    # each (windows, start)
     windows = [ids[: len(ids) // start * start].view(-1, start) for ids in cut]
     whole = [(document, row) for document, rows in enumerate(windows) for row in range(len(rows))]
     if len({document for document, _ in whole}) < 2:

@@ -168,6 +168,7 @@ class _Stopwatch:
 
     def step(self, batch: int, count: int, longest: int) -> Callable[[], dict[str, float]]:
         """One call over `count` tokens of every request, and their probabilities."""
+        # (batch, count)
         more = trial_ids(self.lm.vocab_size, batch * count, self.seed + 1).view(batch, count)
         running, nothing = set(range(batch)), torch.zeros(batch, dtype=torch.long)
 
@@ -231,7 +232,7 @@ class _Stopwatch:
     def generate(self, batch: int) -> Callable[[], dict[str, float]]:
         """A step of transformers' own generation: several steps less one."""
         tokens = trial_ids(self.lm.vocab_size, batch * self.context, self.seed)
-        tokens = tokens.view(batch, self.context).to(self.lm.device)
+        tokens = tokens.view(batch, self.context).to(self.lm.device)  # (batch, context)
         steps = _CYCLES
         if self.lm.max_context is not None:
             steps = min(steps, self.lm.max_context - self.context - 1)

@@ -213,6 +213,7 @@ class DraftHead(nn.Module, StoredHead):
             x_1.
         """
         own = self(hidden, first_token)
+        # first token (*batch, 1)
         return own if self.anchored else own.condition(first_token.unsqueeze(-1))
 
     def trunk(
@@ -312,6 +313,7 @@ class DraftHead(nn.Module, StoredHead):
         """G of each drafted position but the first, (*batch, later, transition_rank)."""
         if not (self.has_transitions and self.gated):
             return None
+        # (*batch, later, transition_rank)
         return self.gate(z).unflatten(-1, (self.drafted - 1, self.transition_rank))
 
     def _mapped(self, states: Tensor, maps: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ class _Part:
         probs, entropies = self.laws.between(head, rows, later)
         # (rows, time, horizon - 1, support) and (rows, time, horizon - 1)
         target = probs.unfold(1, head.horizon - 1, 1).movedim(-1, 2)
-        entropies = entropies.unfold(1, head.horizon - 1, 1)
+        entropies = entropies.unfold(1, head.horizon - 1, 1)  # (rows, time, horizon - 1)
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.objective == "acceptance"):
             survival = _block_survival(target, found, path[..., 1:])  # (horizon - 1,)
@@ -177,7 +177,7 @@ class _Part:
             loss = _divergence(target, entropies, found)
         else:
             loss = -survival.sum() - path.shape[0] * path.shape[1]
-        return torch.cat([loss[None], survival])
+        return torch.cat([loss[None], survival])  # (1 + horizon,)
 
 
 def _divergence(target: Tensor, entropies: Tensor, found: PathConditionals) -> Tensor:

@@ -139,4 +139,5 @@ def _rotated(x: Float[Tensor, "rows heads time channels"], at: Int[Tensor, " tim
     angle = at[:, None] * speed  # (time, half)
     real, imaginary = x.split(half, -1)
     cos, sin = angle.cos(), angle.sin()
+    # (…, time, channels)
     return torch.cat([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)

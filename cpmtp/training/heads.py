@@ -154,10 +154,12 @@ def windows_of_text(
     lm: TextLanguageModel, texts: Sequence[str], length: int
 ) -> Int[Tensor, "count length"]:
     """Texts cut into windows of `length` tokens; what is left at a text's end is dropped."""
+    # each (windows, length)
     parts = [
         ids[: len(ids) // length * length].view(-1, length)
         for ids in map(lm.encode_document, texts)
     ]
+    # (windows, length)
     windows = torch.cat(parts) if parts else torch.empty(0, length, dtype=torch.long)
     if not len(windows):
         raise ValueError(

@@ -49,6 +49,7 @@ class Muon(torch.optim.Optimizer):
             for parameter in (p for p in group["params"] if p.grad is not None):
                 by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
+                # (parameters, *shape)
                 updates = torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
                 updates = updates.to(self._dtype)
                 if group["members"] > 1:
@@ -68,6 +69,7 @@ class Muon(torch.optim.Optimizer):
         families = updates.unflatten(-3, (-1, members))  # (…, families, members, rows, columns)
         common = families.mean(-3, keepdim=True)  # (…, families, 1, rows, columns)
         own = orthogonalise(families - common, self._iterations)
+        # (…, families * members, rows, columns)
         return (orthogonalise(common, self._iterations) + OWN * own).flatten(-4, -3)
 
     def _nesterov(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
@@ -84,6 +86,6 @@ def orthogonalise(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(iterations):
-        gram = x @ x.mT
-        x = _A * x + (_B * gram + _C * gram @ gram) @ x
+        gram = x @ x.mT  # (…, rows, rows)
+        x = _A * x + (_B * gram + _C * gram @ gram) @ x  # (…, rows, columns)
     return x.mT if tall else x

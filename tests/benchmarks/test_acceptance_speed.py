@@ -1,6 +1,6 @@
 """Profiles of every form: anchored, three tokens over 100, rank 4, transition rank 16.
 
-Run with ``OMP_NUM_THREADS=2 pytest tests/benchmarks/test_acceptance_speed.py --benchmark-only``.
+Run with ``OMP_NUM_THREADS=2 pytest tests/benchmarks/test_acceptance_speed.py -n 0 --benchmark-only``.
 """
 
 from __future__ import annotations

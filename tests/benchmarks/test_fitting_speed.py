@@ -2,7 +2,7 @@
 matrix products.
 
 Run with
-``OMP_NUM_THREADS=1 pytest tests/benchmarks/test_fitting_speed.py --benchmark-only -s
+``OMP_NUM_THREADS=1 pytest tests/benchmarks/test_fitting_speed.py -n 0 --benchmark-only -s
 --benchmark-disable-gc``.
 Arms of one comparison run one after another on the same joint; what is printed are ratios, and
 absolute figures only beside them.

@@ -1,7 +1,7 @@
 """The head's loss at the size of a real vocabulary: memory against the logits it does not keep,
 time against its products.
 
-Run with ``pytest tests/benchmarks/test_head_loss.py --benchmark-only -s``.
+Run with ``pytest tests/benchmarks/test_head_loss.py -n 0 --benchmark-only -s``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The dense joint against its floor, against copying the cache per branch, and against a full pass
 per prefix.
 
-Run with ``pytest tests/benchmarks/test_joint_speed.py --benchmark-only --benchmark-disable-gc -s``.
+Run with ``pytest tests/benchmarks/test_joint_speed.py -n 0 --benchmark-only --benchmark-disable-gc -s``.
 Every round times all arms one after another, so that a busy machine slows all alike; the ratios are
 of the fastest rounds.
 """

@@ -56,7 +56,7 @@ def test_every_form_is_there_in_every_size_it_has():
     [
         (("latency", "--forms", "tree"), "--forms 'tree'"),
         (("latency", "--engine", "e"), "--engine and --engine-curve go together"),
-        (("latency", "--dtype", "int8"), "--dtype 'int8'"),
+        (("latency", "--dtype", "int8"), "unknown dtype 'int8'"),
         (("forecast", "--budget", "much"), "--budget 'much'"),
         (("forecast", "--curves", "nowhere.csv"), "no such file"),
         (("forecast", "--latency", "nowhere.json"), "nowhere.json"),

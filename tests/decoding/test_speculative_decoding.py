@@ -168,7 +168,7 @@ def test_a_stop_string_ends_a_row_with_the_token_that_completes_it():
 
 
 def test_stop_strings_for_a_model_that_writes_no_text_are_refused():
-    with pytest.raises(ValueError, match="for a model without encode_document and decode"):
+    with pytest.raises(ValueError, match="for a model without decode"):
         speculative_generate(separated_hmm(2, 4), None, torch.tensor([0]), stop_strings=["ab"])
 
 

@@ -7,6 +7,7 @@ import torch
 from unchecked import unchecked
 
 from cpmtp.drafts.cp_distribution import CPDistribution
+from cpmtp.drafts.markov_mixture import MarkovMixture
 from cpmtp.drafts.support import Support
 
 RAGGED = Support(
@@ -112,3 +113,16 @@ def test_bad_input_is_a_value_error_that_says_what_was_expected(make, said):
     with pytest.raises(ValueError) as error:
         make()
     assert said in str(error.value)
+
+
+def test_a_markov_mixture_takes_plain_ids_as_its_support():
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(3, 2, 4, generator=generator, dtype=torch.float64)
+    left = torch.randn(2, 9, 3, generator=generator, dtype=torch.float64)
+    right = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    weights, gate = torch.tensor([0.25, 0.75], dtype=torch.float64), torch.ones(2, 3).double()
+    ids = torch.tensor([1, 2, 5, 8])
+    plain = MarkovMixture(weights, logits, left, right, gate, support=ids)
+    given = Support.of(ids, vocab_size=9, positions=3)
+    wanted = MarkovMixture(weights, logits, left, right, gate, support=given).to_tensor()
+    assert plain.vocab_size == 9 and torch.equal(plain.to_tensor(), wanted)

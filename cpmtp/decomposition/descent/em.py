@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cpmtp.decomposition.descent.squarem import BURN_IN, FIRST_STEP_LIMIT, limits_after
 from cpmtp.decomposition.mixtures import Counts, Mixtures, Runs, descend
 from cpmtp.joint_distribution import JointDistribution
 
@@ -21,12 +22,8 @@ _CPU_BLOCK = 1 << 18
 _CUDA_BLOCK = 1 << 28
 # Below any probability a float64 joint can hold to some digits; keeps 0 / 0 at 0.
 _TINY = 1e-290
-# Sweeps before the first extrapolation; from the best of some starts more of them (5, 10) change
-# nothing.
-_BURN_IN = 2
 # Logarithms of probabilities below this no longer matter to any sum of float64 probabilities.
 _LOWEST = 1e-280
-_FIRST_STEP_LIMIT = 4.0
 _TRIAL_SWEEPS = 12
 
 
@@ -65,7 +62,7 @@ class Targets:
         negative_entropy = -JointDistribution(matrices.flatten(1), 1).entropy()  # (items,)
         scratch = matrices.new_empty(2, 0)
         once = cls(matrices, negative_entropy, owner, scratch, horizon, vocab)
-        return once.for_runs(owner.repeat_interleave(runs_per_item))
+        return once.for_runs(owner.repeat_interleave(runs_per_item))  # (items * runs_per_item,)
 
     def for_runs(self, owner: Int[Tensor, " runs"]) -> Targets:
         """The same joints for other runs."""
@@ -124,14 +121,14 @@ def em_runs(
     """
 
     def advance(alive: Tensor, point: _Point) -> tuple[_Point, list[int]]:
-        if accelerate and point.rounds >= _BURN_IN:
+        if accelerate and point.rounds >= BURN_IN:
             return _squarem_cycle(targets[alive], point)
         mixtures = m_step(point.counts, point.mixtures)
         counts = expected_counts(targets[alive], mixtures)
         point = replace(point, mixtures=mixtures, counts=counts, rounds=point.rounds + 1)
         return point, [1] * len(alive)
 
-    step_limit = start.weights.new_full((len(start),), _FIRST_STEP_LIMIT)
+    step_limit = start.weights.new_full((len(start),), FIRST_STEP_LIMIT)
     begin = _Point(start, expected_counts(targets, start), step_limit, 0)
     found = descend(begin, advance, max_passes=max_iterations, tolerance=tolerance)
 
@@ -318,12 +315,7 @@ def _squarem_cycle(targets: Targets | CountingTargets, point: _Point) -> tuple[_
     counts = expected_counts(targets, proposed)
     risen = ~(counts.kl <= point.counts.kl)  # (runs,)
 
-    # Steps that reach their limit and help may grow; steps that do not help must shrink.
-    step_limit = torch.where(
-        risen,
-        (point.step_limit / 4).clamp_min(2.0),
-        torch.where(step >= point.step_limit, 4 * point.step_limit, point.step_limit),
-    )
+    step_limit = limits_after(risen, step, point.step_limit)
     if bool(risen.any()):
         proposed = proposed.replaced(risen, twice[risen])
         counts = counts.replaced(risen, expected_counts(targets[risen], twice[risen]))

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cpmtp.decomposition.descent.quasi_newton import Minima
 from cpmtp.decomposition.mixtures import descend
 
 # Sweeps before the first extrapolation, and the longest that is tried first.
-_BURN_IN = 2
-_FIRST_STEP_LIMIT = 4.0
+BURN_IN = 2
+FIRST_STEP_LIMIT = 4.0
 
 
 class ExpectedCounts(Protocol):
@@ -72,13 +72,13 @@ def swept(
     """
 
     def advance(alive: Tensor, point: _Point) -> tuple[_Point, list[int]]:
-        if point.rounds >= _BURN_IN:
+        if point.rounds >= BURN_IN:
             return _extrapolated(sweeps, alive, point)
         x = sweeps.maximise(alive, point.x, point.counts)
         counts = sweeps.count(alive, x, True)
         return _Point(x, counts, point.step_limit, point.rounds + 1), [1] * len(alive)
 
-    limit = start.new_full((len(start),), _FIRST_STEP_LIMIT)
+    limit = start.new_full((len(start),), FIRST_STEP_LIMIT)
     everything = torch.arange(len(start), device=start.device)
     begin = _Point(start, sweeps.count(everything, start, True), limit, 0)
     found = descend(begin, advance, max_passes=max_passes, tolerance=tolerance)
@@ -119,14 +119,20 @@ def _extrapolated(sweeps: Sweeps, alive: Tensor, point: _Point) -> tuple[_Point,
 
     counts = sweeps.count(alive, x, True)
     risen = ~(counts.kl <= point.values)  # (runs,)
-    limit = torch.where(
-        risen,
-        (point.step_limit / 4).clamp_min(2.0),
-        torch.where(step >= point.step_limit, 4 * point.step_limit, point.step_limit),
-    )
+    limit = limits_after(risen, step, point.step_limit)
     spent = [3 if up else 2 for up in risen.tolist()]
     if bool(risen.any()):
         # All runs are counted again where any has risen: counts of two sizes do not mix.
         x = torch.where(risen[:, None], twice, x)  # (runs, size)
         counts = sweeps.count(alive, x, True)
     return _Point(x, counts, limit, point.rounds + 1), spent
+
+
+def limits_after(
+    risen: Bool[Tensor, " runs"], step: Float[Tensor, " runs"], limit: Float[Tensor, " runs"]
+) -> Float[Tensor, " runs"]:
+    """How far each run may extrapolate next: steps that reach their limit and help may grow, steps
+    that do not help must shrink.
+    """
+    grown = torch.where(step >= limit, 4 * limit, limit)  # (runs,)
+    return torch.where(risen, (limit / 4).clamp_min(2.0), grown)

@@ -171,6 +171,7 @@ def _counts_of_one(groups: Groups, owner: Tensor, tables: tuple[Tensor, ...]) ->
     _, starts, steps = tables
     cross = -(first * starts.clamp_min(1e-290).log()).flatten(1).sum(1)  # (runs,)
     cross = cross - (pairs * steps.clamp_min(1e-290).log()).flatten(1).sum(1)
+    # mass (runs, 1)
     return ChainCounts(mass.unsqueeze(-1), first, pairs, groups.negative_entropy[owner] + cross)
 
 
@@ -201,6 +202,7 @@ def surprise(counts: ChainCounts, chains: Chains) -> tuple[Float[Tensor, " runs"
     weights, first = chains.weights.log_softmax(-1), chains.first_tables()
     later = chains.later_tables()  # (runs, members, steps, rank, vocab, vocab)
     parts = ((counts.weights, weights), (counts.first, first), (counts.pairs, later))
+    # (runs,)
     value = -torch.stack([(count * table).flatten(1).sum(1) for count, table in parts]).sum(0)
     by_weights = _excess(counts.weights, weights)
     by_first = _excess(counts.first, first)  # (runs, members, rank, vocab)

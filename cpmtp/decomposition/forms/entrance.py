@@ -196,6 +196,7 @@ class _Problem:
         """What there is to fit of a joint."""
         vocab, batch_shape = joint.vocab_size, tuple(joint.batch_shape)
         if not anchored:
+            # (joints, 1, vocab, …)
             probs = joint.probs.double().reshape(-1, 1, *(vocab,) * joint.horizon)
             return cls((Groups(probs, probs.new_ones(len(probs), 1)),), batch_shape)
         given = joint.given_first_token()
@@ -205,6 +206,7 @@ class _Problem:
         for row, mass in zip(probs, first, strict=True):
             some = noticed(mass)
             parts.append(Groups(row[some][None], (mass[some] / mass[some].sum())[None]))
+        # (joints, vocab, horizon - 1, vocab)
         marginals = stacked_marginals(given).unflatten(0, first.shape)
         return cls(tuple(parts), batch_shape, first, marginals)
 
@@ -261,10 +263,10 @@ class _Problem:
 
     def _own(self, part: Tensor, lead: tuple[int, ...]) -> Tensor:
         """Factors of every joint, the same for all its first tokens: (*lead, steps, …)."""
-        each = part.reshape(*self.batch_shape, *part.shape[1:])
+        each = part.reshape(*self.batch_shape, *part.shape[1:])  # (*batch_shape, …)
         if self.first is None:
             return each
-        return each.unsqueeze(len(self.batch_shape)).expand(*lead, *part.shape[1:])
+        return each.unsqueeze(len(self.batch_shape)).expand(*lead, *part.shape[1:])  # (*lead, …)
 
     def _hidden(self, ends: list[Ends]) -> HMMDistribution:
         tables = [end.found.probs() for end in ends]  # weights, transitions, factors of items

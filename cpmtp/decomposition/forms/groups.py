@@ -44,6 +44,7 @@ class Groups:
     @cached_property
     def joint(self) -> JointDistribution:
         """All members along one batch axis."""
+        # (groups * members, vocab, …)
         return JointDistribution(self.probs.flatten(0, 1), self.positions)
 
     @cached_property

@@ -91,7 +91,7 @@ class TreeTargets:
             share = share if below is None else share.add_(below)
             places = level.owners * width + level.tokens  # (nodes,)
             sums = factors.new_zeros(runs * width, rank).index_add_(0, places, share)
-            factors[:, depth] = sums.view(runs, width, rank)
+            factors[:, depth] = sums.view(runs, width, rank)  # (runs, width, rank)
             below = share.new_zeros(len(masses[depth]), rank)
             below.index_add_(0, level.parents, share)  # (nodes before, rank)
         assert below is not None
