@@ -12,7 +12,6 @@ from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from cpmtp.report import plots
-from cpmtp.report.plots import study
 
 SUMMARY = pd.DataFrame(
     dict(
@@ -150,7 +149,7 @@ def ticks(axis) -> dict[float, str]:
 
 
 def test_every_plot_draws_on_the_axes_it_is_given_and_says_what_they_are():
-    named = inspect.getmembers(study, inspect.isfunction)
+    named = inspect.getmembers(plots, inspect.isfunction)
     assert {f for name, f in named if name.startswith("plot_")} == set(PLOTS)
     for function in PLOTS:
         ax = drawn(function)
