@@ -20,6 +20,10 @@ def report(
             "the folder's own."
         ),
     ] = None,
+    forecast: Annotated[
+        Path | None,
+        typer.Option(help="Folder that `cpmtp forecast` wrote; default: the study's own."),
+    ] = None,
     price: Annotated[float, typer.Option(help="Price of a device-hour.")] = 2.5,
     learned_share: Annotated[
         float,
@@ -41,7 +45,8 @@ def report(
     if not price > 0:
         raise ValueError(f"--price {price}: expected a price above 0")
     table, manifest = read_study(folder)
-    written = Report.of(table, manifest, read_extras(folder, latency, price, learned_share))
+    extras = read_extras(folder, latency, price, learned_share, forecast)
+    written = Report.of(table, manifest, extras)
     page = out or folder / "report.html"
     print(f"report    {written.write_html(page)}")
     print(f"markdown  {written.write_markdown(page.with_suffix('.md'))}")

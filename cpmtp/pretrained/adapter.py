@@ -376,7 +376,7 @@ class HuggingFaceLanguageModel(TextReader):
         start = getattr(self.text_config, "bos_token_id", None)
         if start is None:
             raise ValueError(
-                f"{self.name} has no start-of-text token to begin with: give a context of at least one "
-                "token, or texts to take contexts from (--corpus)"
+                f"{self.name} has no start-of-text token to begin with: give a context of at least "
+                "one token, or texts to take contexts from (--corpus)"
             )
         return torch.full((len(token_ids), 1), start, dtype=torch.long)

@@ -11,10 +11,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `kind` is "", "strong" or "note"."""
+    """A paragraph; `kind` is "", "strong", "note", "caution", or "line" with a `label`: one of the
+    few lines that are read first.
+    """
 
     text: str
     kind: str = ""
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and what stands below it; one that is `folded` is opened by who wants it."""
 
     title: str
     blocks: tuple[Text | Table | Figure, ...]
     level: int = 2
+    folded: bool = False

@@ -11,14 +11,19 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from cpmtp.latency import read_latency
-from cpmtp.report.answer import answer
 from cpmtp.report.blocks import Figure, Section, Table, Text
-from cpmtp.report.console import console_summary
+from cpmtp.report.first_screen.answer import answer
+from cpmtp.report.first_screen.console import console_summary
+from cpmtp.report.first_screen.forecast import (
+    HeadsForecast,
+    forecast_answer,
+    forecast_sections,
+)
 from cpmtp.report.learned import LEARNED_SHARE, learned_sections
-from cpmtp.report.pilot import pilot
+from cpmtp.report.pilot import pilot, pilot_of_forecast
 from cpmtp.report.plots import figure_svg
 from cpmtp.report.sections import findings
 from cpmtp.report.subject import PRICE, ReportExtras, Subject, subjects_of
@@ -34,9 +39,10 @@ def read_extras(
     latency: str | Path | None = None,
     price: float = PRICE,
     learned_share: float = LEARNED_SHARE,
+    forecast: str | Path | None = None,
 ) -> ReportExtras:
     """What lies beside a study's table: `latency.json`, `waterfall.parquet`, `decoding.parquet`,
-    `step_times.parquet`.
+    `step_times.parquet`, `forecast.parquet` with `forecast.json`.
 
     Parameters
     ----------
@@ -48,20 +54,26 @@ def read_extras(
         Per device-hour.
     learned_share : float
         See `ReportExtras`.
+    forecast : path, optional
+        A folder that `cpmtp forecast` wrote; default: the study's own if there is a forecast in it.
 
     Raises
     ------
     ValueError
-        If the latency file does not hold a latency model.
+        If the latency file does not hold a latency model, or the forecast's folder no forecast.
     """
     folder = Path(folder)
     tables = {name: folder / f"{name}.parquet" for name in ("waterfall", "decoding", "step_times")}
     found = {name: pd.read_parquet(path) for name, path in tables.items() if path.is_file()}
-    path = Path(latency) if latency else folder / "latency.json"
-    measured = read_latency(path) if latency or path.is_file() else None
+    places = [folder / "latency.json", Path(forecast or folder) / "latency.json"]
+    path = Path(latency) if latency else next((p for p in places if p.is_file()), None)
+    measured = read_latency(path) if path is not None else None
     told: dict[str, Any] = {}
     if measured is not None:
         told = {"latency": measured.model, "latency_source": measured.where}
+    if forecast or (folder / "forecast.json").is_file():
+        heads = HeadsForecast.read(forecast or folder)
+        told["heads"] = heads if heads.known else None
     return ReportExtras(**told, price=price, learned_share=learned_share, **found)
 
 
@@ -89,7 +101,7 @@ class Report:
         """From a study's table and manifest; parameters and errors as of `write_report`."""
         subjects = subjects_of(table, extras or ReportExtras())
         sections = _sections(subjects, table, manifest)
-        written = cls.of_sections(sections, [answer(subject) for subject in subjects])
+        written = cls.of_sections(sections, _answers(subjects))
         return replace(written, summary=console_summary(subjects, table, manifest))
 
     @classmethod
@@ -107,18 +119,16 @@ class Report:
     def write_html(self, path: str | Path) -> Path:
         """One file that needs nothing else."""
         light, dark = theme_css()
-        page = (
-            _environment(autoescape=True)
-            .get_template("report.html")
-            .render(
-                answers=self.answers,
-                sections=self.sections,
-                light=light,
-                dark=dark,
-                kind=_kind,
-                svg=lambda figure: Markup(themed_svg(self.drawings[figure.name])),
-                anchor=_slugs(s.title for s in self.sections if s.level == 2).get,
-            )
+        environment = _environment(autoescape=True)
+        environment.filters["spoken"] = _with_code
+        page = environment.get_template("report.html").render(
+            answers=self.answers,
+            sections=self.sections,
+            light=light,
+            dark=dark,
+            kind=_kind,
+            svg=lambda figure: Markup(themed_svg(self.drawings[figure.name])),
+            anchor=_slugs(s.title for s in self.sections if s.level == 2).get,
         )
         return write_text(Path(path), page)
 
@@ -165,13 +175,43 @@ def write_report(
     return report.write_markdown(path) if Path(path).suffix == ".md" else report.write_html(path)
 
 
+def _answers(subjects: Sequence[Subject]) -> list[Section]:
+    """A forecast of trained heads answers alone: ceilings are diagnosis then."""
+    extras = subjects[0].extras
+    if extras.heads is None:
+        return [answer(subject) for subject in subjects]
+    models = list(dict.fromkeys(str(subject.table["model"].iloc[0]) for subject in subjects))
+    return [forecast_answer(extras.heads, extras.price, models)]
+
+
+def _ceilings(subjects: Sequence[Subject], heads: HeadsForecast) -> pd.DataFrame | None:
+    """What a forecast's heads may be held against; None unless the study is of the same thing."""
+    (subject, *others), settings = subjects, heads.told["settings"]
+    usual = {"temperature": 1.0, "top_k": None, "top_p": None}
+
+    def studied(name: str) -> object:
+        found = subject.table[name].iloc[0] if name in subject.table else usual[name]
+        return None if pd.isna(found) else found
+
+    alike = all(studied(name) == settings.get(name, usual[name]) for name in usual)
+    return subject.saturation.table if alike and subject.anchored and not others else None
+
+
 def _sections(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) -> list[Section]:
     extras = subjects[0].extras
     truncated = any(subject.truncated for subject in subjects)
+<<<<<<< HEAD
     reading = (*_READING, *([_TRUNCATED] if truncated else []))
     if any(subject.sampled for subject in subjects):
         reading = (*reading, _SAMPLED)
     sections = [Section("How to read this", tuple(Text(text) for text in reading))]
+=======
+    reading = (*_READING, _TRUNCATED) if truncated else _READING
+    sections: list[Section] = []
+    if extras.heads is not None:
+        sections += forecast_sections(extras.heads, _ceilings(subjects, extras.heads))
+    sections.append(Section("How to read this", tuple(Text(text) for text in reading)))
+>>>>>>> report/report
     for subject in subjects:
         sections += findings(subject)
     sections += learned_sections(extras.waterfall, extras.decoding, extras.step_times)
@@ -179,6 +219,8 @@ def _sections(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) 
     if (table["status"] == "failed").any():
         sections.append(Section("Failed fits", (_failures(table),)))
     sections.append(Section("Pilot plan", tuple(Text(text) for text in _PILOT)))
+    if extras.heads is not None:
+        return [*sections, *pilot_of_forecast(extras.heads, extras.price)]
     return [*sections, *map(pilot, subjects)]
 
 
@@ -315,6 +357,17 @@ def _slugs(names: Iterable[str]) -> dict[str, str]:
         tried = (f"{base}-{k}" if k > 1 else base for k in itertools.count(1))
         found[name] = next(slug for slug in tried if slug not in found.values())
     return found
+
+
+def _with_code(text: str) -> Markup:
+    """Escaped text in which what stands between backticks is code.
+
+    Examples
+    --------
+    >>> _with_code("`a` < b")
+    Markup('<code>a</code> &lt; b')
+    """
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _plain_markdown(text: str) -> str:

@@ -17,7 +17,8 @@ from functools import partial
 import pandas as pd
 
 from cpmtp.report import plots
-from cpmtp.report.blocks import Figure, Section, Table
+from cpmtp.report.blocks import Figure, Section
+from cpmtp.report.words import readable
 
 # Tokens per call of a trained head over those of its ceiling. The trained anchored heads of rank 8
 # that come with the embedded models reached 78 % (code) and 87 % (prose), over three tokens
@@ -182,7 +183,8 @@ def learned_sections(
 ) -> Iterator[Section]:
     """What the learned head reached; each part only where its table is there."""
     if waterfall is not None and len(waterfall):
-        yield Section("Where tokens per call are lost", tuple(_waterfall_blocks(waterfall)))
+        yield Section("Where tokens per call are lost", tuple(_waterfall_figures(waterfall)))
+        yield Section("Every head's losses", (readable(waterfall),), level=3, folded=True)
     if decoding is not None and len(decoding):
         words = (
             f"Measured against forecast tokens per call of {len(decoding)} runs; mean difference "
@@ -191,16 +193,14 @@ def learned_sections(
         )
         yield Section(
             "Forecast against measurement",
-            (
-                _plain_table(decoding),
-                Figure("Forecast and measurement", words, partial(plots.plot_forecast, decoding)),
-            ),
+            (Figure("Forecast and measurement", words, partial(plots.plot_forecast, decoding)),),
         )
+        yield Section("Every run", (readable(decoding),), level=3, folded=True)
     if step_times is not None and len(step_times):
         yield Section(
             "What a call spends its time on",
             (
-                _plain_table(step_times),
+                readable(step_times),
                 Figure(
                     "Time of a call",
                     "Milliseconds per call, by part.",
@@ -210,8 +210,7 @@ def learned_sections(
         )
 
 
-def _waterfall_blocks(waterfall: pd.DataFrame) -> Iterator[Table | Figure]:
-    yield _plain_table(waterfall)
+def _waterfall_figures(waterfall: pd.DataFrame) -> Iterator[Figure]:
     waterfall = waterfall.assign(anchored=waterfall.get("anchored", False))
     for (model, horizon, anchored), rows in waterfall.groupby(
         ["model", "horizon", "anchored"], sort=False
@@ -238,11 +237,3 @@ def _waterfall_blocks(waterfall: pd.DataFrame) -> Iterator[Table | Figure]:
             partial(plots.plot_waterfall, row),
             str(row["model"]),
         )
-
-
-def _plain_table(table: pd.DataFrame) -> Table:
-    def cell(value) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    rows = tuple(tuple(cell(value) for value in row) for row in table.itertuples(index=False))
-    return Table(tuple(str(name).replace("_", " ") for name in table.columns), rows)

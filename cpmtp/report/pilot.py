@@ -15,8 +15,9 @@ from statistics import NormalDist
 from cpmtp.latency import LatencyModel, Throughput, cost_per_million_tokens, tokens_until_paid
 from cpmtp.ranking.parts import OUTCOME
 from cpmtp.ranking.scores import context_values, tokens_in_words
-from cpmtp.report.answer import does_not_pay
 from cpmtp.report.blocks import Section, Table, Text
+from cpmtp.report.first_screen.answer import does_not_pay
+from cpmtp.report.first_screen.forecast import HeadsForecast
 from cpmtp.report.subject import Subject
 
 LOOKS = 4
@@ -274,6 +275,40 @@ def pilot(subject: Subject) -> Section:
     )
 
 
+def pilot_of_forecast(found: HeadsForecast, price: float) -> Iterator[Section]:
+    """The same of the head that is forecast to be the best; nothing where none is."""
+    row, choice = found.row, found.choice
+    if row["kind"] != "head":
+        yield Section(
+            "No head to pilot",
+            (Text("What is forecast to be the fastest needs no training: no pilot of a head."),),
+            level=3,
+        )
+        return
+    load = choice["load"]
+    # Per request: what a call of all of them takes, as one formula's constant.
+    latency = LatencyModel(found.plain_seconds, float(row["cycle_seconds"]))
+    mean, low, high = choice["tokens_per_call"]
+    plan = plan_pilot(
+        (mean, low, high),
+        latency,
+        horizon=int(row["horizon"]),
+        rank=int(row["rank"]),
+        price=price / load,
+        variation=_LEAST_VARIATION,
+    )
+    told = f" at {load} requests decoded together; costs and throughput are per request"
+    basis = Text(
+        f"The alarms are from the forecast of a trained head, {choice['name']}: {mean:.2f} tokens "
+        f"per call ({low:.2f} to {high:.2f}){told if load > 1 else ''}. No ceiling enters."
+    )
+    yield Section(
+        f"{choice['name']}, horizon {row['horizon']}",
+        (basis, _pilot_table(plan), *_pilot_texts(plan)),
+        level=3,
+    )
+
+
 def _basis(subject: Subject) -> Iterator[Text]:
     if does_not_pay(subject):
         yield Text(does_not_pay(subject), "strong")
@@ -294,7 +329,8 @@ def _pilot_table(plan: PilotPlan) -> Table:
     return Table(("measure", "how", "forecast (range)", "alarm"), rows, wide=True)
 
 
-def _pilot_texts(plan: PilotPlan, seen: float) -> Iterator[Text]:
+def _pilot_texts(plan: PilotPlan, seen: float | None = None) -> Iterator[Text]:
+    varies = "" if seen is None else f"the study's contexts vary by {seen:.2f}, traffic by more: "
     paid = plan.tokens_per_training_hour
     pays = (
         f"after {paid / 1e6:.1f} million tokens for every device-hour of it"
@@ -304,8 +340,7 @@ def _pilot_texts(plan: PilotPlan, seen: float) -> Iterator[Text]:
     yield Text(
         f"Sample: {plan.requests_per_arm:,} requests in each arm show half of the forecast gain "
         "in throughput (two-sided 5 %, "
-        f"power 80 %, coefficient of variation {plan.variation:.2f}; the study's contexts vary by "
-        f"{seen:.2f}, traffic by more: "
+        f"power 80 %, coefficient of variation {plan.variation:.2f}; {varies}"
         "measure it in a week with the same decoding in both arms and scale the number by its "
         "square). "
         f"{plan.edit_requests_per_arm:,} in each arm exclude that people edit three points more "

@@ -14,13 +14,14 @@ from cpmtp.ranking.selection import paired_gains
 from cpmtp.ranking.summary import method_summary, survival_by_rank
 from cpmtp.report import plots
 from cpmtp.report.blocks import Figure, Section, Table, Text
+from cpmtp.report.first_screen.answer import details
 from cpmtp.report.subject import Subject
 
 
 def findings(subject: Subject) -> Iterator[Section]:
     """Tables and figures of one subject."""
     label = subject.title
-    yield Section(label, (), level=2)
+    yield Section(label, details(subject), level=2)
     yield Section(
         "Tokens per call by rank",
         (_rank_table(subject), _rank_note(subject), *_horizon_figures(subject)),
@@ -31,7 +32,7 @@ def findings(subject: Subject) -> Iterator[Section]:
         "Predicted speedup",
         f"Predicted speedup over plain decoding by rank and horizon{bounds}, "
         f"{subject.share.words}; outlined cells are the fastest in at least 5 % of resamples (the "
-        f"confidence set of the recommendation). Calls: {subject.economics.source}.",
+        f"confidence set of the choice). Calls: {subject.economics.source}.",
         partial(plots.plot_speedup, subject.learned_cells),
         label,
     )
@@ -49,14 +50,13 @@ def findings(subject: Subject) -> Iterator[Section]:
     yield Section(
         "Every criterion's choice", (_criteria_table(subject), Text(_NOT_OFFERED, "note")), level=3
     )
-    yield Section(
-        "Fits by method", (_method_table(subject.table), *_error_figures(subject)), level=3
-    )
+    fits: tuple[Table | Figure, ...] = (_method_table(subject.table), *_error_figures(subject))
+    yield Section("Fits by method", fits, level=3, folded=True)
 
 
 _NOT_OFFERED = (
     "Where the criteria disagree, they answer different questions. Only throughput knows what a "
-    "call costs; it is the recommendation. AIC and BIC are not offered: they weigh parameters "
+    "call costs. AIC and BIC are not offered: they weigh parameters "
     "against the size of a sample, and an exact joint is no sample. Core consistency is not "
     "offered: above the true rank of a noiseless array it falls without bound, and it says nothing "
     "about what a rank is worth."
@@ -76,24 +76,24 @@ def _rank_table(subject: Subject) -> Table:
                 (
                     f"{n}",
                     f"{row.rank}",
-                    f"{row.tokens_per_call:.3f}{upper}",
-                    _interval(row.tokens_per_call_low, row.tokens_per_call_high),
                     f"{row.speedup:.2f}",
                     f"{row.fastest_frequency:.0%}",
+                    f"{row.tokens_per_call:.3f}{upper}",
+                    _interval(row.tokens_per_call_low, row.tokens_per_call_high),
                     f"{row.shortfall:.3f} ± {row.shortfall_standard_error:.3f}",
                     f"{row.parameters:,.0f}",
                 )
             )
-        rows.append((f"{n}", "exact draft", f"{n:.3f}", "", "", "", "", ""))
+        rows.append((f"{n}", "exact draft", "", "", f"{n:.3f}", "", "", ""))
     head = (
         "horizon",
         "rank",
+        "times the speed",
+        "fastest in",
         "ceiling",
         "95 % interval",
-        "speedup",
-        "fastest in",
         "shortfall to best rank",
-        "parameters",
+        "numbers in a fit",
     )
     return Table(head, tuple(rows), frozenset(marked))
 
@@ -103,10 +103,15 @@ def _rank_note(subject: Subject) -> Text:
     if subject.sampled:
         bounds += f", estimated (95 % interval) at horizon {', '.join(map(str, subject.sampled))}"
     return Text(
-        f"Ceiling: tokens per call of the best fit{bounds}. Speedup: over plain decoding, "
-        f"{subject.share.words}. Fastest in: share of resamples. Bold: the recommendation.",
+        f"Times the speed: of plain decoding, {subject.share.words}. Fastest in: share of "
+        f"resamples. Ceiling: tokens per call of the best fit{bounds}. Numbers in a fit: free "
+        "numbers of the fit to one context; they do not say how large a head is. Bold: "
+        f"{_BOLD[subject.marked_as]}.",
         "note",
     )
+
+
+_BOLD = {"recommended": "the recommendation", "fastest by ceilings": "the fastest by ceilings"}
 
 
 def _interval(low: float, high: float, digits: int = 3) -> str:
@@ -135,7 +140,13 @@ def _horizon_figures(subject: Subject) -> Iterator[Figure]:
         yield Figure(
             f"Tokens per call against rank, n = {n}",
             _ceilings_in_words(subject, n),
-            partial(plots.plot_tokens_per_call, cells, recommended=recommended, horizon=n),
+            partial(
+                plots.plot_tokens_per_call,
+                cells,
+                recommended=recommended,
+                horizon=n,
+                name=f"{subject.marked_as} rank {recommended}",
+            ),
             label,
         )
         yield Figure(
@@ -179,9 +190,9 @@ def _ceilings_in_words(subject: Subject, horizon: int) -> str:
     if horizon in subject.sampled:
         what = "Ceilings, estimated from sampled texts (95 % band): tokens per call"
     recommended = (
-        f"Recommended: rank {subject.best[1]}."
+        f"{subject.marked_as.capitalize()}: rank {subject.best[1]}."
         if horizon == subject.best[0]
-        else f"The recommendation is {subject.headline}; at this horizon rank "
+        else f"{_BOLD[subject.marked_as].capitalize()} is {subject.headline}; at this horizon rank "
         f"{subject.recommended.rank[horizon]} is the fastest."
     )
     edge = "at least " if subject.saturation.at_grid_edge[horizon] else ""
@@ -278,10 +289,10 @@ def _number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if pd.notna(value) else ""
 
 
-_CRITERIA = {
-    "tolerance": "tolerance: where the ceiling saturates",
-    "throughput": "throughput: the recommendation",
-}
+def _criterion(name: str, subject: Subject) -> str:
+    fastest = f"throughput: {_BOLD[subject.marked_as]}"
+    known = {"tolerance": "tolerance: where the ceiling saturates", "throughput": fastest}
+    return known.get(name, name.replace("_", " "))
 
 
 def _criteria_table(subject: Subject) -> Table:
@@ -294,7 +305,7 @@ def _criteria_table(subject: Subject) -> Table:
             for n in horizons
         ]
         horizon = str(choice.horizon) if choice.horizon else "chooses none"
-        rows.append((_CRITERIA.get(name, name), *cells, horizon))
+        rows.append((_criterion(name, subject), *cells, horizon))
     marked = frozenset({list(subject.choices).index("throughput")})
     names = (f"rank at horizon {n} (share of resamples)" for n in horizons)
     return Table(("criterion", *names, "horizon"), tuple(rows), marked)
@@ -306,13 +317,13 @@ def _method_table(table: pd.DataFrame) -> Table:
             f"{row.horizon}",
             f"{row.rank}",
             row.method,
+            f"{row.not_converged} of {row.contexts}",
+            f"{row.failed}",
             _number(row.kl_nats, 4),
             _number(row.total_variation, 4),
             _number(row.relative_frobenius, 4),
             _number(row.tokens_per_call, 3),
             _number(row.fit_seconds, 2),
-            f"{row.not_converged} of {row.contexts}",
-            f"{row.failed}",
         )
         for row in method_summary(table).itertuples()
     )
@@ -320,13 +331,15 @@ def _method_table(table: pd.DataFrame) -> Table:
         "horizon",
         "rank",
         "method",
+        "not converged",
+        "failed",
         "KL, nats",
         "total variation",
         "relative Frobenius",
         "tokens per call",
         "seconds",
     )
-    return Table((*head, "not converged", "failed"), rows)
+    return Table(head, rows)
 
 
 def _error_figures(subject: Subject) -> Iterator[Figure]:
@@ -341,7 +354,7 @@ def _error_figures(subject: Subject) -> Iterator[Figure]:
         yield Figure(
             f"Error against rank, n = {n}",
             "KL divergence from the exact joint to each method's fit, median over contexts with "
-            "quartiles. A line ends where "
+            "quartiles as a band. A line ends where "
             "the divergence is infinite: the fit gives nothing to what the target can emit. "
             "Nothing goes below the dotted floor.",
             partial(plots.plot_error_against_rank, part, floor=floor),

@@ -17,6 +17,7 @@ from cpmtp.ranking.criteria import throughput_choice
 from cpmtp.ranking.parts import table_parts
 from cpmtp.ranking.scores import sampled_rows
 from cpmtp.ranking.selection import RankChoice, compare_criteria
+from cpmtp.report.first_screen.forecast import HeadsForecast
 from cpmtp.report.learned import (
     LEARNED_SHARE,
     LearnedForecast,
@@ -55,6 +56,8 @@ class ReportExtras:
         `model`, `horizon` and `anchored` used as `waterfall` is.
     step_times : pandas.DataFrame, optional
         `label` and one column of seconds per part of a call.
+    heads : HeadsForecast, optional
+        What `cpmtp forecast` stored: it answers first, and ceilings become diagnosis.
     """
 
     latency: LatencyModel | None = None
@@ -64,6 +67,7 @@ class ReportExtras:
     waterfall: pd.DataFrame | None = None
     decoding: pd.DataFrame | None = None
     step_times: pd.DataFrame | None = None
+    heads: HeadsForecast | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,11 @@ class Subject:
         return f"horizon {horizon} with rank {edge}{rank}"
 
     @property
+    def marked_as(self) -> str:
+        """What the best by ceilings is called: the recommendation, unless heads are forecast."""
+        return "recommended" if self.extras.heads is None else "fastest by ceilings"
+
+    @property
     def row(self) -> pd.Series:
         """The recommendation's row of means."""
         return self.recommended.row(self.best[0])
@@ -154,10 +163,19 @@ class Subject:
     @property
     def forecast(self) -> LearnedForecast:
         """What a trained head of the recommended horizon and rank earns."""
+        return self._of_same_head or forecast_from_share(self.row, self.share)
+
+    @property
+    def knows_trained_heads(self) -> bool:
+        """Whether the forecast rests on trained heads of this model, not on an assumed share."""
+        share = share_of_heads(self.extras.waterfall, self._known)
+        return self._of_same_head is not None or share is not None
+
+    @property
+    def _of_same_head(self) -> LearnedForecast | None:
         horizon, rank = self.best
         known = self._known | {"horizon": horizon, "rank": rank}
-        found = forecast_of_head(self.extras.waterfall, self.extras.decoding, known)
-        return found or forecast_from_share(self.row, self.share)
+        return forecast_of_head(self.extras.waterfall, self.extras.decoding, known)
 
     @property
     def _known(self) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from scipy.stats import kstest
 
 from cpmtp.decoding.stats import STAGES
 from cpmtp.latency import LatencyModel
-from cpmtp.report.blocks import Figure, Section, Table, Text
+from cpmtp.report.blocks import Figure, Section, Text
 from cpmtp.report.document import Report
 from cpmtp.report.plots import plot_forecast, plot_step_times
+from cpmtp.report.words import readable
 from cpmtp.validation.measurements import SHAPE
 from cpmtp.validation.stages import Workplace, fit_latency
 from cpmtp.whole_files import write_parquet, write_text
@@ -133,7 +134,7 @@ def sections(tables: dict[str, pd.DataFrame], cells: pd.DataFrame, found: dict) 
     return [
         Section(
             "What was run",
-            (Text(machine, "strong"), _table(tables["bases"].drop(columns="part_seconds"))),
+            (Text(machine, "strong"), readable(tables["bases"].drop(columns="part_seconds"))),
         ),
         Section(
             "Chosen and measured",
@@ -142,13 +143,13 @@ def sections(tables: dict[str, pd.DataFrame], cells: pd.DataFrame, found: dict) 
                     "Chosen from forecast and latency model before decoding, beside what decoding "
                     "measured."
                 ),
-                _table(pd.DataFrame(found["choices"])),
+                readable(pd.DataFrame(found["choices"])),
             ),
         ),
         Section(
             "Decoding",
             (
-                _table(
+                readable(
                     cells[[*shown, "draft_and_verification_share", "latency_p50", "latency_p95"]]
                 ),
             ),
@@ -180,9 +181,9 @@ def sections(tables: dict[str, pd.DataFrame], cells: pd.DataFrame, found: dict) 
         ),
         Section(
             "The head's share by model width",
-            (_table(tables["overhead"].drop(columns="part_seconds")),),
+            (readable(tables["overhead"].drop(columns="part_seconds")),),
         ),
-        Section("Heads", (_table(tables["heads"].drop(columns="part_seconds")),)),
+        Section("Heads", (readable(tables["heads"].drop(columns="part_seconds")),)),
         Section(
             "The output's law",
             (
@@ -196,16 +197,6 @@ def sections(tables: dict[str, pd.DataFrame], cells: pd.DataFrame, found: dict) 
         ),
         Section(
             "Estimates against exact joints",
-            (_table(tables["estimates"].drop(columns="part_seconds")),),
+            (readable(tables["estimates"].drop(columns="part_seconds")),),
         ),
     ]
-
-
-def _table(frame: pd.DataFrame) -> Table:
-    def cell(value: object) -> str:
-        if isinstance(value, float):
-            return "" if value != value else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-        return "" if value is None else str(value)
-
-    head = tuple(str(name).replace("_", " ") for name in frame.columns)
-    return Table(head, tuple(tuple(map(cell, row)) for row in frame.itertuples(index=False)))

@@ -19,6 +19,11 @@ from cpmtp.forecasting.held_out import held_out_texts, lookup_matches, split_tex
 from cpmtp.forecasting.probes import largest_affordable, probe_budgets
 from cpmtp.latency import LatencyModel, MeasuredLatency
 from cpmtp.pretrained import HuggingFaceLanguageModel
+from cpmtp.report.first_screen.forecast import (
+    HeadsForecast,
+    forecast_answer,
+    forecast_sections,
+)
 from cpmtp.sampling_law import SamplingLaw
 from cpmtp.training.heads import train_head
 from cpmtp.training.new_models import new_llama
@@ -119,6 +124,19 @@ def test_the_same_folder_trains_nothing_again(lm, curves, found, folder, monkeyp
             out=folder,
             **SMALL,
         )
+
+
+def test_a_report_reads_what_was_written(found, folder):
+    stored, choice = HeadsForecast.read(folder), found.choice()
+    assert stored.known and (stored.row["option"], stored.row["horizon"]) == (
+        choice.name,
+        choice.horizon,
+    )
+    assert stored.speedup[0] == pytest.approx(choice.speedup)
+    lines = [block.label for block in forecast_answer(stored, 2.5).blocks if block.label]
+    assert lines[0] in ("Train", "Pilot first", "Do not train") and len(lines) == 4
+    best = next(iter(forecast_sections(stored))).blocks[1]
+    assert len(best.rows) == found.table["option"].nunique()
 
 
 def test_too_little_time_or_budget_is_said_and_nothing_is_chosen(lm, curves):

@@ -97,11 +97,12 @@ def test_truncated_figures_are_bounds_with_what_was_kept_and_never_at_most(tmp_p
     bounds = f"between {row.tokens_per_call:.2f} and {row.tokens_per_call_upper:.2f} tokens per"
     assert row.tokens_per_call_upper == pytest.approx(row.tokens_per_call + 0.08)
     first_screen = page[: page.index("How to read this")]
-    assert bounds in first_screen
+    assert "**Caution:** Horizon 3 is truncated: its figures are certified lower" in first_screen
+    assert bounds in page
     assert bounds.replace("between", "r=4:").replace("and", "to").removesuffix(" tokens per") in (
         report.summary
     )
-    for text in (first_screen, report.summary):
+    for text in (page, report.summary):
         assert "truncated" in text
         assert "hold 96.0 % of the probability on average and 95.0 % at least" in text
     for text in (page, report.summary):
@@ -137,7 +138,7 @@ def test_a_study_of_complete_and_truncated_joints_is_right_per_horizon(tmp_path)
     )
     assert "between" not in of_two and "between" in of_three
     rows = [line.split("|") for line in page.splitlines() if re.match(r"\| \**[23]\** \|", line)]
-    ceilings = {row[1].strip(" *"): row[3] for row in rows if len(row) == 10 and row[4].strip()}
+    ceilings = {row[1].strip(" *"): row[5] for row in rows if len(row) == 10 and row[4].strip()}
     assert " to " in ceilings["3"] and " to " not in ceilings["2"]
     captions = re.findall(r"^\*\*Tokens per call against rank.*$", page, flags=re.MULTILINE)
     assert "Ceilings rise" in captions[0] and "Certified lower bounds" in captions[1]
@@ -282,3 +283,28 @@ def test_one_context_gives_no_interval_and_no_share_of_resamples(tmp_path):
     for text in (re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL), summary):
         assert not re.search(r"\bnan\b", text)
     assert "one context was studied" in page and "of resamples" not in summary
+
+
+@pytest.mark.parametrize(
+    ("extras", "documents", "expected"),
+    [
+        (dict(latency=LATENCY, waterfall=HEADS), 64, "Train"),
+        (dict(latency=LATENCY), 64, "Pilot first"),
+        (dict(waterfall=HEADS), 64, "Pilot first"),
+        (dict(latency=LATENCY, waterfall=HEADS.assign(model="n")), 64, "Pilot first"),
+        (dict(latency=LATENCY, waterfall=HEADS), 4, "Pilot first"),
+        (dict(latency=LatencyModel(0.01, 0.0185), waterfall=HEADS), 64, "Pilot first"),
+        (dict(latency=LatencyModel(0.01, 0.05), waterfall=HEADS), 64, "Do not train"),
+    ],
+)
+def test_only_what_is_measured_and_faster_over_its_whole_range_is_to_be_trained(
+    extras, documents, expected
+):
+    table = study_table(loss, documents=documents).assign(anchored=True)
+    report = Report.of(table, MANIFEST, ReportExtras(**extras))
+    lines = [block for block in report.answers[0].blocks if block.kind == "line"]
+    assert [line.label for line in lines] == [expected, "Brings", "How sure", "Next"]
+    following = {"Train": "cpmtp train-head", "Do not train": "decode plainly"}
+    assert following.get(expected, "") in lines[-1].text
+    if expected == "Pilot first":
+        assert "train-head" not in lines[-1].text or documents == 64

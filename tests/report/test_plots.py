@@ -7,11 +7,11 @@ import inspect
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
 from cpmtp.report import plots
-from cpmtp.report.plots import study
 
 SUMMARY = pd.DataFrame(
     dict(
@@ -75,6 +75,19 @@ FORECASTS = pd.DataFrame(
 STEPS = pd.DataFrame(
     dict(label=["rank 1", "rank 8"], target_seconds=[0.01, 0.02], draft_seconds=[0.001, 0.003])
 )
+HEADS = pd.DataFrame(
+    dict(
+        label=["markov_mixture 4x64, n = 4", "cp 1, n = 2"],
+        speedup=[1.4, 1.2],
+        speedup_low=[1.1, 0.9],
+        speedup_high=[1.8, 1.3],
+        ceiling=[np.nan, 1.6],
+    )
+)
+COMPONENTS = pd.DataFrame(
+    [(c, 0.7 - 0.4 * c, p, t, 0.5) for c in (0, 1) for p in (1, 2) for t in ("a", " the")],
+    columns=["component", "weight", "position", "token", "probability"],
+)
 # Every function with what it draws.
 PLOTS = {
     plots.plot_error_against_rank: (SUMMARY, {}),
@@ -88,6 +101,8 @@ PLOTS = {
     plots.plot_losses_over_rank: (LOSSES, {}),
     plots.plot_forecast: (FORECASTS, {}),
     plots.plot_step_times: (STEPS, {}),
+    plots.plot_components: (COMPONENTS, {}),
+    plots.plot_head_forecast: (HEADS, dict(lookup=1.1)),
 }
 
 
@@ -134,7 +149,7 @@ def ticks(axis) -> dict[float, str]:
 
 
 def test_every_plot_draws_on_the_axes_it_is_given_and_says_what_they_are():
-    named = inspect.getmembers(study, inspect.isfunction)
+    named = inspect.getmembers(plots, inspect.isfunction)
     assert {f for name, f in named if name.startswith("plot_")} == set(PLOTS)
     for function in PLOTS:
         ax = drawn(function)
@@ -156,6 +171,32 @@ def test_errors_are_a_line_of_medians_and_a_band_of_quartiles_per_method():
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
     assert legend(ax) == ["als", "em"] and ticks(ax.xaxis) == {1: "1", 4: "4"}
     assert "KL" in ax.get_ylabel() and ax.get_xlabel() == "rank"
+
+
+@pytest.mark.parametrize("function", PLOTS, ids=lambda function: function.__name__)
+def test_nothing_is_cut_off_and_no_line_crosses_a_legend(function):
+    table, options = PLOTS[function]
+    with plots.house_style():
+        figure = plots.framed(lambda ax: function(table, ax, **options), "A title of usual length")
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)
+    (ax,) = figure.axes
+    drawn, (width, height) = figure.get_tightbbox(renderer), figure.get_size_inches()
+    assert drawn.x0 >= 0 and drawn.y0 >= 0 and drawn.x1 <= width and drawn.y1 <= height
+    if ax.get_legend() is not None:
+        box = ax.get_legend().get_window_extent(renderer)
+        for line in ax.lines:
+            if line.get_linestyle() != "None":
+                path = line.get_transform().transform_path(line.get_path())
+                assert not path.intersects_bbox(box, filled=False), line.get_label()
+
+
+@pytest.mark.parametrize("shape", [[2.0, 2.0, 2.0], [2.6, 2.4, 1.0], [1.0, 2.0, 1.0]])
+def test_whatever_the_ceilings_the_legend_is_below_them(shape):
+    table = CHOICE.assign(tokens_per_call=shape, tokens_per_call_low=shape)
+    ax = drawn(plots.plot_tokens_per_call, table, recommended=8)
+    box = ax.get_legend().get_window_extent(FigureCanvasAgg(ax.figure).get_renderer())
+    assert ax.transData.inverted().transform((0, box.y1))[1] < min(shape)
 
 
 def test_tokens_per_call_lie_in_their_band_between_the_ceiling_and_the_recommended_rank():

@@ -54,7 +54,7 @@ def plot_components(table: pd.DataFrame, ax: Axes, *, most: int = 4) -> Axes:
     ax.set_yticks(centres, [f"weight {weight:.2f}" for weight in first["weight"]])
     ax.invert_yaxis()
     ax.set_xlim(0, 1)
-    ax.set_xlabel("probability of a token; one bar per position, from above")
+    ax.set_xlabel("probability; one bar per position, from above")
     return ax
 
 

@@ -27,10 +27,12 @@ from cpmtp.report.theme import COLOURS, INK, ON_WHITE, STYLE, own_names
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
-_PALETTE = (*COLOURS, INK)
+PALETTE = (*COLOURS, INK)
 _SIZE = (4.8, 3.3)
 _MARGINS = (0.15, 0.15, 0.82, 0.75)  # left, bottom, width, height of the axes
 _MOST_POINTS = 150
+_LEGEND_ROOM = 0.6  # of the height of what is drawn
+_LETTER, _LEFT_LABEL = 0.1, 0.08  # inches of a letter; share of the width for the axis' name
 _KL_FLOOR = 1e-6  # a logarithmic axis has no zero
 
 
@@ -46,13 +48,13 @@ def plot_error_against_rank(
     `method_summary`. `floor`, by rank, is what no draft goes below.
     """
     for i, (method, rows) in enumerate(summary.groupby("method")):
-        ax.plot(rows["rank"], rows["kl_nats"].clip(lower=_KL_FLOOR), label=method, **_series(i))
+        ax.plot(rows["rank"], rows["kl_nats"].clip(lower=_KL_FLOOR), label=method, **series(i))
         low, high = (
             rows["kl_nats_low"].clip(lower=_KL_FLOOR),
             rows["kl_nats_high"].clip(lower=_KL_FLOOR),
         )
         ax.fill_between(
-            rows["rank"], low, high, color=_PALETTE[i % len(_PALETTE)], alpha=0.15, linewidth=0
+            rows["rank"], low, high, color=PALETTE[i % len(PALETTE)], alpha=0.15, linewidth=0
         )
     _rank_axis(ax, summary["rank"])
     ax.set_yscale("log")
@@ -63,22 +65,26 @@ def plot_error_against_rank(
         ax.set_ylim(limits)
     ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     ax.minorticks_off()
-    ax.set_ylabel("KL divergence, nats (median, quartiles)")
+    ax.set_ylabel("KL divergence, nats")
     ax.legend()
     return ax
 
 
 def plot_tokens_per_call(
-    choice: pd.DataFrame, ax: Axes, *, recommended: int | None, horizon: int
+    choice: pd.DataFrame, ax: Axes, *, recommended: int | None, horizon: int, name: str = ""
 ) -> Axes:
     """Mean tokens per call over ranks with 95 % band, the horizon as what an exact draft gives, and
-    the recommended rank marked if it is of this horizon.
+    the recommended rank ringed if it is of this horizon.
 
     Parameters
     ----------
     choice : pandas.DataFrame
         One horizon's rows of a choice's table; where they are `truncated` the means are lower
         bounds and the upper ones are drawn beside them.
+    recommended : int, optional
+    horizon : int
+    name : str
+        What the ringed rank is called; default: recommended.
     """
     truncated = "truncated" in choice and bool(choice["truncated"].any())
     ax.fill_between(
@@ -88,21 +94,27 @@ def plot_tokens_per_call(
         color=COLOURS[0],
         alpha=0.2,
     )
+<<<<<<< HEAD
     sampled = "sampled" in choice and bool(choice["sampled"].any())
     what = "lower bound" if truncated else "estimate of best fit" if sampled else "best fit"
     label = f"{what} (mean, 95 % band)"
     ax.plot(choice["rank"], choice["tokens_per_call"], label=label, **_series(0))
+=======
+    label = "lower bound (mean, 95 % band)" if truncated else "best fit (mean, 95 % band)"
+    ax.plot(choice["rank"], choice["tokens_per_call"], label=label, **series(0))
+>>>>>>> report/report
     if truncated:
-        upper = _series(2) | {"linestyle": "--", "marker": ""}
+        upper = series(2) | {"linestyle": "--", "marker": ""}
         ax.plot(choice["rank"], choice["tokens_per_call_upper"], label="upper bound", **upper)
     ax.axhline(horizon, color=INK, linestyle=":", label="exact draft")
     if recommended is not None:
-        ax.axvline(
-            recommended, color=COLOURS[1], linestyle="--", label=f"recommended rank {recommended}"
-        )
+        at = choice[choice["rank"] == recommended]
+        ring = series(0) | {"color": COLOURS[1], "markersize": 13, "linestyle": ""}
+        label = name or f"recommended rank {recommended}"
+        ax.plot(at["rank"], at["tokens_per_call"], fillstyle="none", label=label, **ring)
     _rank_axis(ax, choice["rank"])
     ax.set_ylabel("tokens per call")
-    ax.legend(loc="lower right")
+    _legend_below(ax)
     return ax
 
 
@@ -111,14 +123,14 @@ def plot_survival(survival: pd.DataFrame, ax: Axes, *, ceiling: pd.DataFrame | N
     rows of `survival_by_rank`.
     """
     for i, (rank, rows) in enumerate(survival.groupby("rank")):
-        ax.plot(rows["position"], rows["survival"], label=f"rank {rank}", **_series(i))
+        ax.plot(rows["position"], rows["survival"], label=f"rank {rank}", **series(i))
         if ceiling is not None:
             above = ceiling[ceiling["rank"] == rank]
             label = "coupling ceiling" if i == 0 else None
             ax.plot(
                 above["position"],
                 above["survival"],
-                color=_PALETTE[i % len(_PALETTE)],
+                color=PALETTE[i % len(PALETTE)],
                 linestyle=":",
                 label=label,
             )
@@ -197,7 +209,7 @@ def plot_against_entropy(contexts: pd.DataFrame, ax: Axes) -> Axes:
         Columns `rank`, `joint_entropy_nats`, `tokens_per_call`.
     """
     for i, (rank, rows) in enumerate(contexts.groupby("rank")):
-        style = _series(i) | {"linestyle": "", "markersize": 4, "alpha": 0.7}
+        style = series(i) | {"linestyle": "", "markersize": 4, "alpha": 0.7}
         ax.plot(rows["joint_entropy_nats"], rows["tokens_per_call"], label=f"rank {rank}", **style)
     ax.set_xlabel("entropy of the joint, nats")
     ax.set_ylabel("tokens per call")
@@ -210,11 +222,11 @@ def plot_lines_over_rank(table: pd.DataFrame, ax: Axes, *, by: str, value: str, 
     `value_high`.
     """
     for i, (name, rows) in enumerate(table.groupby(by, sort=False)):
-        ax.plot(rows["rank"], rows[value], label=str(name), **_series(i))
+        ax.plot(rows["rank"], rows[value], label=str(name), **series(i))
         if f"{value}_low" in rows:
             band = (rows[f"{value}_low"], rows[f"{value}_high"])
             ax.fill_between(
-                rows["rank"], *band, color=_PALETTE[i % len(_PALETTE)], alpha=0.15, linewidth=0
+                rows["rank"], *band, color=PALETTE[i % len(PALETTE)], alpha=0.15, linewidth=0
             )
     _rank_axis(ax, table["rank"])
     ax.set_ylabel(label)
@@ -222,117 +234,21 @@ def plot_lines_over_rank(table: pd.DataFrame, ax: Axes, *, by: str, value: str, 
     return ax
 
 
-def plot_waterfall(row: pd.Series, ax: Axes) -> Axes:
-    """Where tokens per call are lost, from an exact draft to a learned head.
-
-    Parameters
-    ----------
-    row : pandas.Series
-        `exact_limit`, `acceptance_fit`, `em_fit`, `learned`, in tokens per call; `learned_low`,
-        `learned_high` if known.
-    """
-    names = ["exact draft", "lost to rank", "lost to objective", "lost to learning", "learned head"]
-    levels = [row["exact_limit"], row["acceptance_fit"], row["em_fit"], row["learned"]]
-    ax.bar(0, levels[0], color=INK, alpha=0.35)
-    for i in range(3):
-        lost = levels[i] - levels[i + 1]
-        ax.bar(
-            i + 1,
-            lost,
-            bottom=levels[i + 1],
-            color=COLOURS[1 + i],
-            hatch="//" if lost < 0 else None,
-        )
-        ax.text(i + 1, max(levels[i], levels[i + 1]), f"{-lost:+.2f}", ha="center", va="bottom")
-    error = None
-    if "learned_low" in row and pd.notna(row["learned_low"]):
-        error = [[row["learned"] - row["learned_low"]], [row["learned_high"] - row["learned"]]]
-    ax.bar(4, levels[3], color=COLOURS[0], yerr=error, capsize=4, ecolor=INK)
-    for x, level in ((0, levels[0]), (4, levels[3])):
-        ax.text(x, level / 2, f"{level:.2f}", ha="center", va="center")
-    ax.set_xticks(range(5), [name.replace(" ", "\n") for name in names])
-    ax.set_ylabel("tokens per call")
-    return ax
-
-
-def plot_losses_over_rank(table: pd.DataFrame, ax: Axes) -> Axes:
-    """The same for several ranks side by side: what is learned at the bottom, above it what is lost
-    to what.
-
-    Parameters
-    ----------
-    table : pandas.DataFrame
-        A row per rank: `rank`, `exact_limit`, `acceptance_fit`, `em_fit`, `learned`; the last with
-        `_low` and `_high` if known.
-    """
-    table = table.sort_values("rank")
-    places = range(len(table))
-    ax.bar(
-        places,
-        table["learned"],
-        color=COLOURS[0],
-        label="learned head",
-        yerr=_half_widths(table, "learned"),
-        ecolor=INK,
+def framed(draw: Callable[[Axes], object], title: str, size: tuple[float, float] = _SIZE) -> Figure:
+    """A figure of `size` inches with its title, drawn on by `draw`; in the style that is set."""
+    figure = Figure(figsize=size, facecolor="none")
+    # Fixed margins: an automatic layout measures every text several times, and took half of a
+    # report's time.
+    ax = figure.add_axes(_MARGINS, facecolor="none")
+    draw(ax)
+    ax.set_title(title, y=1.0, parse_math=False)  # a dollar sign begins no formula
+    # Names at the left take the room that they need, and the axes give it.
+    widest = max((len(t.get_text()) for t in ax.get_yticklabels()), default=0)
+    left = min(
+        max(_MARGINS[0], _LETTER * widest / size[0] + _LEFT_LABEL * bool(ax.get_ylabel())), 0.5
     )
-    low = table["learned"]
-    for i, (name, level) in enumerate(
-        (("learning", "em_fit"), ("objective", "acceptance_fit"), ("rank", "exact_limit"))
-    ):
-        high = np.maximum(table[level], low)
-        ax.bar(places, high - low, bottom=low, color=COLOURS[3 - i], label=f"lost to {name}")
-        low = high
-    ax.set_xticks(places, table["rank"].astype(str))
-    ax.set_xlabel("rank")
-    ax.set_ylabel("tokens per call")
-    # Above the bars, where nothing is drawn.
-    ax.set_ylim(0, 1.25 * float(table["exact_limit"].max()))
-    ax.legend(ncols=2, loc="upper left")
-    return ax
-
-
-def plot_forecast(decoding: pd.DataFrame, ax: Axes) -> Axes:
-    """Measured against forecast tokens per call, intervals as bars, equality as a line.
-
-    Parameters
-    ----------
-    decoding : pandas.DataFrame
-        `forecast`, `measured`, each with `_low` and `_high`; `rank` if there are several.
-    """
-    groups = decoding.groupby("rank") if "rank" in decoding else [("", decoding)]
-    for i, (rank, rows) in enumerate(groups):
-        across, up = _half_widths(rows, "forecast"), _half_widths(rows, "measured")
-        style = _series(i) | {"linestyle": "", "elinewidth": 1, "label": f"rank {rank}"}
-        ax.errorbar(rows["forecast"], rows["measured"], xerr=across, yerr=up, **style)
-    ends = [
-        decoding[["forecast", "measured"]].min().min(),
-        decoding[["forecast", "measured"]].max().max(),
-    ]
-    ax.plot(ends, ends, color=INK, linestyle=":", label="equal")
-    ax.set_xlabel("forecast tokens per call")
-    ax.set_ylabel("measured tokens per call")
-    ax.legend()
-    return ax
-
-
-def plot_step_times(steps: pd.DataFrame, ax: Axes) -> Axes:
-    """What a call spends its time on, stacked: columns `label` and one per part in seconds."""
-    left = np.zeros(len(steps))
-    for i, part in enumerate(name for name in steps.columns if name != "label"):
-        seconds = steps[part].to_numpy() * 1e3
-        ax.barh(
-            range(len(steps)),
-            seconds,
-            left=left,
-            color=_PALETTE[i % len(_PALETTE)],
-            label=part.removesuffix("_seconds"),
-        )
-        left += seconds
-    ax.set_yticks(range(len(steps)), steps["label"])
-    ax.set_xlabel("milliseconds per call")
-    ax.set_xlim(0, 1.6 * max(left, default=1.0))  # the legend stands beside the bars
-    ax.legend(loc="center right")
-    return ax
+    ax.set_position((left, _MARGINS[1], _MARGINS[0] + _MARGINS[2] - left, _MARGINS[3]))
+    return figure
 
 
 def figure_svg(
@@ -357,13 +273,8 @@ def figure_svg(
         Inches.
     """
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": name or title}):
-        figure = Figure(figsize=size, facecolor="none")
+        figure = framed(draw, title, size)
         FigureCanvasSVG(figure)
-        # Fixed margins: an automatic layout measures every text several times, and took half of a
-        # report's time.
-        ax = figure.add_axes(_MARGINS, facecolor="none")
-        draw(ax)
-        ax.set_title(title, y=1.0, parse_math=False)  # a dollar sign begins no formula
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
@@ -372,17 +283,17 @@ def figure_svg(
     return own_names(text, name or title).replace("<svg ", f"<svg {ON_WHITE} ", 1)
 
 
-def _half_widths(rows: pd.DataFrame, name: str) -> np.ndarray:
-    """Distances to both ends of an interval, (2, rows); zero where there is none."""
-    low, high = (
-        rows[f"{name}_{end}"] if f"{name}_{end}" in rows else rows[name] for end in ("low", "high")
-    )
-    return np.abs([rows[name] - low, high - rows[name]])
+def _legend_below(ax: Axes) -> None:
+    """A legend under all that is drawn, which is lifted for it."""
+    low, high = ax.get_ylim()
+    ax.set_ylim(low - _LEGEND_ROOM * (high - low), high)
+    ax.legend(loc="lower right")
 
 
-def _series(index: int) -> dict[str, Any]:
+def series(index: int) -> dict[str, Any]:
+    """Colour, marker and line of the `index`-th series."""
     return {
-        "color": _PALETTE[index % len(_PALETTE)],
+        "color": PALETTE[index % len(PALETTE)],
         "marker": MARKERS[index % len(MARKERS)],
         "linestyle": LINES[index % len(LINES)],
         "markersize": 5,

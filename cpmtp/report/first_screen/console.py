@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 
 from cpmtp.ranking.parts import table_parts
-from cpmtp.report.answer import does_not_pay, earned
+from cpmtp.report.blocks import Text
+from cpmtp.report.first_screen.answer import does_not_pay, earned, training_command
+from cpmtp.report.first_screen.forecast import HeadsForecast, forecast_answer
 from cpmtp.report.subject import Subject
 
 
@@ -22,7 +24,22 @@ def console_summary(subjects: Sequence[Subject], table: pd.DataFrame, manifest: 
         Of `read_study`.
     """
     lines = [line for subject in subjects for line in _lines(subject)]
-    return "\n".join([*_corpora(manifest), *_hopeless(table), *lines, *_footnotes(subjects)])
+    heads, price = subjects[0].extras.heads, subjects[0].extras.price
+    first = [] if heads is None else _forecast_lines(heads, price, subjects)
+    return "\n".join(
+        [*first, *_corpora(manifest), *_hopeless(table), *lines, *_footnotes(subjects)]
+    )
+
+
+def _forecast_lines(
+    heads: HeadsForecast, price: float, subjects: Sequence[Subject]
+) -> Iterator[str]:
+    models = list(dict.fromkeys(str(subject.table["model"].iloc[0]) for subject in subjects))
+    said = forecast_answer(heads, price, models)
+    yield said.title
+    for block in said.blocks:
+        assert isinstance(block, Text)  # an answer has nothing else
+        yield f"  {block.label or 'Caution'}: {block.text.replace('`', '')}"
 
 
 def _corpora(manifest: dict) -> Iterator[str]:
@@ -42,7 +59,8 @@ def _hopeless(table: pd.DataFrame) -> Iterator[str]:
 
 def _footnotes(subjects: Sequence[Subject]) -> Iterator[str]:
     """What the recommendations rest on, each said once."""
-    yield from dict.fromkeys(f"forecast  {subject.forecast.words}" for subject in subjects)
+    if subjects[0].extras.heads is None:
+        yield from dict.fromkeys(f"forecast  {subject.forecast.words}" for subject in subjects)
     yield from dict.fromkeys(f"calls     {subject.economics.source}" for subject in subjects)
 
 
@@ -50,12 +68,9 @@ def _lines(subject: Subject) -> Iterator[str]:
     yield f"{subject.title} ({', '.join(_facts(subject))})"
     many = subject.recommended.contexts > 1
     sure = f", the fastest in {subject.row.fastest_frequency:.0%} of resamples" if many else ""
-    yield f"  recommended: {subject.headline}{sure}"
-    yield f"    forecast: {earned(subject)}"
-    if does_not_pay(subject):
-        yield f"    {does_not_pay(subject)}"
-    if ":" not in str(subject.table["model"].iloc[0]):  # a factory's model has no hidden states
-        yield f"    train it: {_training_command(subject)}"
+    yield f"  {subject.marked_as}: {subject.headline}{sure}"
+    if subject.extras.heads is None:
+        yield from _earned(subject)
     for sentence in subject.truncation_sentences():
         yield f"  {sentence}"
     for horizon in subject.saturation.rank:
@@ -66,6 +81,14 @@ def _lines(subject: Subject) -> Iterator[str]:
         yield f"  {subject.recommended.caution}"
 
 
+def _earned(subject: Subject) -> Iterator[str]:
+    yield f"    forecast: {earned(subject)}"
+    if does_not_pay(subject):
+        yield f"    {does_not_pay(subject)}"
+    if ":" not in str(subject.table["model"].iloc[0]):  # a factory's model has no hidden states
+        yield f"    train it: {training_command(subject)}"
+
+
 def _facts(subject: Subject) -> Iterator[str]:
     yield f"{subject.recommended.contexts} contexts"
     bits = subject.table.get("domain_bits_per_byte")
@@ -73,13 +96,6 @@ def _facts(subject: Subject) -> Iterator[str]:
         yield f"{bits.iloc[0]:.2f} bits per byte"
     if subject.anchored is not None:
         yield f"drafts {'' if subject.anchored else 'not '}told the first token"
-
-
-def _training_command(subject: Subject) -> str:
-    horizon, rank = subject.best
-    kind = {True: " --anchored", False: " --no-anchored", None: ""}[subject.anchored]
-    model = subject.table["model"].iloc[0]
-    return f"cpmtp train-head --model {model} --horizon {horizon} --rank {rank}{kind}"
 
 
 def _rows(cells: pd.DataFrame) -> Iterator[pd.Series]:

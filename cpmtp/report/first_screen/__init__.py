@@ -1,0 +1,1 @@
+"""What is read first: the answer in four lines, on a page and on a terminal."""
