@@ -200,18 +200,13 @@ def _ceilings(subjects: Sequence[Subject], heads: HeadsForecast) -> pd.DataFrame
 def _sections(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) -> list[Section]:
     extras = subjects[0].extras
     truncated = any(subject.truncated for subject in subjects)
-<<<<<<< HEAD
     reading = (*_READING, *([_TRUNCATED] if truncated else []))
     if any(subject.sampled for subject in subjects):
         reading = (*reading, _SAMPLED)
-    sections = [Section("How to read this", tuple(Text(text) for text in reading))]
-=======
-    reading = (*_READING, _TRUNCATED) if truncated else _READING
     sections: list[Section] = []
     if extras.heads is not None:
         sections += forecast_sections(extras.heads, _ceilings(subjects, extras.heads))
     sections.append(Section("How to read this", tuple(Text(text) for text in reading)))
->>>>>>> report/report
     for subject in subjects:
         sections += findings(subject)
     sections += learned_sections(extras.waterfall, extras.decoding, extras.step_times)

@@ -168,6 +168,9 @@ def _cautions(subject: Subject) -> Iterator[str]:
     if subject.truncated:
         told = ", ".join(map(str, subject.truncated))
         yield f"Horizon {told} is truncated: its figures are certified lower bounds."
+    if subject.sampled:
+        told = ", ".join(map(str, subject.sampled))
+        yield f"Horizon {told} is sampled: its figures are estimates, with their intervals."
     failed = int((subject.table["status"] == "failed").sum())
     if failed:
         yield f"{failed:,} of {len(subject.table):,} fits failed."
@@ -216,10 +219,11 @@ def _ceiling(subject: Subject) -> Iterator[str]:
         f"{tokens_in_words(subject.row)}; an exact draft gives {horizon}."
     )
     yield from subject.truncation_sentences()
-    complete = [str(n) for n in subject.recommended.rank if n not in subject.truncated]
+    inexact = (*subject.truncated, *subject.sampled)
+    complete = [str(n) for n in subject.recommended.rank if n not in inexact]
     if subject.truncated:
         yield "Ranks and horizons are compared by the lower bounds."
-    if subject.truncated and complete:
+    if inexact and complete:
         yield f"Figures of horizon {', '.join(complete)} are exact."
 
 

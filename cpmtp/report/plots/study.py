@@ -94,15 +94,10 @@ def plot_tokens_per_call(
         color=COLOURS[0],
         alpha=0.2,
     )
-<<<<<<< HEAD
     sampled = "sampled" in choice and bool(choice["sampled"].any())
     what = "lower bound" if truncated else "estimate of best fit" if sampled else "best fit"
     label = f"{what} (mean, 95 % band)"
-    ax.plot(choice["rank"], choice["tokens_per_call"], label=label, **_series(0))
-=======
-    label = "lower bound (mean, 95 % band)" if truncated else "best fit (mean, 95 % band)"
     ax.plot(choice["rank"], choice["tokens_per_call"], label=label, **series(0))
->>>>>>> report/report
     if truncated:
         upper = series(2) | {"linestyle": "--", "marker": ""}
         ax.plot(choice["rank"], choice["tokens_per_call_upper"], label="upper bound", **upper)
