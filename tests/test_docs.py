@@ -44,7 +44,11 @@ def test_every_page_is_in_the_table_of_contents(root):
     listed = set(
         re.findall(r"^[\w/]+$", (root / "docs" / "index.md").read_text("utf-8"), flags=re.MULTILINE)
     )
-    assert {page.stem for page in (root / "docs").glob("*.md")} - {"index"} <= listed
+    pages = {page.stem: page.read_text("utf-8") for page in (root / "docs").glob("*.md")}
+    # A page without results yet is linked to, and not in the navigation.
+    waiting = {name for name, text in pages.items() if text.startswith("---\norphan: true")}
+    assert set(pages) - {"index"} - waiting <= listed and not waiting & listed
+    assert all(f"({name}.md)" in "".join(pages.values()) for name in waiting)
     assert {f"notebooks/{page.stem}" for page in (root / "notebooks").glob("*.ipynb")} <= listed
 
 

@@ -129,8 +129,11 @@ def test_the_report_calls_them_estimates_and_nothing_a_bound(folder):
     assert "ertified" not in page and "lower bound" not in page and "truncated" not in page
     report = Report.of(*read_study(folder), ReportExtras())
     assert "estimated, of 3 of 3 contexts, from texts" in page
-    for text in (page[: page.index("How to read this")], report.summary):
+    first_screen = page[: page.index("How to read this")]
+    assert "is sampled: its figures are estimates" in first_screen
+    for text in (page, report.summary):
         assert "(estimated, 95 % interval" in text and "is sampled" in text
+    for text in (first_screen, report.summary):
         assert "is exact" not in text and "are exact" not in text
     assert "| Estimated | samples:recurrent: horizon 3, 3 contexts" in page
     assert "Ceilings, estimated from sampled texts (95 % band)" in page
