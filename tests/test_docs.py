@@ -48,7 +48,7 @@ def test_every_page_is_in_the_table_of_contents(root):
     # A page without results yet is linked to, and not in the navigation.
     waiting = {name for name, text in pages.items() if text.startswith("---\norphan: true")}
     assert set(pages) - {"index"} - waiting <= listed and not waiting & listed
-    assert all(f"{name}.md" in "".join(pages.values()) for name in waiting)
+    assert all(f"{{doc}}`{name}`" in "".join(pages.values()) for name in waiting)
     assert {f"notebooks/{page.stem}" for page in (root / "notebooks").glob("*.ipynb")} <= listed
 
 
