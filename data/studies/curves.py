@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -128,6 +129,22 @@ def row_file(out: Path, training: Training, shape: dict) -> Path:
     """Where a row is kept."""
     name = f"{training.model}-{training.budget}k-{training.seed}-{label(shape)}"
     return out / "rows" / f"{name}-{shape['learning_rate']:g}.json"
+
+
+def restore(out: Path) -> None:
+    """Rows of a stored table as files again, so that a run goes on from the table alone."""
+    table = out / "curves.parquet"
+    for row in pd.read_parquet(table).to_dict("records") if table.exists() else ():
+        name = f"{row['model']}-{row['budget']}k-{row['seed']}-{row['candidate']}"
+        file = out / "rows" / f"{name}-{row['learning_rate']:g}.json"
+        known = {key: value for key, value in row.items() if not is_missing(value)}
+        if not file.exists():
+            write_text(file, json.dumps(known, default=lambda value: value.tolist()) + "\n")
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell of a table has nothing in it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def read_rows(out: Path) -> pd.DataFrame:
@@ -299,6 +316,7 @@ def main() -> None:
     deadline = time.monotonic() + 60 * given.minutes
     for folder in ("rows", "samples", "running"):
         (given.out / folder).mkdir(parents=True, exist_ok=True)
+    restore(given.out)
     for training in trainings(given.largest):
         print(time.strftime("%H:%M:%S"), training.name, flush=True)
         try:
