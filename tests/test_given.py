@@ -126,6 +126,14 @@ HABITS = [
     (lambda: cpmtp.speculative_generate(BigramTable(), None, IDS, stop="x"), "stop_strings"),
     (lambda: cpmtp.run_study(models=[BigramTable()], n_jobs=2), "workers here"),
     (lambda: cpmtp.run_study(models=[BigramTable()], random_state=2), "seed here"),
+    (
+        lambda: cpmtp.train_head(cpmtp.load_language_model("code"), random_state=2),
+        "'random_state': .* seed here",
+    ),
+    (
+        lambda: cpmtp.train_head(cpmtp.load_language_model("code"), colour=2),
+        "no option 'colour': expected form, ",
+    ),
     (lambda: cpmtp.run_study(models=[BigramTable()], nonsense=2), "expected one of models"),
 ]
 

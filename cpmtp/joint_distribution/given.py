@@ -81,11 +81,7 @@ def takes_what_is_given(function: Callable[..., Answer]) -> Callable[..., Answer
 
     @functools.wraps(function)
     def reading(*arguments: Any, **options: Any) -> Answer:
-        for name in options:
-            if name not in names and (here := known_name(name, names)):
-                raise ValueError(
-                    f"{function.__name__} has no option {name!r}: it is called {here} here"
-                )
+        refuse_habits(function.__name__, options, names)
         given = dict(zip(names, arguments, strict=False))
         lm = given["lm"] = as_language_model(given.get("lm", options.get("lm")))
         read = {
@@ -97,6 +93,19 @@ def takes_what_is_given(function: Callable[..., Answer]) -> Callable[..., Answer
         return function(*places, **{name: read[name] for name in options})
 
     return reading
+
+
+def refuse_habits(what: str, given: Collection[str], names: Collection[str]) -> None:
+    """Refuse options by the names that other libraries have for them.
+
+    Raises
+    ------
+    ValueError
+        Saying what `what` calls it.
+    """
+    for name in given:
+        if name not in names and (here := known_name(name, names)):
+            raise ValueError(f"{what} has no option {name!r}: it is called {here} here")
 
 
 def as_language_model(given: Any) -> Any:

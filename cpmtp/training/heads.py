@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.heads.losses import HeadLoss, head_loss
 from cpmtp.heads.target_laws import TargetLaws
-from cpmtp.joint_distribution.given import as_language_model
+from cpmtp.joint_distribution.given import as_language_model, refuse_habits
 from cpmtp.joint_distribution.progress import progress_bar
 from cpmtp.language_model import sample_sequences
 from cpmtp.training.head_settings import SHAPE, HeadTrainingSettings
@@ -75,6 +75,10 @@ def train_head(
         settings, or the loss is not finite (the last checkpoint is kept).
     """
     lm = as_language_model(lm)
+    names = [field.name for field in fields(HeadTrainingSettings)]
+    refuse_habits("train_head", changes, names)
+    if unknown := sorted(set(changes) - set(names)):
+        raise ValueError(f"train_head has no option {unknown[0]!r}: expected {', '.join(names)}")
     folders = None if out is None else [Path(out)]
     return train_heads(
         lm,
