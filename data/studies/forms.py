@@ -3,8 +3,8 @@ study's own contexts; goes on where it was stopped.
 
 Run from the checkout: python data/studies/forms.py OUT [SHARE OF]
 
-SHARE OF (for example 0 2 beside 1 2) leaves a process the contexts whose number is SHARE modulo OF;
-whichever ends last writes the tables.
+SHARE OF (for example 0 2 beside 1 2) leaves a process the contexts whose number is SHARE modulo OF.
+The tables hold the contexts that every model has by now.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from anchored import CONTEXTS, HORIZON, SETTINGS
 
 import cpmtp
 from cpmtp.resampling import CLUSTER_KEYS, Clusters, intervals
-from cpmtp.study.plan import open_language_model, plan_study
+from cpmtp.study.models import open_language_model
+from cpmtp.study.plan import plan_study
+from cpmtp.whole_files import write_parquet, write_text
 
 # Left and right factors of a Markov form are a context's own, shared by its first tokens; gated
 # ones have a gate of every first token's own.
@@ -103,20 +105,46 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def part_file(out: Path, model: str, context: int) -> Path:
+    """Where a context's rows are kept."""
+    return out / "parts" / f"{model}-{context:03d}.parquet"
+
+
+def restore(out: Path) -> None:
+    """Contexts of a stored table as parts again, so that a run goes on from the table alone."""
+    table = out / "table.parquet"
+    if table.exists():
+        for (model, context), rows in pd.read_parquet(table).groupby(["model", "context"]):
+            if not part_file(out, model, context).exists():
+                write_parquet(part_file(out, model, context), rows)
+
+
+def write_tables(out: Path, units: list) -> None:
+    """The table and its summary, of the contexts that every model has by now."""
+    there = pd.DataFrame(
+        [(unit.model, unit.context) for unit in units], columns=["model", "context"]
+    )
+    there["file"] = [part_file(out, unit.model, unit.context) for unit in units]
+    there["done"] = [file.exists() for file in there["file"]]
+    both = there.groupby("context")["done"].transform("all")
+    if both.any():
+        table = pd.concat(map(pd.read_parquet, there["file"][both]), ignore_index=True)
+        write_parquet(out / "table.parquet", table)
+        write_text(out / "summary.csv", summary(table).to_csv(index=False, float_format="%.5g"))
+
+
 def main(out: Path, share: int = 0, of: int = 1) -> None:
     """One part per context, then the tables."""
     torch.set_num_threads(1)
     (out / "parts").mkdir(parents=True, exist_ok=True)
+    restore(out)
     units = [unit for unit in plan_study(SETTINGS)[0] if unit.context < CONTEXTS]
-    paths = [out / "parts" / f"{unit.model}-{unit.context:03d}.parquet" for unit in units]
-    for unit, path in sorted(zip(units, paths, strict=True), key=lambda pair: pair[0].context):
+    for unit in sorted(units, key=lambda unit: unit.context):
+        path = part_file(out, unit.model, unit.context)
         if unit.context % of == share and not path.exists():
-            rows_of(unit).to_parquet(path.with_suffix(".partial"))
-            path.with_suffix(".partial").rename(path)
-    if all(path.exists() for path in paths):
-        table = pd.concat(map(pd.read_parquet, paths), ignore_index=True)
-        table.to_parquet(out / "table.parquet")
-        summary(table).to_csv(out / "summary.csv", index=False, float_format="%.5g")
+            write_parquet(path, rows_of(unit))
+            write_tables(out, units)
+    write_tables(out, units)
 
 
 if __name__ == "__main__":
