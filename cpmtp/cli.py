@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from cpmtp.commands.export import export
 from cpmtp.commands.forecast import forecast
 from cpmtp.commands.generate import generate
 from cpmtp.commands.latency import latency
@@ -96,6 +97,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "latency": latency,
     "report": report,
     "compare": compare,
+    "export": export,
     "train-base": train_base_model,
     "train-head": train_one_head,
     "generate": generate,

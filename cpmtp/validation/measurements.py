@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from cpmtp.decoding.speculative import speculative_generate
+from cpmtp.decoding.stats import GenerationStats
 from cpmtp.forecasting.cycles import forecast_cycles
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.language_model import HiddenStateLanguageModel
@@ -85,7 +86,8 @@ def decode_beside_forecast(
     list of dict
         ``head``, its shape, and as far as asked for ``plain_forecast`` (every position counted
         alike), ``forecast`` (weighted as decoding's cycles weigh them) and ``measured``, each with
-        ``_low`` and ``_high``: 95 % intervals over texts or prompts.
+        ``_low`` and ``_high``: 95 % intervals over texts or prompts; and how often each position
+        survived, ``measured_survival_2`` up to the horizon.
 
     Raises
     ------
@@ -118,6 +120,7 @@ def decode_beside_forecast(
             half = normal_half_width(float(np.std(by_row, ddof=1)) / len(by_row) ** 0.5)
             mean = out.stats.tokens_per_call
             row |= _columns("measured", mean, (mean - half, mean + half))
+            row |= _survived(out.stats)
         rows.append(row)
     return rows
 
@@ -180,6 +183,13 @@ def decode_in_turns(
 
 def _columns(name: str, mean: float, interval: tuple[float, float]) -> dict[str, float]:
     return {name: mean, f"{name}_low": interval[0], f"{name}_high": interval[1]}
+
+
+def _survived(stats: GenerationStats) -> dict[str, float]:
+    """How often the first k tokens of a cycle were emitted unchanged, k = 2 to the horizon."""
+    cycles = max(sum(stats.accepted_counts), 1)
+    counts = enumerate(stats.accepted_per_position, 2)
+    return {f"measured_survival_{k}": count / cycles for k, count in counts}
 
 
 def _by_transformers(

@@ -65,11 +65,16 @@ def test_a_head_stands_beside_its_forecast_with_the_intervals_of_both(
     for name, values in expected.items():
         assert tuple(row[name + end] for end in ("", "_low", "_high")) == pytest.approx(values)
     assert row["head"] == "mine" and row["horizon"] == head.horizon and row["rank"] == head.rank
+    survived = [row[f"measured_survival_{k}"] for k in range(2, head.horizon + 1)]
+    assert 1 + sum(survived) == pytest.approx(stats.tokens_per_call)
+    assert survived == sorted(survived, reverse=True)
 
 
 def test_what_is_not_asked_for_is_not_in_the_table(lm, head, prompts):
     (row,) = decode_beside_forecast(lm, [("mine", head)], new_tokens=4, prompts=prompts[:2])
-    assert set(row) == {"head", *SHAPE, "measured", "measured_low", "measured_high"}
+    survived = {f"measured_survival_{k}" for k in range(2, head.horizon + 1)}
+    measured = {"measured", "measured_low", "measured_high"}
+    assert set(row) == {"head", *SHAPE, *measured, *survived}
 
 
 def test_the_first_turn_is_not_counted_and_the_others_by_their_median(
