@@ -25,9 +25,9 @@ from cpmtp.report.first_screen.forecast import (
 from cpmtp.report.learned import LEARNED_SHARE, learned_sections
 from cpmtp.report.pilot import pilot, pilot_of_forecast
 from cpmtp.report.plots import figure_svg
+from cpmtp.report.plots.theme import theme_css, themed_svg
 from cpmtp.report.sections import findings
 from cpmtp.report.subject import PRICE, ReportExtras, Subject, subjects_of
-from cpmtp.report.theme import theme_css, themed_svg
 from cpmtp.whole_files import write_text
 
 _SLUG_BYTES = 180  # a file system takes 255, with an ending and a number

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from cpmtp.report.theme import COLOURS, INK
+from cpmtp.report.plots.theme import COLOURS, INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

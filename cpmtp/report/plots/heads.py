@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cpmtp.report.plots.study import PALETTE, series
-from cpmtp.report.theme import COLOURS, INK
+from cpmtp.report.plots.theme import COLOURS, INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

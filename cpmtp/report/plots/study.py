@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import StrMethodFormatter
 
-from cpmtp.report.theme import COLOURS, INK, ON_WHITE, STYLE, own_names
+from cpmtp.report.plots.theme import COLOURS, INK, ON_WHITE, STYLE, own_names
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
