@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from cpmtp.report import plots, theme
+from cpmtp.report import plots
+from cpmtp.report.plots import theme
 
 # Machado, Oliveira and Fernandes 2009, full severity, on linear RGB.
 BLINDNESS = {
