@@ -7,7 +7,7 @@ from cpmtp.language_model import HiddenStateLanguageModel as HiddenStateLanguage
 from cpmtp.language_model import LanguageModel as LanguageModel
 from cpmtp.language_model import MarkovLanguageModel as MarkovLanguageModel
 from cpmtp.language_model import TextLanguageModel as TextLanguageModel
-from cpmtp.language_model import sample_sequences as sample_sequences
+from cpmtp.joint_distribution.given import sample_sequences as sample_sequences
 from cpmtp.language_model import separated_hmm as separated_hmm
 from cpmtp.pretrained import HuggingFaceLanguageModel as HuggingFaceLanguageModel
 from cpmtp.pretrained import embedded_heads as embedded_heads

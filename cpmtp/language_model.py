@@ -108,6 +108,11 @@ class TextLanguageModel(LanguageModel, Protocol):
         ...
 
 
+def writes_text(lm: LanguageModel | None) -> bool:
+    """Whether the model makes text of token ids: one that came without its tokenizer does not."""
+    return hasattr(lm, "decode") and getattr(lm, "tokenizer", lm) is not None
+
+
 def sample_sequences(
     lm: LanguageModel, count: int, length: int, *, seed: int = 0
 ) -> Int[Tensor, "count length"]:
@@ -166,6 +171,9 @@ class MarkovLanguageModel:
     initial: Float[Tensor, " vocab"]
     transition: Float[Tensor, "vocab vocab"]
 
+    def __repr__(self) -> str:
+        return f"MarkovLanguageModel(vocab_size={self.vocab_size})"
+
     @property
     def vocab_size(self) -> int:
         """Number of token ids."""
@@ -210,6 +218,10 @@ class HiddenMarkovLanguageModel:
     initial: Float[Tensor, " states"]
     transition: Float[Tensor, "states states"]
     emission: Float[Tensor, "states vocab"]
+
+    def __repr__(self) -> str:
+        states = len(self.initial)
+        return f"HiddenMarkovLanguageModel({states=}, vocab_size={self.vocab_size})"
 
     @property
     def vocab_size(self) -> int:

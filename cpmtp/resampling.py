@@ -4,10 +4,12 @@ or not at all.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -20,6 +22,10 @@ FEW_CLUSTERS = 20
 _POWER = 0.8
 _BLOCK = 5_000_000
 CLUSTER_KEYS = ("model", "domain", "document")
+# What other libraries call a seed.
+SEEDS = ("random_state", "random_seed", "manual_seed", "generator", "rng")
+
+Drawing = TypeVar("Drawing", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,29 @@ class Clusters:
     def differences(self, high, low) -> Clusters:
         """Paired: columns `high` minus columns `low`."""
         return replace(self, sums=self.sums[:, high] - self.sums[:, low])
+
+
+def seeded(function: Drawing) -> Drawing:
+    """A function that draws resamples: whoever calls its seed by another name is told.
+
+    Examples
+    --------
+    >>> @seeded
+    ... def resampled(table, seed=0):
+    ...     return table
+    >>> resampled(None, random_state=1)
+    Traceback (most recent call last):
+    ...
+    ValueError: resampled has no option 'random_state': it is called seed here
+    """
+
+    @functools.wraps(function)
+    def telling(*arguments: Any, **options: Any) -> Any:
+        for name in options.keys() & set(SEEDS):
+            raise ValueError(f"{function.__name__} has no option {name!r}: it is called seed here")
+        return function(*arguments, **options)
+
+    return telling  # type: ignore[return-value]
 
 
 def resampling_weights(clusters: int, seed: int) -> Int[ndarray, "resamples clusters"]:

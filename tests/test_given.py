@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from architectures import tiny
 from samples import BigramTable, random_llama_folder
 
 import cpmtp
 from cpmtp.joint_distribution.given import as_language_model, as_prompts, as_token_ids
 from cpmtp.language_model import separated_hmm
 from cpmtp.pretrained import load_language_model
+from cpmtp.training.heads import windows_of_text
 
 IDS = [3, 1, 2]
 FORMS = {
@@ -116,47 +118,33 @@ def test_a_tensor_goes_where_a_joint_goes_and_a_fit_where_a_draft_goes():
         )
 
 
-HABITS = [
-    (lambda: cpmtp.fit(torch.ones(2, 2) / 4, 1, random_state=3), "'random_state': .* seed here"),
-    (lambda: cpmtp.fit(torch.ones(2, 2) / 4, n_components=1), "'n_components': .* rank here"),
-    (lambda: cpmtp.fit(torch.ones(2, 2) / 4, 1, tol=1e-3), "'tol': .* tolerance here"),
-    (lambda: cpmtp.fit(torch.ones(2, 2) / 4, 1, max_iter=9), "max_iterations here"),
-    (lambda: cpmtp.exact_joint(BigramTable(), prompt=IDS, horizon=2), "context here"),
-    (lambda: cpmtp.speculative_generate(BigramTable(), None, IDS, max_tokens=2), "max_new_tokens"),
-    (lambda: cpmtp.speculative_generate(BigramTable(), None, IDS, stop="x"), "stop_strings"),
-    (lambda: cpmtp.run_study(models=[BigramTable()], n_jobs=2), "workers here"),
-    (lambda: cpmtp.run_study(models=[BigramTable()], random_state=2), "seed here"),
-    (
-        lambda: cpmtp.train_head(cpmtp.load_language_model("code"), random_state=2),
-        "'random_state': .* seed here",
-    ),
-    (
-        lambda: cpmtp.train_head(cpmtp.load_language_model("code"), colour=2),
-        "no option 'colour': expected form, ",
-    ),
-    (lambda: cpmtp.run_study(models=[BigramTable()], nonsense=2), "expected one of models"),
-]
+def test_windows_of_token_ids_are_rows_of_one_length(lm):
+    rows = [[3, 1, 2, 0, 1, 3, 2, 1]] * 2
+    head = cpmtp.train_head(lm, tokens=rows, horizon=3, rank=1, steps=1, rows=1, length=8)
+    expected = cpmtp.forecast_cycles(lm, head, torch.tensor(rows)).tokens_per_call
+    for given in (rows, np.array(rows), torch.tensor(rows, dtype=torch.int32), {"input_ids": rows}):
+        assert cpmtp.forecast_cycles(lm, head, given).tokens_per_call == expected
+    refused = {
+        "rows of equally many": ([[1, 2], [3]], [1, 2, 3], [[0.5, 1.0]] * 2, object()),
+        r"tokens must be in \[0, ": ([[1, 2, 3, 4, 5, 10**6]] * 2, [[-1, 2, 3, 4, 5, 6]] * 2),
+    }
+    for said, several in refused.items():
+        for given in several:
+            with pytest.raises(ValueError, match=said):
+                cpmtp.forecast_cycles(lm, head, given)
+            with pytest.raises(ValueError, match=said):
+                cpmtp.train_head(lm, tokens=given, horizon=3, rank=1, steps=1)
 
 
-@pytest.mark.parametrize(("call", "said"), HABITS)
-def test_an_option_by_another_librarys_name_is_told_its_own(call, said):
-    with pytest.raises(ValueError, match=said) as error:
-        call()
-    assert "\n" not in str(error.value)
-
-
-def test_an_option_that_nothing_is_called_is_a_type_error():
-    with pytest.raises(TypeError, match="nonsense"):
-        cpmtp.fit(torch.ones(2, 2) / 4, 1, nonsense=3)
-
-
-def test_what_is_shown_of_an_object_is_short(lm):
-    joint = cpmtp.exact_joint(BigramTable(), IDS, 3)
-    fit = cpmtp.fit(joint, 2)
-    tree = cpmtp.truncated_joint(BigramTable(), IDS, 3)
-    for shown in (joint, fit, fit.distribution, tree, lm):
-        assert len(repr(shown)) < 200 and "\n" not in repr(shown) and " at 0x" not in repr(shown)
-    assert "rank=2" in repr(fit) and "mine" in repr(lm)
+def test_a_head_is_trained_on_texts_in_memory(lm):
+    texts = ["def add(a, b):\n    return a + b\n" * 3, "a = b\n" * 9]
+    small = {"horizon": 3, "rank": 1, "steps": 2, "rows": 2, "length": 16}
+    head = cpmtp.train_head((lm.model, lm.tokenizer), tokens=texts, **small)
+    windows = windows_of_text(lm, texts, 16)
+    expected = cpmtp.train_head(lm, tokens=windows, **small)
+    assert torch.equal(head.maps, expected.maps)
+    one = cpmtp.train_head(lm, tokens=texts[0], **small)
+    assert torch.equal(one.maps, cpmtp.train_head(lm, tokens=texts[:1], **small).maps)
 
 
 SMALL = {"ranks": (1, 2), "methods": "em", "contexts": 2, "context_length": 4}
@@ -174,8 +162,23 @@ def test_a_study_of_objects_and_texts_is_that_of_files(lm, tmp_path):
     assert found[same].equals(expected[same])
     assert set(found["model"]) == {"mine"} and set(found["domain"]) == {"texts"}
     assert set(found["document"]) == {"text 0", "text 1"}
-    again = cpmtp.run_study(models=[(lm.model, lm.tokenizer)], texts=texts, **small)
-    assert again[same].equals(found[same])
+    for pair in ([(lm.model, lm.tokenizer)], (lm.model, lm.tokenizer)):
+        again = cpmtp.run_study(models=pair, texts=texts, **small)
+        assert again[same].equals(found[same])
+    with pytest.raises(ValueError, match=r"without a tokenizer: .* as a pair"):
+        cpmtp.run_study(models=lm.model, texts=texts, **small)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_model_without_its_tokenizer_is_studied_on_its_own_samples(name):
+    lm = tiny(name)
+    found = cpmtp.run_study(models=[lm.model, lm], horizons=2, **SMALL)
+    first, second = (rows for _, rows in found.groupby("model"))
+    numbers = ["context", "rank", "context_nats", "joint_entropy_nats"]
+    assert first[numbers].reset_index(drop=True).equals(second[numbers].reset_index(drop=True))
+    assert set(found["context_text"]) == {""} and set(found["status"]) == {"ok"}
+    words = cpmtp.top_tokens(cpmtp.fit(cpmtp.exact_joint(lm.model, IDS, 2), 2), lm.model, count=1)
+    assert (words["token"] == words["token_id"].astype(str)).all()
 
 
 def test_objects_of_one_name_are_told_apart_and_forgotten(tmp_path):
@@ -213,5 +216,24 @@ def test_heads_and_their_forecasts_take_a_model_of_transformers(lm):
         lambda model: cpmtp.forecast_cycles(model, head, tokens).tokens_per_call,
         lambda model: cpmtp.held_out_survival(model, head, tokens).sum().item(),
         lambda model: cpmtp.head_draft(model, head, tokens[0]).prefix_probs(1).max().item(),
+        lambda model: cpmtp.sample_sequences(model, 2, 9, seed=3).tolist(),
+        lambda model: cpmtp.waterfall(model, head, [tokens[0].tolist()])["learned"].item(),
+        lambda model: cpmtp.estimate_acceptance(lm, model, IDS, horizon=2).tokens_per_call,
     ):
         assert call(pair) == call(lm)
+    measured = cpmtp.measure_latency(pair, [head], (1, 2), context=4, rounds=1, seconds=0.1)
+    assert measured.measured_on["model"] == lm.name and len(measured.curves[0].times) == 2
+
+
+def test_what_is_no_draft_is_told_what_is_one(lm):
+    head = cpmtp.train_head(lm, horizon=3, rank=1, steps=1, rows=1, length=8, sequences=1)
+    fit = cpmtp.fit(cpmtp.exact_joint(lm, IDS, 2), 2)
+    for given in ("recommended", fit, lm, lm.model, 3):
+        with pytest.raises(ValueError, match="as draft: expected a head, or a function"):
+            cpmtp.speculative_generate(lm, given, IDS, max_new_tokens=2)
+    joint = cpmtp.exact_joint(lm, IDS, 3)
+    for call in (cpmtp.implied_acceptance, cpmtp.divergences):
+        with pytest.raises(ValueError, match=r"a DraftHead as draft: .* head_draft"):
+            call(joint, head)
+    with pytest.raises(ValueError, match=r"a DraftHead as draft: .* head_draft"):
+        cpmtp.estimate_acceptance(lm, head, IDS)

@@ -23,12 +23,13 @@ from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.drafts.protocol import as_draft, is_anchored
 from cpmtp.joint_distribution import JointDistribution
 from cpmtp.joint_distribution.given import takes_what_is_given
+from cpmtp.joint_distribution.shown import Shown
 from cpmtp.prefix_tree import PrefixTree
 from cpmtp.sampling_law import ratio
 
 
-@dataclass(frozen=True)
-class AcceptanceProfile:
+@dataclass(frozen=True, repr=False)
+class AcceptanceProfile(Shown):
     """What a draft earns under one rule.
 
     Attributes

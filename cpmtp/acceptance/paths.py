@@ -55,6 +55,10 @@ class SampledPaths:
     outside: Bool[Tensor, "samples horizon"] | None = None
     outside_mass: Float[Tensor, " horizon"] | None = None
 
+    def __repr__(self) -> str:
+        samples, horizon = self.tokens.shape
+        return f"SampledPaths({samples=}, {horizon=}, vocab_size={self.vocab_size}, {self.law})"
+
     @classmethod
     def drawn(
         cls,

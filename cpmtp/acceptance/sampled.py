@@ -23,13 +23,14 @@ from cpmtp.acceptance.verification import (
 )
 from cpmtp.drafts.protocol import draft_horizon, is_anchored
 from cpmtp.joint_distribution.given import takes_what_is_given
+from cpmtp.joint_distribution.shown import Shown
 from cpmtp.language_model import LanguageModel
 from cpmtp.resampling import normal_half_width
 from cpmtp.sampling_law import SamplingLaw
 
 
-@dataclass(frozen=True)
-class AcceptanceEstimate:
+@dataclass(frozen=True, repr=False)
+class AcceptanceEstimate(Shown):
     """A Monte Carlo estimate of an acceptance profile, with confidence intervals.
 
     Attributes

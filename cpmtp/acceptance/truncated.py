@@ -18,14 +18,15 @@ from cpmtp.acceptance.children import ChildReader
 from cpmtp.acceptance.options import AcceptanceOptions, Thresholds
 from cpmtp.acceptance.verification import PrefixMasses, accepted_mass
 from cpmtp.drafts.protocol import is_anchored
+from cpmtp.joint_distribution.shown import Shown
 from cpmtp.prefix_tree import PrefixTree
 
 # Children judged together: a draft's components are asked for all of them.
 _CHILDREN_AT_ONCE = 1 << 18
 
 
-@dataclass(frozen=True)
-class AcceptanceInterval:
+@dataclass(frozen=True, repr=False)
+class AcceptanceInterval(Shown):
     """Bounds of an acceptance profile; see `AcceptanceProfile` for what is bounded.
 
     Attributes

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,7 @@ from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.heads.drafting import drafted_block
 from cpmtp.joint_distribution.given import takes_what_is_given
+from cpmtp.language_model import LanguageModel
 from cpmtp.sampling_law import SamplingLaw, draw
 
 _RULES = (*VERIFIED, "greedy")
@@ -52,6 +54,10 @@ class Generation:
     prompts: list[Tensor]
     stats: GenerationStats
 
+    def __repr__(self) -> str:
+        rows = f"{len(self.prompts)} texts" if isinstance(self.token_ids, list) else "1 text"
+        return f"Generation({rows}, {self.stats!r})"
+
     @property
     def sequences(self) -> list[Tensor]:
         """Prompts and new tokens together."""
@@ -63,7 +69,7 @@ class Generation:
 @takes_what_is_given
 def speculative_generate(
     lm: Any,
-    draft: DraftHead | ContextDraft | None,
+    draft: Any,
     token_ids: Any,
     *,
     max_new_tokens: int = 200,
@@ -138,6 +144,11 @@ def speculative_generate(
     _check(lm, prompts, rule, law, max_new_tokens)
     if isinstance(draft, DraftHead):
         draft.attach(lm)
+    elif draft is not None and (isinstance(draft, LanguageModel) or not callable(draft)):
+        raise ValueError(
+            f"a {type(draft).__name__} as draft: expected a head, or a function from the text so "
+            "far to the distribution of the tokens after its last one"
+        )
     endings = Endings.of(lm, eos_token_id, stop_strings, callback)
     plan = _Plan(law, "token" if rule == "greedy" else rule, seed, max_new_tokens, endings)
     started = time.perf_counter()

@@ -51,6 +51,14 @@ class GenerationStats:
     way: str = ""
     audit_findings: AuditFindings | None = None
 
+    def __repr__(self) -> str:
+        found = "" if self.audit is None else f", audit={self.audit:.1e}"
+        return (
+            f"GenerationStats({self.tokens} tokens in {self.calls} calls, "
+            f"{self.tokens_per_call:.3f} tokens per call, {self.tokens_per_second:.4g} tokens per "
+            f"second{found})"
+        )
+
     @property
     def audit(self) -> float | None:
         """Largest total variation of what was used to full passes; None without an audit."""

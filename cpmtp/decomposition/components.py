@@ -9,6 +9,7 @@ import torch
 
 from cpmtp.drafts.mixture import Mixture
 from cpmtp.joint_distribution.given import takes_what_is_given
+from cpmtp.language_model import writes_text
 
 
 @takes_what_is_given
@@ -80,4 +81,4 @@ def top_tokens(draft: Any, lm: Any, count: int = 5) -> pd.DataFrame:
 
 
 def _written(lm: Any, token: int) -> str:
-    return lm.decode(torch.tensor([token])) if hasattr(lm, "decode") else str(token)
+    return lm.decode(torch.tensor([token])) if writes_text(lm) else str(token)

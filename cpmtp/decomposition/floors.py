@@ -14,14 +14,15 @@ from torch import Tensor
 
 from cpmtp.joint_distribution import JointDistribution
 from cpmtp.joint_distribution.given import takes_what_is_given
+from cpmtp.joint_distribution.shown import Shown
 
 # An unfolding whose shorter side is longer than this is left out: its singular values would take
 # minutes, and the floor holds without it.
 _LONGEST_SIDE = 2048
 
 
-@dataclass(frozen=True)
-class RankFloors:
+@dataclass(frozen=True, repr=False)
+class RankFloors(Shown):
     """Lower bounds for every CP distribution of each rank, (*batch, ranks).
 
     Attributes

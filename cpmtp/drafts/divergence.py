@@ -12,14 +12,15 @@ from torch import Tensor
 from cpmtp.drafts.protocol import as_draft, is_anchored
 from cpmtp.joint_distribution import JointDistribution
 from cpmtp.joint_distribution.given import takes_what_is_given
+from cpmtp.joint_distribution.shown import Shown
 
 # Entries of the joint compared at once: the working set is a few blocks of this size, however large
 # the joint.
 _BLOCK = 1 << 18
 
 
-@dataclass(frozen=True)
-class Divergences:
+@dataclass(frozen=True, repr=False)
+class Divergences(Shown):
     """Divergences of a draft law Q from the target law P.
 
     Attributes

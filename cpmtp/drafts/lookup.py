@@ -85,6 +85,10 @@ class LookupDraft:
     max_ngram: int = 3
     min_ngram: int = 1
 
+    def __repr__(self) -> str:
+        sizes = f"horizon={self.horizon}, vocab_size={self.vocab_size}"
+        return f"LookupDraft(text of {len(self.text)} tokens, {sizes})"
+
     def __post_init__(self):
         if self.horizon < 1 or not 1 <= self.min_ngram <= self.max_ngram:
             raise ValueError(

@@ -229,7 +229,7 @@ def as_draft(
         return JointDraft(exact_joint(proposed, needed_context(context), horizon or 1))
     raise ValueError(
         f"a {type(proposed).__name__} as draft: expected a distribution over the tokens to come, a "
-        "fit, a joint or a language model"
+        "fit, a joint, a language model, or what head_draft(lm, head, context) says of a head"
     )
 
 
@@ -286,6 +286,8 @@ def draft_horizon(proposed: Any) -> int | None:
     proposed = getattr(proposed, "distribution", proposed)
     if isinstance(proposed, LanguageModel):
         return None
+    if not isinstance(proposed, JointDistribution | Draft):
+        as_draft(proposed)  # which says what is expected
     return proposed.horizon + (tuple(proposed.batch_shape) == (proposed.vocab_size,))
 
 

@@ -42,6 +42,10 @@ class Support(Stored):
     ids: Sequence[Int[Tensor, "*batch _"]]
     vocab_size: int
 
+    def __repr__(self) -> str:
+        sizes = ", ".join(str(ids.shape[-1]) for ids in self.ids)
+        return f"Support(sizes by position [{sizes}], vocab_size={self.vocab_size})"
+
     def __post_init__(self):
         object.__setattr__(self, "ids", tuple(self.ids))
         if not self.ids:

@@ -29,14 +29,15 @@ from cpmtp.acceptance.verification import VERIFIED, check_rule, survival_along
 from cpmtp.heads.conditionals import path_conditionals
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.joint_distribution.given import takes_what_is_given
+from cpmtp.joint_distribution.shown import Shown
 from cpmtp.resampling import normal_half_width
 from cpmtp.sampling_law import SamplingLaw
 
 _ENTRIES_AT_ONCE = 1 << 24
 
 
-@dataclass(frozen=True)
-class CycleForecast:
+@dataclass(frozen=True, repr=False)
+class CycleForecast(Shown):
     """A forecast of decoding's pooled tokens per call.
 
     Attributes

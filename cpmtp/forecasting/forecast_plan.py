@@ -20,6 +20,7 @@ from cpmtp.forecasting.probes import (
     training_windows,
 )
 from cpmtp.forecasting.step_times import measure_latency
+from cpmtp.joint_distribution.habits import knows_habits
 from cpmtp.latency import MeasuredLatency
 from cpmtp.sampling_law import SamplingLaw
 from cpmtp.training.head_settings import PRECISIONS
@@ -31,6 +32,7 @@ _SHARE_OF_LATENCY, _SHARE_OF_PROBES = 0.15, 0.6
 _DEFAULT_STEPS = 128
 
 
+@knows_habits
 @dataclass(frozen=True)
 class ForecastSettings:
     """What a forecast is asked for.

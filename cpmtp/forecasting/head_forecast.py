@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from cpmtp.forecasting.learning_curves.shape_choice import ShapeChoice
 from cpmtp.forecasting.outlook import HEAD, Outlook, Scores
 from cpmtp.forecasting.probes import MOST_PASSES, ProbePlan, train_probes
 from cpmtp.joint_distribution.given import takes_what_is_given
+from cpmtp.joint_distribution.habits import refuse_unknown
 from cpmtp.latency import MeasuredLatency
 from cpmtp.whole_files import write_parquet, write_text
 
@@ -62,6 +63,15 @@ class HeadForecast:
     settings: ForecastSettings = field(repr=False)
     outlooks: tuple[Outlook, ...] = field(repr=False, default=())
     scores: Scores | None = field(repr=False, default=None)
+
+    def __repr__(self) -> str:
+        if self.status:
+            return f"HeadForecast({self.status.partition(':')[0]})"
+        budgets = [outlook.budget for outlook in self.outlooks]
+        return (
+            f"HeadForecast({len(self._scores().options)} options, {min(budgets):,.0f} to "
+            f"{max(budgets):,.0f} positions, loads {self.settings.loads})"
+        )
 
     def choice(self, load: int | None = None, *, source: str | None = None) -> HeadChoice:
         """The option of most predicted tokens per second at the budget.
@@ -189,6 +199,7 @@ def forecast_heads(
     ValueError
         If a setting or a candidate is out of range, or the folder is of another forecast.
     """
+    refuse_unknown("forecast_heads", changes, [f.name for f in fields(ForecastSettings)])
     settings, begun = replace(settings, **changes), time.perf_counter()
     shapes = ShapeChoice.stored() if curves is None else ShapeChoice.of(curves, losses=False)
     training, held_back = (None, None) if texts is None else split_texts(texts)

@@ -24,6 +24,7 @@ from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.decoding.trials import open_target
 from cpmtp.forecasting.candidates import Candidate, new_head, sizes_of
 from cpmtp.heads.draft_head import DraftHead
+from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.latency import (
     OURS,
     HeadTime,
@@ -43,6 +44,7 @@ _FEWEST_ROUNDS, _MUCH_TOO_LONG = 3, 1.5
 _SHORT_CALL = 16
 
 
+@takes_what_is_given
 def measure_latency(
     lm: Any,
     heads: Sequence[DraftHead | Mapping[str, Any]] = HEADS,

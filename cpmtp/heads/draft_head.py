@@ -18,10 +18,12 @@ from cpmtp.heads.features import Features
 from cpmtp.heads.shape import HeadSizes, checked_vocabulary
 from cpmtp.heads.stored import StoredHead
 from cpmtp.heads.trunk import Norm, RecurrentStep, ResidualBlock, TextLayer
+from cpmtp.joint_distribution.habits import knows_habits
 
 _FIRST_LEFT = 0.3  # standard deviation of left factors at the start
 
 
+@knows_habits
 class DraftHead(nn.Module, StoredHead):
     """A distribution over the next n tokens, read off a base model's last hidden state.
 
@@ -130,6 +132,15 @@ class DraftHead(nn.Module, StoredHead):
         self.register_buffer("unembedding", torch.empty(0), persistent=False)
         self.register_buffer("embedding", torch.empty(0), persistent=False)
         self._projected: tuple[tuple, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        numbers = sum(p.numel() for p in self.parameters())
+        sizes = f"rank={self.rank}, transition_rank={self.transition_rank}"
+        of = f", of {self.base!r}" if self.base else ""
+        return (
+            f"{type(self).__name__}({self.form!r}, horizon={self.horizon}, {sizes}, "
+            f"anchored={self.anchored}, {numbers:,} numbers{of})"
+        )
 
     def _make_memory(self, width: int) -> None:
         """What reads the tokens drafted before a position: factors, or a step."""

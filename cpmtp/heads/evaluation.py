@@ -23,7 +23,7 @@ from cpmtp.joint_distribution import (
     exact_joint,
     grid_rows,
 )
-from cpmtp.joint_distribution.given import takes_what_is_given
+from cpmtp.joint_distribution.given import as_token_ids, takes_what_is_given
 from cpmtp.joint_distribution.progress import progress_bar
 
 
@@ -141,8 +141,8 @@ def reachable_survival(
 @takes_what_is_given
 def waterfall(
     lm: Any,
-    heads: Sequence[DraftHead],
-    contexts: Mapping[str, Int[Tensor, " _"]],
+    heads: DraftHead | Sequence[DraftHead],
+    contexts: Mapping[str, Any] | Sequence[Any],
     *,
     horizon: int = 3,
     rule: str = "token",
@@ -159,8 +159,10 @@ def waterfall(
 
     Parameters
     ----------
+    heads : DraftHead, or several
     contexts : mapping of str to (time,) long tensors
-        Held out from the heads' training; the names go into the table.
+        Held out from the heads' training, or texts; the names go into the table (of a sequence the
+        numbers).
     horizon : int
         Tokens of the dense joint; at most the heads'.
     rule : {"token", "block"}
@@ -170,6 +172,8 @@ def waterfall(
     ValueError
         If a head is of another form than cp: the fits are of that form.
     """
+    heads = [heads] if isinstance(heads, DraftHead) else heads
+    named = contexts if isinstance(contexts, Mapping) else dict(enumerate(contexts))
     for head in heads:
         if head.form != "cp":
             raise ValueError(
@@ -177,8 +181,9 @@ def waterfall(
                 "see what it earns by learned_scores"
             )
     rows: list[dict] = []
-    bar = progress_bar(len(contexts) * len(heads), "head")
-    for name, context in contexts.items():
+    bar = progress_bar(len(named) * len(heads), "head")
+    for name, given in named.items():
+        context = as_token_ids(given, lm)
         joint = exact_joint(lm, context, horizon=horizon)
         ceilings: dict[tuple[int, bool], dict[str, float]] = {}
         for head in heads:
@@ -188,7 +193,7 @@ def waterfall(
             learned = learned_scores(lm, head, context, joint, rule=rule)
             key = {
                 "model": lm.name,
-                "context": name,
+                "context": str(name),
                 "horizon": horizon,
                 "rank": head.rank,
                 "anchored": head.anchored,

@@ -1,12 +1,10 @@
-"""What people give: text or lists for token ids, a transformers model, a tensor for a joint, and
-names of options as other libraries call them.
-"""
+"""What people give: text or lists for token ids, a transformers model, a tensor for a joint."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,45 +13,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from cpmtp.joint_distribution.dense import JointDistribution
+from cpmtp.joint_distribution.habits import known_name, refuse_habits
 from cpmtp.language_model import LanguageModel
+from cpmtp.language_model import sample_sequences as _sampled
 
 Answer = TypeVar("Answer")
-
-# What other libraries call an option; the name that the function called has is meant.
-_HABITS = {
-    "random_state": ("seed",),
-    "random_seed": ("seed",),
-    "manual_seed": ("seed",),
-    "generator": ("seed",),
-    "n_components": ("rank", "ranks"),
-    "num_components": ("rank", "ranks"),
-    "n_iter_max": ("max_iterations",),
-    "max_iter": ("max_iterations",),
-    "n_iter": ("max_iterations",),
-    "tol": ("tolerance",),
-    "n_init": ("restarts",),
-    "n_restarts": ("restarts",),
-    "init": ("restarts",),
-    "model": ("lm", "models"),
-    "prompt": ("token_ids", "context"),
-    "input_ids": ("token_ids", "context"),
-    "inputs": ("token_ids", "context"),
-    "n": ("horizon", "horizons"),
-    "num_tokens": ("max_new_tokens", "horizon"),
-    "max_tokens": ("max_new_tokens",),
-    "max_length": ("max_new_tokens",),
-    "stop": ("stop_strings",),
-    "eos": ("eos_token_id",),
-    "eos_token_ids": ("eos_token_id",),
-    "top_n": ("top_k",),
-    "nucleus": ("top_p",),
-    "out_dir": ("out",),
-    "output_dir": ("out",),
-    "n_jobs": ("workers",),
-    "num_workers": ("workers",),
-    "verbose": ("progress",),
-}
-
 
 _WHOLE = ("rank", "horizon", "seed", "restarts", "max_new_tokens")
 
@@ -78,14 +42,17 @@ def takes_what_is_given(function: Callable[..., Answer]) -> Callable[..., Answer
     ValueError: length has no option 'random_state': it is called seed here
     """
     names = inspect.signature(function).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in names.values())
 
     @functools.wraps(function)
     def reading(*arguments: Any, **options: Any) -> Answer:
-        refuse_habits(function.__name__, options, names)
+        # What may be a field of some settings is for the function to refuse.
+        told = [name for name in options if known_name(name, names)] if open_ended else options
+        refuse_habits(function.__name__, told, names)
         given = dict(zip(names, arguments, strict=False))
         lm = given["lm"] = as_language_model(given.get("lm", options.get("lm")))
         read = {
-            name: value if _is_left_out(name, value, names) else _read(name, value, lm)
+            name: value if _is_as_meant(name, value, names) else _read(name, value, lm)
             for name, value in [*given.items(), *options.items()]
         }
         places = [read[name] for name in list(names)[: len(arguments)]]
@@ -95,17 +62,7 @@ def takes_what_is_given(function: Callable[..., Answer]) -> Callable[..., Answer
     return reading
 
 
-def refuse_habits(what: str, given: Collection[str], names: Collection[str]) -> None:
-    """Refuse options by the names that other libraries have for them.
-
-    Raises
-    ------
-    ValueError
-        Saying what `what` calls it.
-    """
-    for name in given:
-        if name not in names and (here := known_name(name, names)):
-            raise ValueError(f"{what} has no option {name!r}: it is called {here} here")
+sample_sequences = takes_what_is_given(_sampled)
 
 
 def as_language_model(given: Any) -> Any:
@@ -184,6 +141,35 @@ def as_prompts(given: Any, lm: Any = None) -> list[Int[Tensor, " time"]] | Int[T
     return as_token_ids(given, lm, what=what) if given and one else _rows(given, lm)
 
 
+def as_windows(given: Any, lm: Any = None) -> Int[Tensor, "rows length"]:
+    """Rows of equally many token ids from a tensor, an array, lists or what a tokenizer returns.
+
+    Raises
+    ------
+    ValueError
+        If it is none, or an id is outside the model's vocabulary.
+
+    Examples
+    --------
+    >>> as_windows([[3, 1], [2, 0]])
+    tensor([[3, 1],
+            [2, 0]])
+    """
+    if isinstance(given, Mapping) or hasattr(given, "input_ids"):
+        given = given["input_ids"]
+    if not isinstance(given, Tensor):
+        given = _as_tensor(given, "tokens")
+    if given.ndim != 2 or given.is_floating_point() or given.dtype == torch.bool:
+        raise ValueError(
+            f"tokens of shape {tuple(given.shape)} and {given.dtype}: expected rows of equally "
+            "many token ids"
+        )
+    low, high = (int(given.min()), int(given.max())) if given.numel() else (0, 0)
+    if lm is not None and not 0 <= low <= high < lm.vocab_size:
+        raise ValueError(f"tokens must be in [0, {lm.vocab_size}): got {low} to {high}")
+    return given.long()
+
+
 def _rows(given: Any, lm: Any) -> list[Tensor]:
     return [as_token_ids(row, lm, what="token_ids") for row in given]
 
@@ -213,23 +199,33 @@ def _read(name: str, value: Any, lm: Any) -> Any:
         return _whole_number(name, value)
     if name == "token_ids":
         return as_prompts(value, lm)
+    if name == "tokens":
+        return as_windows(value, lm)
+    if name == "draft" and _is_of_transformers(value):
+        return as_language_model(value)
     return as_joint(value) if name == "joint" else value
 
 
-def _is_left_out(name: str, value: Any, names: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether an argument is none where the function has none by default."""
-    return value is None and name in names and names[name].default is None
+def _is_as_meant(name: str, value: Any, names: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether an argument is none where the function has none by default, or a number where this
+    function calls one so.
+    """
+    if name not in names:
+        return False
+    number = name == "context" and names[name].annotation == "int"
+    return number or (value is None and names[name].default is None)
+
+
+def _is_of_transformers(given: Any) -> bool:
+    """Whether it is a model of transformers, alone or paired with its tokenizer."""
+    model = given[0] if isinstance(given, tuple) and given else given
+    return hasattr(model, "get_output_embeddings")
 
 
 def _whole_number(name: str, value: Any) -> int:
     if not isinstance(value, int | np.integer) or isinstance(value, bool | np.bool_):
         raise ValueError(f"{name} {value!r}: expected an integer")
     return int(value)
-
-
-def known_name(name: str, names: Collection[str]) -> str:
-    """What an option of another library's is called among these; empty where nothing is known."""
-    return next((here for here in _HABITS.get(name, ()) if here in names), "")
 
 
 def _as_tensor(given: Any, what: str) -> Tensor:
@@ -239,5 +235,6 @@ def _as_tensor(given: Any, what: str) -> Tensor:
         return torch.as_tensor(np.asarray(given) if len(given) else np.zeros(0, np.int64))
     except (TypeError, ValueError):
         raise ValueError(
-            f"{what} is a {type(given).__name__}: expected token ids, one row of them, or a text"
+            f"{what} is a {type(given).__name__}: expected token ids, "
+            + ("rows of equally many" if what == "tokens" else "one row of them, or a text")
         ) from None

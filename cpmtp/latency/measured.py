@@ -66,6 +66,9 @@ class StepCurve:
     source: str
     times: tuple[StepTime, ...]
 
+    def __repr__(self) -> str:
+        return f"StepCurve({self.source!r}, {len(self.times)} times, batches {self.batches})"
+
     def __post_init__(self):
         if not self.times:
             raise ValueError(f"a step curve of {self.source!r} without times: measure some")
@@ -202,6 +205,11 @@ class MeasuredLatency:
     heads: tuple[HeadTime, ...] = ()
     plain: tuple[PlainTime, ...] = ()
     measured_on: dict[str, str] | None = None
+
+    def __repr__(self) -> str:
+        step, of = 1e3 * self.model.plain_step, f" of {self.where}" if self.where else ""
+        counts = f"{len(self.curves)} step curves, {len(self.heads)} head times"
+        return f"MeasuredLatency(plain step {step:.4g} ms{of}, {counts})"
 
     @property
     def where(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from cpmtp.pretrained.adapter import HuggingFaceLanguageModel
@@ -15,4 +16,5 @@ def wrapped(model: Any, tokenizer: Any = None) -> HuggingFaceLanguageModel:
     The model is put into evaluation, without gradients.
     """
     name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
-    return HuggingFaceLanguageModel(model, tokenizer, name=name)
+    folder = Path(name).name if Path(name).is_dir() else ""
+    return HuggingFaceLanguageModel(model, tokenizer, name=folder or name)

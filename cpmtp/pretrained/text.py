@@ -67,6 +67,7 @@ class TextReader:
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise ValueError(
-                f"{self.name} came without a tokenizer: give token ids instead of text"
+                f"{self.name} came without a tokenizer: give token ids instead of text, or the "
+                "model and its tokenizer as a pair"
             )
         return self.tokenizer

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pandas as pd
 
 from cpmtp.ranking.scores import sampled_rows
-from cpmtp.resampling import Clusters, difference_interval, intervals
+from cpmtp.resampling import Clusters, difference_interval, intervals, seeded
 
 # What a context is, whoever continues it: the same text from the same document.
 _SHARED = ["domain", "document", "context", "context_text", "temperature", "anchored"]
 _SETTING = ["model", "domain", "temperature", "anchored"]
 
 
+@seeded
 def compare_studies(
     first: pd.DataFrame,
     second: pd.DataFrame,

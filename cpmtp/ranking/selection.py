@@ -29,6 +29,7 @@ from cpmtp.resampling import (
     detectable,
     intervals,
     resampling_weights,
+    seeded,
     shortfalls,
     standard_errors,
 )
@@ -73,9 +74,9 @@ class RankChoice:
     criterion: str
     rank: dict[int, int]
     at_grid_edge: dict[int, bool]
-    frequency: dict[int, dict[int, float]]
+    frequency: dict[int, dict[int, float]] = field(repr=False)
     horizon: int | None
-    table: pd.DataFrame
+    table: pd.DataFrame = field(repr=False)
     contexts: int
     documents: int
     detectable_gain: dict[int, float] = field(default_factory=dict)
@@ -132,6 +133,7 @@ class _Rule:
     seed: int
 
 
+@seeded
 def select_rank(
     table: pd.DataFrame,
     criterion: str = "tolerance",
@@ -210,6 +212,7 @@ def select_rank(
     return _choice(criterion, scores, rows, _Rule(tolerance, latency, seed))
 
 
+@seeded
 def compare_criteria(
     table: pd.DataFrame,
     *,
@@ -237,6 +240,7 @@ def compare_criteria(
     return found
 
 
+@seeded
 def paired_gains(
     table: pd.DataFrame, *, column: str = OUTCOME, seed: int = 0, pooled: bool = False
 ) -> pd.DataFrame:
@@ -332,10 +336,8 @@ def _choice(criterion: str, scores: list[Scores], rows: pd.DataFrame, rule: _Rul
         )
         drawn = _choose(part, weights, criterion, rule)
         last = len(part.ranks) - 1
-        rank[part.horizon], edge[part.horizon] = (
-            int(part.ranks[chosen]),
-            chosen == last and last > 0,
-        )
+        rank[part.horizon] = int(part.ranks[chosen])
+        edge[part.horizon] = chosen == last and last > 0
         frequency[part.horizon] = {
             int(r): float((drawn == i).mean()) for i, r in enumerate(part.ranks)
         }

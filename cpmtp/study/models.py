@@ -47,6 +47,20 @@ def opened_language_model(name: str, device: str, dtype: str) -> LanguageModel:
     return lm
 
 
+def several_models(given: Any) -> Sequence[Any]:
+    """Models where one was given, alone or in a pair with its tokenizer, or several."""
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        return [given]
+    if isinstance(given, tuple) and len(given) == 2 and _is_transformers(given[0]):
+        other = isinstance(given[1], str | tuple | LanguageModel) or _is_transformers(given[1])
+        return given if other else [given]
+    return given
+
+
+def _is_transformers(given: Any) -> bool:
+    return hasattr(given, "get_output_embeddings")
+
+
 @contextmanager
 def named_models(models: Sequence[Any]) -> Iterator[tuple[str, ...]]:
     """Names of models that are objects or names already; objects go by theirs until the end.
@@ -76,7 +90,3 @@ def named_models(models: Sequence[Any]) -> Iterator[tuple[str, ...]]:
     finally:
         for name in mine:
             del _given[name]
-
-
-def _numbered(base: str, number: int) -> str:
-    return f"{base} {number + 1}" if number else base

@@ -14,7 +14,7 @@ import torch
 from cpmtp.corpora import Corpus, Document, corpus_hash, read_corpus
 from cpmtp.decomposition.fitting import KL_METHODS
 from cpmtp.joint_distribution import check_context, conditional_log_probs
-from cpmtp.language_model import LanguageModel, sample_sequences
+from cpmtp.language_model import LanguageModel, sample_sequences, writes_text
 from cpmtp.sampling_law import SamplingLaw
 from cpmtp.study.models import open_language_model
 from cpmtp.study.settings import OWN_SAMPLES, TEXTS, StudySettings
@@ -282,8 +282,8 @@ def _cut_contexts(
 
 
 def _unit(lm, name: str, domain: str, document: str, index: int, ids: torch.Tensor) -> StudyUnit:
-    text = lm.decode(ids) if hasattr(lm, "decode") else ""
-    text_bytes = (
-        len(text.encode()) - len(lm.decode(ids[:1]).encode()) if hasattr(lm, "decode") else 0
-    )
+    text, text_bytes = "", 0
+    if writes_text(lm):
+        text = lm.decode(ids)
+        text_bytes = len(text.encode()) - len(lm.decode(ids[:1]).encode())
     return StudyUnit(name, domain, document, index, tuple(ids.tolist()), text, text_bytes)

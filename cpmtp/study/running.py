@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cpmtp.joint_distribution.given import known_name, takes_what_is_given
+from cpmtp.joint_distribution.given import takes_what_is_given
+from cpmtp.joint_distribution.habits import refuse_unknown
 from cpmtp.joint_distribution.progress import progress_bar
 from cpmtp.study.folder import StudyFolder
-from cpmtp.study.models import named_models
+from cpmtp.study.models import named_models, several_models
 from cpmtp.study.older import completed
 from cpmtp.study.plan import StudyUnit, plan_study
 from cpmtp.study.rows import domain_bits_per_byte, one_thread
@@ -83,8 +84,7 @@ def run_study(
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers {workers}: expected at least 1")
-    one = isinstance(models, str) or not isinstance(models, Sequence)
-    several = [models] if one and models is not None else models
+    several = None if models is None else several_models(models)
     objects = [model for model in several or () if not isinstance(model, str)]
     if objects and (executor is not None or (workers or 1) > 1):
         raise ValueError(
@@ -111,11 +111,7 @@ def _settings(settings: StudySettings | None, changes: dict[str, Any]) -> StudyS
         If there is no such field.
     """
     known = [f.name for f in fields(StudySettings)]
-    for name in changes:
-        if name not in known:
-            here = known_name(name, known)
-            said = f"it is called {here} here" if here else f"expected one of {', '.join(known)}"
-            raise ValueError(f"a study has no setting {name!r}: {said}")
+    refuse_unknown("run_study", changes, known)
     return StudySettings(**changes) if settings is None else replace(settings, **changes)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import no_type_check
 
 from cpmtp.decomposition.restarts import METHODS
+from cpmtp.joint_distribution.habits import knows_habits
 from cpmtp.sampling_law import SamplingLaw
 
 OWN_SAMPLES, CORPUS, TEXTS = "own samples", "corpus", "texts"
@@ -17,6 +18,7 @@ _AXES = ("models", "corpus", "horizons", "ranks", "methods", "temperatures", "an
 
 
 # Fields take one value or any sequence and refuse the rest themselves; then they hold tuples.
+@knows_habits
 @no_type_check
 @dataclass(frozen=True)
 class StudySettings:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from cpmtp.corpora import Document, corpus_hash, split_held_out, standard_library_documents
+from cpmtp.joint_distribution.habits import knows_habits
 from cpmtp.pretrained import HuggingFaceLanguageModel
 from cpmtp.training.base_evaluation import accepted_line_share, bits_per_byte, xz_bits_per_byte
 from cpmtp.training.loop import Batch, Run, Schedule, drawn_windows, train
@@ -24,6 +25,7 @@ from cpmtp.training.new_models import new_llama, train_character_tokenizer
 from cpmtp.whole_files import write_text
 
 
+@knows_habits
 @dataclass(frozen=True)
 class BaseTrainingSettings:
     """What defines a base model's training; two equal settings give the same weights on one
@@ -85,6 +87,7 @@ class BaseTrainingResult:
     tokens_seen: int
 
 
+@knows_habits
 def train_base(
     domain: str,
     out: str | Path,

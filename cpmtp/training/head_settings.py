@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from cpmtp.heads.losses import OBJECTIVES
 from cpmtp.heads.shape import HeadSizes
+from cpmtp.joint_distribution.habits import knows_habits
 
 PRECISIONS = ("float32", "bfloat16")
 SHAPE = (
@@ -23,6 +24,7 @@ SHAPE = (
 )
 
 
+@knows_habits
 @dataclass(frozen=True)
 class HeadTrainingSettings:
     """What defines a head and its training; equal settings give equal weights on one machine

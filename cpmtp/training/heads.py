@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.heads.losses import HeadLoss, head_loss
 from cpmtp.heads.target_laws import TargetLaws
-from cpmtp.joint_distribution.given import as_language_model, refuse_habits
+from cpmtp.joint_distribution.given import as_language_model, as_windows
+from cpmtp.joint_distribution.habits import refuse_unknown
 from cpmtp.joint_distribution.progress import progress_bar
 from cpmtp.language_model import sample_sequences
 from cpmtp.training.head_settings import SHAPE, HeadTrainingSettings
@@ -40,7 +41,7 @@ def train_head(
     settings: HeadTrainingSettings = HeadTrainingSettings(),
     *,
     out: str | Path | None = None,
-    tokens: Int[Tensor, "count length"] | None = None,
+    tokens: Any = None,
     start: DraftHead | None = None,
     callback: Callable[[int, HeadLoss], None] | None = None,
     checkpoint_seconds: float = 60.0,
@@ -58,8 +59,9 @@ def train_head(
     out : path, optional
         Folder for the head, `metrics.csv` and, while training, the checkpoint; a killed run started
         again with the same folder goes on from there, to the same weights.
-    tokens : (count, length) long tensor, optional
-        Windows of text; default: drawn from the base model itself, which is what decoding meets.
+    tokens : (count, length) long tensor or sequence of str, optional
+        Windows of text, or texts to cut into them; default: drawn from the base model itself, which
+        is what decoding meets.
     start : DraftHead, optional
         Begin with its weights.
     callback : callable, optional
@@ -76,13 +78,16 @@ def train_head(
     """
     lm = as_language_model(lm)
     names = [field.name for field in fields(HeadTrainingSettings)]
-    refuse_habits("train_head", changes, names)
-    if unknown := sorted(set(changes) - set(names)):
-        raise ValueError(f"train_head has no option {unknown[0]!r}: expected {', '.join(names)}")
+    refuse_unknown("train_head", changes, names)
+    settings = replace(settings, **changes)
+    if tokens is not None:
+        rows = [tokens] if isinstance(tokens, str) else tokens
+        texts = isinstance(rows, Sequence) and all(isinstance(row, str) for row in rows)
+        tokens = windows_of_text(lm, rows, settings.length) if texts else as_windows(rows, lm)
     folders = None if out is None else [Path(out)]
     return train_heads(
         lm,
-        [replace(settings, **changes)],
+        [settings],
         folders,
         tokens=tokens,
         starts=None if start is None else [start],
