@@ -135,12 +135,31 @@ class SamplingLaw:
         if self.temperature == 0:
             one_hot = torch.full_like(log_probs, -math.inf)
             return one_hot.scatter(-1, log_probs.argmax(-1, keepdim=True), 0.0)
-        scores = log_probs / self.temperature
+        return self._removed(log_probs / self.temperature).log_softmax(-1)
+
+    def of_logits(self, logits: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
+        """Logits, of any height, to probabilities of their precision, at least single.
+
+        Examples
+        --------
+        >>> SamplingLaw(temperature=2.0).of_logits(torch.tensor([1.0, 1.0]) + 7)
+        tensor([0.5000, 0.5000])
+        """
+        dtype = exact_dtype(logits)
+        if self.is_identity:
+            return logits.softmax(-1, dtype)
+        if self.temperature == 0:
+            one_hot = torch.zeros_like(logits, dtype=dtype)
+            return one_hot.scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+        return self._removed(logits.to(dtype) / self.temperature).softmax(-1)
+
+    def _removed(self, scores: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch vocab"]:
+        """Scores at the law's temperature, ``-inf`` where a token is removed."""
         if self.top_k is not None:
             scores = _remove_below_top_k(scores, self.top_k)
         if self.top_p is not None and self.top_p < 1:
             scores = _remove_outside_top_p(scores, self.top_p)
-        return scores.log_softmax(-1)
+        return scores
 
     @property
     def most_tokens(self) -> int | None:
@@ -239,6 +258,11 @@ def _tokens_of_largest(
     return kept
 
 
+def exact_dtype(values: Tensor) -> torch.dtype:
+    """What probabilities made of these numbers are computed in: single precision, or wider."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
 def check_finite(values: Tensor) -> None:
     """Refuse sums or largest ones of logits that are no numbers.
 
@@ -305,7 +329,8 @@ def draw(
     >>> draw(torch.tensor([[0.0, 0.5, 0.5]]), torch.tensor([0.0]))
     tensor([1])
     """
-    totals = probs.cumsum(-1)
+    # Summed in double precision: over a large vocabulary single sums would be off by 1e-5.
+    totals = probs.cumsum(-1, dtype=torch.float64)
     total = totals[..., -1:]  # (*batch, 1)
     # Strictly below the total, so that the first entry whose sum exceeds it has mass.
     # (*batch,)

@@ -19,18 +19,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cpmtp.acceptance.verification import VERIFIED, accepted_lengths, check_rule, residual_law
+from cpmtp.acceptance.verification import VERIFIED, check_rule
 from cpmtp.decoding.audit import Audit, finished
 from cpmtp.decoding.endings import Endings
+from cpmtp.decoding.judging import judge
 from cpmtp.decoding.stats import GenerationStats, Recorder
 from cpmtp.decoding.trials import CALLS, PREFIXES, open_target
-from cpmtp.drafts.blocks import Block, CPBlock
+from cpmtp.drafts.blocks import Block, CPBlock, Drafted
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.heads.drafting import drafted_block
 from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.language_model import LanguageModel
-from cpmtp.sampling_law import SamplingLaw, draw
+from cpmtp.sampling_law import SamplingLaw
 
 _RULES = (*VERIFIED, "greedy")
 # A draft for models without hidden states: the text so far, its last token being x_1, to the law of
@@ -216,8 +217,9 @@ class _Run:
             self.recorder.calls = 0
             return
         scores, self.hidden = self.target.begin(self.prompts)
-        p = self._processed(scores)  # (batch, vocab)
-        self.known = draw(p, self._uniform(len(p)))
+        nothing = Drafted.empty(len(scores), scores.device)
+        uniform = self._uniform(len(scores), 1).expand(-1, 2)  # (batch, 2)
+        _, self.known = judge(scores[:, None], nothing, self.plan.law, self.plan.rule, uniform)
         first = {row: [int(self.known[row])] for row in sorted(self.running)}
         self._release(first, scores[:, None])  # (batch, 1, vocab)
 
@@ -227,18 +229,20 @@ class _Run:
             max(self.plan.limit - len(self.new[row]) for row in self.running) - 1, self._room()
         )
         block = self._block(longest)
-        uniform = self._uniform(len(self.known), block.length + 3)
-        path, q = block.sample(self.plan.law, uniform)
+        length = block.length if block else 0
+        uniform = self._uniform(len(self.known), length + 3)
+        path = block.sample(self.plan.law, uniform) if block else self._no_draft()
         drafted = self._now()
-        scores, hidden = self.target.extend(torch.cat([self.known[:, None], path], 1), self.running)
-        p = self._processed(scores)  # (batch, length + 1, vocab)
+        tokens = torch.cat([self.known[:, None], path.tokens], 1)  # (batch, length + 1)
+        scores, hidden = self.target.extend(tokens, self.running)
         judged = self._now()
-        accepted, following = _judge(p, q, path, self.plan.rule, uniform[:, block.length + 1 :])
+        numbers = uniform[:, length + 1 :]  # (batch, 2)
+        accepted, following = judge(scores, path, self.plan.law, self.plan.rule, numbers)
+        counts, drawn, ends = accepted.tolist(), path.tokens.tolist(), following.tolist()
         verified = self._now()
         if hidden is not None:
             self.hidden = hidden[torch.arange(len(hidden), device=hidden.device), accepted]
         self.known = following
-        counts, drawn, ends = accepted.tolist(), path.tolist(), following.tolist()
         # A row that has ended is carried along where it ended.
         self.target.keep(
             torch.tensor(
@@ -257,13 +261,16 @@ class _Run:
             "verification": verified - judged,
         }
         stages["rest"] = time.perf_counter() - verified
-        self.recorder.horizon = max(self.recorder.horizon, block.length + 1)
+        self.recorder.horizon = max(self.recorder.horizon, length + 1)
         self.recorder.cycle(emitted, stages)
 
-    def _block(self, longest: int) -> Block:
+    def _no_draft(self) -> Drafted:
+        return Drafted.empty(len(self.known), self.known.device)
+
+    def _block(self, longest: int) -> Block | None:
         """What is drafted after the known tokens: at most `longest` of them."""
         if self.draft is None or longest < 1:
-            return CPBlock.empty(len(self.known), self.known.device)
+            return None
         if isinstance(self.draft, DraftHead):
             assert self.hidden is not None  # a head without hidden states is refused
             return drafted_block(self.draft, self.hidden, self.known).first(longest)
@@ -280,12 +287,6 @@ class _Run:
         if self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
         return time.perf_counter()
-
-    def _processed(self, scores: Tensor) -> Tensor:
-        probs = scores.double().softmax(-1)
-        if bool(torch.isnan(probs.sum())):
-            raise ValueError("the model returned NaN logits: check its weights and the prompt")
-        return self.plan.law.process(probs)
 
     def _room(self) -> int:
         """Drafted tokens for which the model still has positions, after the known one."""
@@ -313,25 +314,6 @@ class _Run:
                 self.audit.hold(row, torch.cat(text), at_end=False)  # (time,)
             if ended or len(self.new[row]) >= self.plan.limit:
                 self.running.discard(row)
-
-
-def _judge(
-    p: Float[Tensor, "batch positions vocab"],
-    q: Tensor,
-    path: Tensor,
-    rule: str,
-    uniform: Float[Tensor, "batch 2"],
-) -> tuple[Tensor, Tensor]:
-    """How many drafted tokens each row keeps, and the token after them."""
-    if path.shape[1] == 0:
-        return path.new_zeros(len(p)), draw(p[:, 0], uniform[:, 1])
-    lengths, scale = accepted_lengths(p, q, path, rule)
-    accepted = draw(lengths, uniform[:, 0])
-    rows, inside = torch.arange(len(p), device=p.device), accepted.clamp_max(path.shape[1] - 1)
-    correction = residual_law(p[rows, inside], q[rows, inside], scale[rows, inside])
-    whole = accepted == path.shape[1]
-    # (batch,) each
-    return accepted, draw(torch.where(whole[:, None], p[:, -1], correction), uniform[:, 1])
 
 
 def _check(lm, prompts: list[Tensor], rule: str, law: SamplingLaw, max_new_tokens: int) -> None:

@@ -2,7 +2,9 @@
 
 A block of every form draws the same way: the next position's rows, one distribution per component,
 are mixed by the weights so far, put through the law, and drawn from; the drawn token moves the
-weights. What differs is where the rows come from.
+weights. What differs is where the rows come from. Probabilities have the precision of what they are
+made of, at least single: what is drawn from and what is said of it are the same numbers. Sums that
+are drawn from are made in double precision.
 """
 
 from __future__ import annotations
@@ -14,14 +16,55 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from cpmtp.drafts.cp_distribution import CPDistribution
-from cpmtp.drafts.support import Support
-from cpmtp.sampling_law import SamplingLaw, draw
+from cpmtp.sampling_law import SamplingLaw, draw, exact_dtype
 
-# Position and the token before it (None at first) to the components' distributions there, float64
-# (batch, rank, support); asked in turn.
+# Position and the token before it (None at first) to what is there, (batch, support) or (batch,
+# rank, support); asked in turn.
 Rows = Callable[[int, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Drafted:
+    """A path per request, and the distributions that it was drawn from.
+
+    Attributes
+    ----------
+    tokens : (batch, length) long tensor
+    places : (batch, length) long tensor
+        Where the tokens stand among the ids that may be drafted.
+    probs : (batch, length, support) tensor or None
+        Processed next-token distributions along the path; None at temperature 0: all on the path.
+    ids : (support,) long tensor or None
+        The ids that may be drafted; None: all.
+    """
+
+    tokens: Int[Tensor, "batch length"]
+    places: Int[Tensor, "batch length"]
+    probs: Tensor | None
+    ids: Tensor | None = None
+
+    @classmethod
+    def empty(cls, batch: int, device: torch.device) -> Drafted:
+        """Nothing is drafted."""
+        nothing = torch.zeros(batch, 0, dtype=torch.long, device=device)
+        return cls(nothing, nothing, None)
+
+    @property
+    def length(self) -> int:
+        """Drafted tokens per request."""
+        return self.tokens.shape[1]
+
+    def over_all(self, vocab_size: int) -> Float[Tensor, "batch length vocab"]:
+        """The distributions over the whole vocabulary."""
+        if self.probs is None:
+            return functional.one_hot(self.tokens, vocab_size).double()  # (batch, length, vocab)
+        if self.ids is None:
+            return self.probs
+        wide = self.probs.new_zeros(*self.tokens.shape, vocab_size)
+        return wide.index_copy_(-1, self.ids, self.probs)  # (batch, length, vocab)
 
 
 @runtime_checkable
@@ -37,9 +80,7 @@ class Block(Protocol):
         """Only the first tokens."""
         ...
 
-    def sample(
-        self, law: SamplingLaw, uniform: Float[Tensor, "batch numbers"]
-    ) -> tuple[Int[Tensor, "batch length"], Float[Tensor, "batch length vocab"]]:
+    def sample(self, law: SamplingLaw, uniform: Float[Tensor, "batch numbers"]) -> Drafted:
         """A path per request, and the processed next-token distributions along it.
 
         Needs one uniform number per token and one more.
@@ -49,39 +90,30 @@ class Block(Protocol):
 
 @dataclass(frozen=True)
 class CPBlock:
-    """A mixture of products per request, float64.
+    """A mixture of products per request.
 
     Attributes
     ----------
     weights : (batch, rank) tensor
     factors : (batch, length, rank, support) tensor
-    support : Support, optional
-        The ids that may be drafted, the same at all positions; default: all.
+    ids : (support,) long tensor, optional
+        The ids that may be drafted; default: all.
     """
 
     weights: Float[Tensor, "batch rank"]
     factors: Float[Tensor, "batch length rank support"]
-    support: Support | None = None
-
-    @classmethod
-    def of(cls, weights: Tensor, factors: Tensor, support: Support | None = None) -> CPBlock:
-        """In double precision and normalised again there."""
-        weights, factors = weights.double(), factors.double()
-        weights = weights / weights.sum(-1, keepdim=True)
-        return cls(weights, factors / factors.sum(-1, keepdim=True), support)
+    ids: Tensor | None = None
 
     @classmethod
     def of_distributions(cls, drafts: Sequence[CPDistribution]) -> CPBlock:
-        """One request per distribution, which have no batch axes."""
-        weights = torch.stack([draft.weights for draft in drafts])  # (batch, rank)
+        """One request per distribution, which have no batch axes; normalised again in double
+        precision.
+        """
+        weights = torch.stack([draft.weights for draft in drafts]).double()  # (batch, rank)
         rows = [torch.stack([factor.mT for factor in draft.factors]) for draft in drafts]
-        return cls.of(weights, torch.stack(rows))  # (batch, length, rank, vocab)
-
-    @classmethod
-    def empty(cls, batch: int, device: torch.device) -> CPBlock:
-        """Nothing is drafted."""
-        one = torch.ones(batch, 1, dtype=torch.float64, device=device)
-        return cls(one, one.new_ones(batch, 0, 1, 1))
+        factors = torch.stack(rows).double()  # (batch, length, rank, vocab)
+        weights = weights / weights.sum(-1, keepdim=True)
+        return cls(weights, factors / factors.sum(-1, keepdim=True))
 
     @property
     def length(self) -> int:
@@ -92,23 +124,13 @@ class CPBlock:
         """Only the first tokens."""
         return replace(self, factors=self.factors[:, :length])
 
-    def sample(
-        self, law: SamplingLaw, uniform: Float[Tensor, "batch numbers"]
-    ) -> tuple[Int[Tensor, "batch length"], Float[Tensor, "batch length vocab"]]:
+    def sample(self, law: SamplingLaw, uniform: Float[Tensor, "batch numbers"]) -> Drafted:
         """Paths and the mixture's distributions along them; at once where no law acts on it."""
-        if not self.length:
-            nothing = self.factors.new_zeros(len(self.weights), 0, 1)
-            return nothing[..., 0].long(), nothing
         if law.is_identity:
-            return _tokens(self.support, *self._at_once(uniform))
-        return _in_turn(
-            self.weights,
-            self.length,
-            lambda k, token: self.factors[:, k],
-            self.support,
-            law,
-            uniform,
-        )
+            path, probs = self._at_once(uniform)
+            return Drafted(_ids(self.ids, path), path, probs, self.ids)
+        rows = lambda k, token: self.factors[:, k]  # noqa: E731
+        return _mixture_in_turn(self.weights, self.length, rows, self.ids, law, uniform)
 
     def _at_once(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """A component, then all its tokens; verified against the mixture, as if nobody knew it."""
@@ -131,14 +153,13 @@ class MarkovBlock:
     Attributes
     ----------
     weights : (batch, rank) tensor
-        float64.
     logits : (batch, length, rank, support) tensor
         The first position's are complete; a later one's lack what the token before it adds.
     left, right : (vocab, transition_rank) and (transition_rank, support) tensors
     gates : (batch, length - 1, transition_rank) tensor, optional
         Default: ones.
-    support : Support, optional
-        The ids that may be drafted, the same at all positions; default: all.
+    ids : (support,) long tensor, optional
+        The ids that may be drafted; default: all.
     """
 
     weights: Float[Tensor, "batch rank"]
@@ -146,7 +167,7 @@ class MarkovBlock:
     left: Float[Tensor, "vocab transition_rank"]
     right: Float[Tensor, "transition_rank support"]
     gates: Tensor | None = None
-    support: Support | None = None
+    ids: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -167,18 +188,21 @@ class MarkovBlock:
         # logits (batch, length, rank, support)
         return replace(self, logits=torch.cat([first, self.logits[:, 1:]], 1), gates=gates)
 
-    def sample(
-        self, law: SamplingLaw, uniform: Float[Tensor, "batch numbers"]
-    ) -> tuple[Int[Tensor, "batch length"], Float[Tensor, "batch length vocab"]]:
+    def sample(self, law: SamplingLaw, uniform: Float[Tensor, "batch numbers"]) -> Drafted:
         """One token after another; see `Block`."""
-        return _in_turn(self.weights, self.length, self._rows, self.support, law, uniform)
+        if self.logits.shape[2] == 1:
+            chain = lambda k, token: self._rows(k, token)[:, 0]  # noqa: E731
+            return _chain_in_turn(self.length, chain, self.ids, law, uniform)
+        dtype = exact_dtype(self.logits)
+        rows = lambda k, token: self._rows(k, token).softmax(-1, dtype)  # noqa: E731
+        return _mixture_in_turn(self.weights, self.length, rows, self.ids, law, uniform)
 
     def _rows(self, position: int, token: Tensor | None) -> Tensor:
         logits = self.logits[:, position]  # (batch, rank, support)
-        if token is not None:
-            # (batch, rank, support)
-            logits = logits + self._moved(position - 1, token).unsqueeze(1)
-        return logits.double().softmax(-1)
+        if token is None:
+            return logits
+        # (batch, rank, support)
+        return logits + self._moved(position - 1, token).unsqueeze(1)
 
     def _moved(self, transition: int, token: Tensor) -> Tensor:
         left = self.left[token]  # (batch, transition_rank)
@@ -198,66 +222,92 @@ class RecurrentBlock:
         Of (position, states), (batch, support).
     advance : callable
         States and the token drafted after them to the states after it.
-    support : Support, optional
-        The ids that may be drafted, the same at all positions; default: all.
+    ids : (support,) long tensor, optional
+        The ids that may be drafted; default: all.
     """
 
     state: Float[Tensor, "batch width"]
     length: int
     logits: Callable[[int, Tensor], Tensor]
     advance: Callable[[Tensor, Tensor], Tensor]
-    support: Support | None = None
+    ids: Tensor | None = None
 
     def first(self, length: int) -> RecurrentBlock:
         """Only the first tokens."""
         return replace(self, length=min(length, self.length))
 
-    def sample(
-        self, law: SamplingLaw, uniform: Float[Tensor, "batch numbers"]
-    ) -> tuple[Int[Tensor, "batch length"], Float[Tensor, "batch length vocab"]]:
+    def sample(self, law: SamplingLaw, uniform: Float[Tensor, "batch numbers"]) -> Drafted:
         """One token after another; see `Block`."""
         state = self.state
 
         def rows(position: int, token: Tensor | None) -> Tensor:
             nonlocal state
             state = state if token is None else self.advance(state, token)
-            # (batch, 1, support)
-            return self.logits(position, state).double().softmax(-1).unsqueeze(1)
+            return self.logits(position, state)
 
-        weights = torch.ones(len(state), 1, dtype=torch.float64, device=state.device)
-        return _in_turn(weights, self.length, rows, self.support, law, uniform)
+        return _chain_in_turn(self.length, rows, self.ids, law, uniform)
 
 
-def _in_turn(
+def _chain_in_turn(
+    length: int, rows: Rows, ids: Tensor | None, law: SamplingLaw, uniform: Tensor
+) -> Drafted:
+    """One token after another of a single component, whose rows are logits."""
+    places, tokens, along = [], [], []
+    token = None
+    for k in range(length):
+        logits = rows(k, token)  # (batch, support)
+        if law.temperature:
+            probs = law.of_logits(logits)
+            place = draw(probs, uniform[:, k])  # (batch,)
+            along.append(probs)
+        else:
+            place = logits.argmax(-1)  # (batch,)
+        token = _ids(ids, place)
+        places.append(place)
+        tokens.append(token)
+    return _stacked(tokens, places, along, ids)
+
+
+def _mixture_in_turn(
     weights: Float[Tensor, "batch rank"],
     length: int,
     rows: Rows,
-    support: Support | None,
+    ids: Tensor | None,
     law: SamplingLaw,
     uniform: Float[Tensor, "batch numbers"],
-) -> tuple[Tensor, Tensor]:
-    """One token after another: a processed mixture is no mixture of processed components."""
-    path, along = [], []
+) -> Drafted:
+    """One token after another, rows being probabilities: a processed mixture is no mixture of
+    processed components.
+    """
+    places, tokens, along = [], [], []
     token = None
     for k in range(length):
         factors = rows(k, token)  # (batch, rank, support)
-        probs = law.process((weights.unsqueeze(-2) @ factors).squeeze(-2))  # (batch, support)
-        place = draw(probs, uniform[:, k])  # (batch,)
+        mixed = (weights.unsqueeze(-2) @ factors).squeeze(-2)  # (batch, support)
+        if law.temperature:
+            mixed = law.process(mixed)
+            place = draw(mixed, uniform[:, k])  # (batch,)
+            along.append(mixed)
+        else:
+            place = mixed.argmax(-1)  # (batch,)
+        if k + 1 < length:
+            at = place[:, None, None].expand(-1, weights.shape[1], 1)  # (batch, rank, 1)
+            weights = weights * factors.gather(-1, at).squeeze(-1)  # (batch, rank)
+            weights = weights / weights.sum(-1, keepdim=True)
+        token = _ids(ids, place)
+        places.append(place)
+        tokens.append(token)
+    return _stacked(tokens, places, along, ids)
 
-        at = place[:, None, None].expand(-1, weights.shape[1], 1)  # (batch, rank, 1)
-        weights = weights * factors.gather(-1, at).squeeze(-1)  # (batch, rank)
-        weights = weights / weights.sum(-1, keepdim=True)
-        path.append(place)
-        along.append(probs)
-        token = place if support is None else support.tokens(k, place)
-    # (batch, length), (batch, length, support)
-    return _tokens(support, torch.stack(path, 1), torch.stack(along, 1))
+
+def _ids(ids: Tensor | None, places: Tensor) -> Tensor:
+    """What stands at places."""
+    return places if ids is None else ids[places]
 
 
-def _tokens(support: Support | None, places: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and probabilities over all of them, from places in the support."""
-    if support is None:
-        return places, probs
-    ids = [support.tokens(k, place) for k, place in enumerate(places.unbind(1))]
-    spread = [support.scatter(k, row) for k, row in enumerate(probs.unbind(1))]
-    return torch.stack(ids, 1), torch.stack(spread, 1)  # (batch, length), (batch, length, vocab)
+def _stacked(
+    tokens: list[Tensor], places: list[Tensor], along: list[Tensor], ids: Tensor | None
+) -> Drafted:
+    path = torch.stack(tokens, 1)  # (batch, length)
+    at = path if ids is None else torch.stack(places, 1)  # (batch, length)
+    return Drafted(path, at, torch.stack(along, 1) if along else None, ids)

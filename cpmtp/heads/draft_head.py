@@ -173,6 +173,11 @@ class DraftHead(nn.Module, StoredHead):
         """Ids that may be drafted."""
         return len(self.kept)
 
+    @property
+    def drafted_ids(self) -> Tensor | None:
+        """The ids that may be drafted, ascending; None: all."""
+        return None if self.vocabulary is None else self.kept
+
     def support(self, batch_shape: Sequence[int] = ()) -> Support | None:
         """The ids that may be drafted, of every modelled position; None: all."""
         if self.vocabulary is None:
@@ -302,7 +307,10 @@ class DraftHead(nn.Module, StoredHead):
         # (*batch, drafted, rank, d or support)
         moved = self._mapped(states, readout).unflatten(-2, (self.drafted, self.rank))
         if self.support_size > self.hidden_size:
-            return functional.linear(hidden[..., None, None, :] + moved, self.unembedding)
+            vectors = hidden[..., None, None, :] + moved  # (*batch, drafted, rank, d)
+            # As one matrix: of vectors that do not lie in a row torch would copy the unembedding.
+            logits = functional.linear(vectors.flatten(0, -2), self.unembedding)
+            return logits.unflatten(0, vectors.shape[:-1])
         base = functional.linear(hidden, self.unembedding)  # (*batch, support)
         return moved.add_(base[..., None, None, :])
 

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from cpmtp.drafts.blocks import Block, CPBlock, MarkovBlock, RecurrentBlock
 from cpmtp.heads.draft_head import DraftHead
+from cpmtp.sampling_law import exact_dtype
 
 
 def drafted_block(
@@ -36,10 +37,11 @@ def drafted_block(
     z = stream if head.plain else head.norm(stream)
     logits = head.state_logits(hidden, z, head.readout())  # (batch, drafted, rank, support)
     scores, logits = _told(head, first_token, head.log_weights(z), logits)
+    dtype, ids = exact_dtype(logits), head.drafted_ids
+    weights = scores.softmax(-1, dtype)  # (batch, rank)
     if not head.has_transitions:
-        return CPBlock.of(scores.softmax(-1), logits.softmax(-1), head.support())
-    weights, gates = scores.double().softmax(-1), head.gates(z)
-    block = MarkovBlock(weights, logits, head.left, head.right, gates, head.support())
+        return CPBlock(weights, logits.softmax(-1, dtype), ids)
+    block = MarkovBlock(weights, logits, head.left, head.right, head.gates(z), ids)
     return block if head.anchored else block.after(first_token)
 
 
@@ -75,4 +77,4 @@ def _recurrent_block(
         return functional.linear(hidden + moved, head.unembedding)  # (batch, support)
 
     state = advance(stream, first_token) if skipped else stream
-    return RecurrentBlock(state, head.horizon - 1, logits, advance, head.support())
+    return RecurrentBlock(state, head.horizon - 1, logits, advance, head.drafted_ids)

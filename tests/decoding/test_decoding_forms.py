@@ -4,6 +4,8 @@ many tokens as the forecast says.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scipy.stats import kstest
@@ -76,14 +78,14 @@ def test_p_values_over_seeds_are_uniform(lm, form):
 def test_a_block_that_forgets_what_it_drafted_is_rejected(lm, monkeypatch):
     """Drawn from rows that read the drafted token, verified against rows that do not."""
 
-    def forgetful(weights, length, rows, support, law, uniform):
-        path, _ = usual(weights, length, rows, support, law, uniform)
-        _, q = usual(weights, length, lambda k, token: rows(k, None), support, law, uniform)
-        return path, q
+    def forgetful(length, rows, ids, law, uniform):
+        drawn = usual(length, rows, ids, law, uniform)
+        others = usual(length, lambda k, token: rows(k, None), ids, law, uniform)
+        return replace(drawn, probs=others.probs)
 
-    usual = blocks._in_turn
+    usual = blocks._chain_in_turn
     assert p_value(lm, FORMS[0], rows=2000) > 1e-3
-    monkeypatch.setattr(blocks, "_in_turn", forgetful)
+    monkeypatch.setattr(blocks, "_chain_in_turn", forgetful)
     assert p_value(lm, FORMS[0], rows=2000) < 1e-6
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from reference import brute_force_survival
@@ -9,7 +11,7 @@ from samples import random_draft
 from scipy.stats import kstest
 
 from cpmtp.acceptance.verification import VERIFIED
-from cpmtp.decoding import speculative as speculative_decoding
+from cpmtp.decoding import judging
 from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import exact_joint
@@ -61,26 +63,26 @@ def test_p_values_over_seeds_are_uniform(rule):
     assert kstest(values, "uniform").pvalue >= 0.01
 
 
-def _correction_from_the_target(p, q, path, rule, uniform):
-    accepted, _ = speculative_decoding_judge(p, q, path, rule, uniform)
-    return accepted, speculative_decoding.draw(p[torch.arange(len(p)), accepted], uniform[:, 1])
+def _correction_from_the_target(p, drafted, rule, uniform):
+    accepted, _ = judging_verified(p, drafted, rule, uniform)
+    return accepted, judging.draw(p[torch.arange(len(p)), accepted], uniform[:, 1])
 
 
-def _everything_accepted(p, q, path, rule, uniform):
-    return torch.full((len(p),), path.shape[1]), speculative_decoding.draw(p[:, -1], uniform[:, 1])
+def _everything_accepted(p, drafted, rule, uniform):
+    return torch.full((len(p),), drafted.length), judging.draw(p[:, -1], uniform[:, 1])
 
 
-def _another_temperature(p, q, path, rule, uniform):
-    flat = q.sqrt() / q.sqrt().sum(-1, keepdim=True)
-    return speculative_decoding_judge(p, flat, path, rule, uniform)
+def _another_temperature(p, drafted, rule, uniform):
+    flat = drafted.probs.sqrt() / drafted.probs.sqrt().sum(-1, keepdim=True)
+    return judging_verified(p, replace(drafted, probs=flat), rule, uniform)
 
 
-def _greedy_match(p, q, path, rule, uniform):
-    same = (p[:, :-1].argmax(-1) == path).long().cumprod(1).sum(1)
-    return same, speculative_decoding.draw(p[torch.arange(len(p)), same], uniform[:, 1])
+def _greedy_match(p, drafted, rule, uniform):
+    same = (p[:, :-1].argmax(-1) == drafted.tokens).long().cumprod(1).sum(1)
+    return same, judging.draw(p[torch.arange(len(p)), same], uniform[:, 1])
 
 
-speculative_decoding_judge = speculative_decoding._judge
+judging_verified = judging.verified
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ speculative_decoding_judge = speculative_decoding._judge
     [_correction_from_the_target, _everything_accepted, _another_temperature, _greedy_match],
 )
 def test_a_lossy_variant_in_the_loop_is_rejected(variant, monkeypatch):
-    monkeypatch.setattr(speculative_decoding, "_judge", variant)
+    monkeypatch.setattr(judging, "verified", variant)
     assert p_value(0, rows=4000) < 1e-6
 
 

@@ -122,15 +122,17 @@ def test_a_block_says_of_what_it_draws_what_the_head_says_of_it(form, anchored, 
     first = torch.arange(40) % VOCAB
     generator = torch.Generator().manual_seed(2)
     uniform = torch.rand(40, HORIZON, generator=generator, dtype=torch.float64)
-    path, q = drafted_block(head, hidden, first).sample(law, uniform)
+    found = drafted_block(head, hidden, first).sample(law, uniform)
+    path, q = found.tokens, found.over_all(VOCAB)
     expected = law.process(along(head, hidden, torch.cat([first[:, None], path], 1)))
     torch.testing.assert_close(q, expected, atol=ROUNDING, rtol=0)
     assert (q.gather(-1, path.unsqueeze(-1)) > 0).all()
     if vocabulary:
         outside = [v for v in range(VOCAB) if v not in vocabulary]
         assert not q[..., outside].any() and not torch.isin(path, torch.tensor(outside)).any()
-    shorter, fewer = drafted_block(head, hidden, first).first(2).sample(law, uniform)
-    assert shorter.shape[1] == fewer.shape[1] == 2
+    fewer = drafted_block(head, hidden, first).first(2).sample(law, uniform)
+    shorter = fewer.tokens
+    assert shorter.shape[1] == fewer.probs.shape[1] == fewer.length == 2
     if not (law.is_identity and head.form == "cp"):  # which draws all tokens of a component
         assert torch.equal(shorter, path[:, :2])
 
@@ -144,7 +146,7 @@ def test_what_is_drawn_follows_the_heads_law(form):
         count, HORIZON, generator=torch.Generator().manual_seed(3), dtype=torch.float64
     )
     block = drafted_block(head, hidden.expand(count, -1), first.expand(count))
-    path, _ = block.sample(SamplingLaw(), uniform)
+    path = block.sample(SamplingLaw(), uniform).tokens
     every = torch.cartesian_prod(*[torch.arange(VOCAB)] * 3)
     laws = along(
         head, hidden.expand(len(every), -1), torch.cat([first.expand(len(every), 1), every], 1)
