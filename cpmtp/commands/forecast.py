@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +50,10 @@ def forecast(
     temperature: Annotated[float, typer.Option(help="Of the target's distribution.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k most probable tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the tokens of this mass.")] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a finished study, whose ceilings are shown beside."),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder of probes and tables; the same folder again goes on.")
     ] = Path("runs/forecast"),
@@ -74,6 +79,7 @@ def forecast(
     }
     measured = None if latency is None else read_latency(latency)
     texts = [d.text for d in read_documents(list(corpus))] if corpus else None
+    ceilings = None if study is None else study_ceilings(study)
     lm = load_language_model(model, device=device, dtype=dtype)
     found = forecast_heads(
         lm,
@@ -90,7 +96,7 @@ def forecast(
         seed=seed,
         **asked,
     )
-    show_forecast(found)
+    show_forecast(found, ceilings)
     print(f"tables in {out}")
 
 
@@ -111,44 +117,84 @@ def _table(path: Path):
     return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
 
 
-def show_forecast(found) -> None:
+def study_ceilings(folder: Path) -> dict[tuple[int, int], float]:
+    """Tokens per call of the best anchored drafts of form cp in a study, by horizon and rank."""
+    from cpmtp.ranking.parts import OUTCOME, best_fits
+    from cpmtp.study.running import read_study
+
+    table = read_study(folder)[0]
+    anchored = table[table["anchored"]]
+    if anchored.empty:
+        raise ValueError(
+            f"--study {str(folder)!r} has no anchored drafts, which heads are: run `cpmtp study "
+            "--anchored both`"
+        )
+    return best_fits(anchored).groupby(["horizon", "rank"])[OUTCOME].mean().to_dict()
+
+
+def show_forecast(found, ceilings: Mapping[tuple[int, int], float] | None = None) -> None:
     """The answer first, then what it rests on."""
     if found.status:
         print(found.status)
         return
+    for load in found.settings.loads:
+        _show_choice(found.choice(load))
+    _show_options(found, ceilings or {})
+    if len(found.settings.loads) > 1:
+        _show_schedule(found.schedule())
+    if found.table["too_many"].any():
+        print(
+            f"the budget reads the text {found.table['passes'].max():.0f} times: more than four "
+            "passes teach less than new text would; give more text"
+        )
+    groups = found.shapes.groups
+    print(
+        f"curves continued by {found.shapes.level.words}, from {len(groups)} groups of stored "
+        f"curves: {'; '.join(groups)}"
+    )
+
+
+def _show_choice(choice) -> None:
+    print(choice.sentence)
+    if choice.overtaken:
+        print(f"  from {choice.overtaken[1]:,.0f} positions on {choice.overtaken[0]} is ahead")
+    if not choice.budget:
+        return
+    more = "a doubling adds more than 1 % up to the largest budget looked at"
+    if choice.stop < float("inf"):
+        more = f"beyond {choice.stop:,.0f} positions a doubling adds less than 1 %"
+    paid = (
+        f"paid for after {choice.pays_after:,.0f} tokens"
+        if choice.pays_after < float("inf")
+        else "never paid for"
+    )
+    print(f"  {choice.device_hours:.2f} device-hours as probes were trained here, {paid}; {more}")
+
+
+def _show_options(found, ceilings: Mapping[tuple[int, int], float]) -> None:
     settings, table = found.settings, found.table
-    for load in settings.loads:
-        choice = found.choice(load)
-        print(choice.sentence)
-        if choice.overtaken:
-            print(f"  from {choice.overtaken[1]:,.0f} positions on {choice.overtaken[0]} is ahead")
-        if choice.budget:
-            print(
-                f"  {choice.device_hours:.2f} device-hours as probes were trained here, paid for "
-                f"after {choice.pays_after:,.0f} tokens; "
-                + (
-                    f"beyond {choice.stop:,.0f} positions a doubling adds less than 1 %"
-                    if choice.stop < float("inf")
-                    else "a doubling adds more than 1 % up to the largest budget looked at"
-                )
-            )
-    print(f"after {settings.budget:,.0f} positions, {settings.confidence:.0%} intervals:")
     at = min((b for b in table["budget"] if b >= settings.budget), default=table["budget"].max())
-    for row in (
-        table[table["budget"] == at].sort_values("tokens_per_second").iloc[::-1].itertuples()
-    ):
+    probed = found.probes["budget"].max()
+    print(
+        f"after {at:,.0f} positions (probed up to {probed:,}), {settings.confidence:.0%} "
+        f"intervals, load {settings.loads[0]}, each at its fastest horizon:"
+    )
+    rows = table[table["budget"] == at].sort_values("tokens_per_second", ascending=False)
+    rows = rows.drop_duplicates("option")
+    for row in rows.itertuples():
+        ceiling = ceilings.get((row.horizon, row.rank)) if row.form == "cp" else None
         print(
             f"  {row.option:24} n {row.horizon}  {row.tokens_per_call:5.2f} tokens per call "
             f"({row.tokens_per_call_low:.2f} to {row.tokens_per_call_high:.2f})  "
-            f"{row.tokens_per_second:9.1f} tokens/s at load {row.load}"
+            f"{row.tokens_per_second:9.1f} tokens/s, {row.speedup:.2f} times plain"
+            + ("" if ceiling is None else f"; ceiling {ceiling:.2f}")
         )
-    if table["too_many"].any():
+
+
+def _show_schedule(schedule) -> None:
+    print("by load:")
+    for row in schedule.itertuples():
         print(
-            f"the budget reads the text {table['passes'].max():.0f} times: more than four passes "
-            "teach less than new text would; give more text"
+            f"  {row.load:4d}  {row.option} n {row.horizon}: {row.speedup:.2f} times plain "
+            f"decoding; {row.tail:.2f} while requests end from here down to none"
         )
-    shapes = found.shapes
-    print(
-        f"curves continued by {shapes.level.words}, from {len(shapes.groups)} groups of stored "
-        f"curves: {', '.join(shapes.groups)}"
-    )

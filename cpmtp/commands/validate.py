@@ -23,6 +23,12 @@ def validate(
     budget_seconds: Annotated[
         float | None, typer.Option(help="Begin nothing after so many seconds.")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:NUMBER; default: the preset's.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Precision of base models; default: the preset's.")
+    ] = None,
 ) -> None:
     """Prove or refute a forecast by real decoding.
 
@@ -36,7 +42,7 @@ def validate(
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     done = run(
-        PRESETS[preset],
+        PRESETS[preset].on(device, dtype),
         out or Path(f"runs/validate-{preset}"),
         stage=stage,
         budget_seconds=budget_seconds,

@@ -16,6 +16,7 @@ from cpmtp.forecasting.probes import (
     ProbePlan,
     largest_affordable,
     probe_budgets,
+    probe_precision,
     step_seconds,
     training_windows,
 )
@@ -23,7 +24,6 @@ from cpmtp.forecasting.step_times import measure_latency
 from cpmtp.joint_distribution.habits import knows_habits
 from cpmtp.latency import MeasuredLatency
 from cpmtp.sampling_law import SamplingLaw
-from cpmtp.training.head_settings import PRECISIONS
 from cpmtp.whole_files import write_text
 
 LOADS = (1,)
@@ -156,12 +156,11 @@ class Work:
         """Budgets of the probes, windows to train on, positions that there are (0: no end)."""
         settings = self.settings
         sizes = {"rows": settings.rows, "length": settings.length, "seed": settings.seed}
-        precision = str(self.lm.model.dtype).removeprefix("torch.")
         plan = ProbePlan(
             (),
             horizons=self.horizons,
             rule=settings.rule,
-            precision=precision if precision in PRECISIONS else "float32",
+            precision=probe_precision(self.lm.device.type),
             **sizes,
         )
         asked = {"length": settings.length, "seed": settings.seed}

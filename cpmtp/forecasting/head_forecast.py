@@ -53,6 +53,8 @@ class HeadForecast:
         None where nothing was forecast and none was given.
     shapes : ShapeChoice
     settings : ForecastSettings
+    model : dict of str to str
+        The base model's `name`, `fingerprint`, `dtype` and `device`.
     """
 
     table: pd.DataFrame
@@ -61,6 +63,7 @@ class HeadForecast:
     latency: MeasuredLatency | None = field(repr=False)
     shapes: ShapeChoice = field(repr=False)
     settings: ForecastSettings = field(repr=False)
+    model: dict[str, str] = field(repr=False, default_factory=dict)
     outlooks: tuple[Outlook, ...] = field(repr=False, default=())
     scores: Scores | None = field(repr=False, default=None)
 
@@ -135,10 +138,12 @@ class HeadForecast:
         write_parquet(folder / "forecast.parquet", self.table)
         if self.latency is not None:
             self.latency.write(folder / "latency.json")
-        told: dict[str, Any] = {"settings": asdict(self.settings), "status": self.status}
+        told: dict[str, Any] = {"model": self.model, "settings": asdict(self.settings)}
+        told["status"] = self.status
         told["shapes"] = {"level": self.shapes.level.words, "groups": list(self.shapes.groups)}
         if not self.status:
             told["choices"] = [asdict(self.choice(load)) for load in self.settings.loads]
+            told["schedule"] = self.schedule().to_dict("records")
         write_text(folder / "forecast.json", json.dumps(told, indent=1, default=str) + "\n")
         return folder
 
@@ -206,12 +211,13 @@ def forecast_heads(
     asked = with_draft_vocabulary(lm, candidates, training, seed=settings.seed)
     work = Work(lm, candidates_of(lm, asked), settings, begun)
     folder = None if out is None else Path(out)
+    common = (latency, shapes, settings, _told_model(lm))
     plan, windows, available = work.plan(training, folder)
     if len(plan.budgets) < 2:
         empty = pd.DataFrame()
-        found = HeadForecast(empty, work.too_little(plan), empty, latency, shapes, settings)
+        found = HeadForecast(empty, work.too_little(plan), empty, *common)
     else:
-        latency = latency or work.measured_latency()
+        common = (latency or work.measured_latency(), *common[1:])
         held_out = work.held_out(held_back)
         probes = train_probes(lm, work.candidates, plan, windows, held_out, folder=folder)
         lookup = _lookup(held_out, plan)
@@ -220,13 +226,16 @@ def forecast_heads(
             scores.outlook(shapes, budget, settings.confidence, settings.seed)
             for budget in _grid(plan.budgets[-1], settings.budget)
         )
-        found = HeadForecast(
-            pd.DataFrame(), "", probes, latency, shapes, settings, outlooks, scores
-        )
+        found = HeadForecast(pd.DataFrame(), "", probes, *common, outlooks, scores)
         found = replace(found, table=_table(found, lookup, available))
     if folder is not None:
         found.write(folder)
     return found
+
+
+def _told_model(lm: Any) -> dict[str, str]:
+    told = {"name": lm.name, "fingerprint": lm.fingerprint, "device": str(lm.device)}
+    return told | {"dtype": str(lm.model.dtype).removeprefix("torch.")}
 
 
 def _grid(probed: int, budget: float) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cpmtp.pretrained.loading import usable_dtype
 from cpmtp.training.base_models import BaseTrainingSettings
 
 
@@ -99,6 +100,17 @@ class Preset:
     width_layers: int
     law_rows: int
     law_seeds: int
+
+    def on(self, device: str | None, dtype: str | None) -> Preset:
+        """The same elsewhere or in another precision; None: as it is.
+
+        Raises
+        ------
+        ValueError
+            If a forward pass cannot run in this precision.
+        """
+        chosen = self.dtype if dtype is None else str(usable_dtype(dtype)).removeprefix("torch.")
+        return replace(self, device=device or self.device, dtype=chosen)
 
 
 _LARGE = BaseTrainingSettings(

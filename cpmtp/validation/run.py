@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from cpmtp.joint_distribution.progress import progress_bar
+from cpmtp.pretrained.loading import usable_device
 from cpmtp.validation import checks, stages
 from cpmtp.validation.presets import Preset
 from cpmtp.validation.stages import Workplace
@@ -86,17 +87,19 @@ def validate(
     """
     if stage is not None and stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}: choose one of {', '.join(STAGES)}")
-    if preset.device == "cuda" and not torch.cuda.is_available():
+    on_cuda = preset.device.startswith("cuda")
+    if on_cuda and not torch.cuda.is_available():
         raise ValueError(
             f"the preset {preset.name!r} runs on a CUDA device, and there is none: see "
-            "docs/results_gpu.md"
+            "docs/results_gpu.md, or give --device cpu"
         )
+    usable_device(preset.device)
     begun = time.monotonic()
     place = Workplace(preset, Path(folder))
     _claim(place)
     wanted = [task for task in _tasks(place) if stage in (None, task.stage)]
     _require_earlier(place, stage)
-    torch.set_float32_matmul_precision("high" if preset.device == "cuda" else "highest")
+    torch.set_float32_matmul_precision("high" if on_cuda else "highest")
     bar = progress_bar(len(wanted), "part")
     for task in wanted:
         bar.set_postfix_str(f"{task.stage}: {task.table} {task.name}")

@@ -94,7 +94,7 @@ def summary(
     p_values = tables["law"]["p_value"]
     return {
         "device": torch.cuda.get_device_name()
-        if place.preset.device == "cuda"
+        if place.preset.device.startswith("cuda")
         else platform.processor() or "cpu",
         "versions": {
             "python": sys.version.split()[0],

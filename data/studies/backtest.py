@@ -4,6 +4,7 @@ stopped.
 Run from the checkout, one after the other:
 
     python data/studies/backtest.py curves OUT [--group NAME=MODEL[:CORPUS]] [--minutes M]
+    python data/studies/backtest.py latency OUT --group NAME=MODEL[:CORPUS]
     python data/studies/backtest.py adopt OUT --table FILE
     python data/studies/backtest.py commit OUT --group NAME=MODEL[:CORPUS]
     python data/studies/backtest.py judge OUT [--ceilings FILE]
@@ -12,14 +13,16 @@ Run from the checkout, one after the other:
 `curves` trains every candidate side by side in every group (a base model with a kind of text; by
 default both embedded models, each on its own samples and on what Python carries): two seeds of
 probes of one, two and four units, and two seeds of targets of sixteen and thirty-two units on other
-windows and other held-out texts. A unit is 8,192 positions, a step 256. `adopt` takes the table
+windows and other held-out texts. A unit is 8,192 positions, a step 256. First seeds of all groups
+come first. `latency` times what every candidate's cycle takes, alone on the machine. `adopt` takes
+the table
 that `data/studies/curves.py` makes in the place of the groups of own samples: its budgets up to
 128k are probes, the larger ones targets (of the same seeds and documents, which flatters forecasts
 a little). `commit` writes down, from the groups that are trained, what will be said of one that is
 not. `judge` leaves one group out after another, of three at least: families, shapes and the
 interval's scale come from the others. `store` puts the curves where forecasts borrow shapes from.
 
-A training is kept as soon as it is done; twelve hours of one core for the four groups by default.
+A training is kept as soon as it is done; an hour of one core for the four groups by default.
 """
 
 from __future__ import annotations
@@ -28,25 +31,22 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from judged_forecasts import judge
 from scipy import stats
 
 import cpmtp
 from cpmtp.corpora import read_documents, standard_library_documents
-from cpmtp.forecasting.candidates import candidates_of, with_draft_vocabulary
+from cpmtp.forecasting.candidates import Candidate, candidates_of, with_draft_vocabulary
 from cpmtp.forecasting.held_out import held_out_texts, split_texts
-from cpmtp.forecasting.learning_curves.families import damped_trend
 from cpmtp.forecasting.learning_curves.shape_choice import ShapeChoice
-from cpmtp.forecasting.learning_curves.shapes import reference_rows
-from cpmtp.forecasting.learning_curves.tasks import Tasks, checked_curves, tasks_of
-from cpmtp.forecasting.probes import ProbePlan, train_probes, training_windows
-from cpmtp.latency import MeasuredLatency, read_latency
+from cpmtp.forecasting.probes import ProbePlan, probe_precision, train_probes, training_windows
 from cpmtp.sampling_law import SamplingLaw
 from cpmtp.whole_files import write_parquet, write_text
 
@@ -61,11 +61,13 @@ CANDIDATES = [
 ]
 PROBES, TARGETS = (1, 2, 4), (16, 32)
 SEEDS = {"probe": (0, 1), "target": (100, 101)}
+LIBRARY = {"python-code": "code", "python-prose": "prose"}
 TEXTS, START, DRAWN = 64, 32, 48
-CONFIDENCE = 0.9
 LARGEST_PROBE = 128  # of the grid, in thousands of positions
+STAGES = ("curves", "latency", "adopt", "commit", "judge", "store")
+TRUNK = ("width", "blocks")
 COLUMNS = ["group", "role", "seed", "budget", "form", "horizon", "rank", "transition_rank"]
-COLUMNS += ["width", "blocks", "tokens_per_call", "s_doc", "seconds_per_position"]
+COLUMNS += [*TRUNK, "tokens_per_call", "s_doc", "seconds_per_position"]
 
 
 @dataclass(frozen=True)
@@ -87,76 +89,97 @@ class Group:
         """Its documents; None: the model's own samples."""
         if self.corpus is None:
             return None
-        if self.corpus == "python":
-            return [d.text for d in standard_library_documents(self.model)]
+        if self.corpus in LIBRARY:
+            return [d.text for d in standard_library_documents(LIBRARY[self.corpus])]
         return [d.text for d in read_documents([self.corpus])]
 
 
 GROUPS = [
     Group("code, own samples", "code"),
-    Group("code, corpus", "code", "python"),
+    Group("code, corpus", "code", "python-code"),
     Group("prose, own samples", "prose"),
-    Group("prose, corpus", "prose", "python"),
+    Group("prose, corpus", "prose", "python-prose"),
 ]
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is: smaller for a trial of the script itself."""
+    """How large everything is: smaller for a trial of the script itself, or where time is short."""
 
     unit: int
     rows: int
     length: int
     candidates: int
+    targets: tuple[int, ...] = TARGETS
+    seeds: int = 2
+    dtype: str = "float32"
 
     def plan(self, role: str, seed: int) -> ProbePlan:
         """Budgets of probes or targets."""
-        units = PROBES if role == "probe" else TARGETS
-        budgets = tuple(k * self.unit for k in units)
-        return ProbePlan(budgets, self.rows, self.length, (HORIZON,), seed=seed)
+        budgets = tuple(k * self.unit for k in (PROBES if role == "probe" else self.targets))
+        sizes = (self.rows, self.length, (HORIZON,))
+        return ProbePlan(budgets, *sizes, precision=probe_precision("cpu"), seed=seed)
+
+    def model(self, name: str):
+        """The base model of this name, in the precision asked for."""
+        return cpmtp.load_language_model(name, dtype=self.dtype)
+
+    def heads(self, lm, texts: list[str] | None) -> list[Candidate]:
+        """Every candidate as this model has it."""
+        asked = with_draft_vocabulary(lm, CANDIDATES[: self.candidates], texts, seed=0)
+        return candidates_of(lm, [keywords | {"horizon": HORIZON} for keywords in asked])
 
 
 def curves(out: Path, groups: list[Group], size: Size, deadline: float) -> None:
     """Train what is missing, a group after another, and write the table of all."""
-    for group in groups:
-        lm, texts = cpmtp.load_language_model(group.model), group.texts()
-        training, held_back = (None, None) if texts is None else split_texts(texts)
-        asked = with_draft_vocabulary(lm, CANDIDATES[: size.candidates], training, seed=0)
-        made = candidates_of(lm, [keywords | {"horizon": HORIZON} for keywords in asked])
-        folder = out / "groups" / group.name
-        time_heads(lm, [c.keywords for c in made], folder / "latency.json")
-        for role, seeds in SEEDS.items():
-            sides = None if held_back is None else held_back[role == "target" :: 2]
-            judged_by = held_out_texts(
-                lm,
-                sides,
-                count=TEXTS,
-                start=START,
-                drawn=DRAWN,
-                law=SamplingLaw(),
-                seed=7 if role == "probe" else 1007,
-            )
-            for seed in seeds:
-                plan = size.plan(role, seed)
-                largest = 4 * plan.budgets[-1]  # windows enough for one pass over own samples
-                windows, _ = training_windows(
-                    lm, training, length=size.length, positions=largest, seed=seed
-                )
-                place = folder / f"{role}-{seed}"
-                table = train_probes(lm, made, plan, windows, judged_by, folder=place)
-                rows = curve_rows(table, [c.sizes for c in made], group.name, role, seed)
-                write_parquet(place / "curve.parquet", rows)
-                print(time.strftime("%H:%M:%S"), group.name, role, seed, flush=True)
+    for which in range(size.seeds):
+        for group in groups:
+            for role, seeds in SEEDS.items():
+                train(out / "groups" / group.name, group, size, role, seeds[which])
+                write_parquet(out / "curves.parquet", read_curves(out))
+                print(time.strftime("%H:%M:%S"), group.name, role, seeds[which], flush=True)
                 if time.monotonic() > deadline:
                     print("the minutes are over; the same command goes on", file=sys.stderr)
-                    write_parquet(out / "curves.parquet", read_curves(out))
                     return
-    write_parquet(out / "curves.parquet", read_curves(out))
 
 
-def time_heads(lm, heads: list[dict], file: Path) -> None:
-    if not file.exists():
-        cpmtp.measure_latency(lm, heads, (1, 2, 4, 8), context=80, seconds=60).write(file)
+def train(folder: Path, group: Group, size: Size, role: str, seed: int) -> None:
+    """All candidates of a group at all budgets of a role, from one seed."""
+    place, plan = folder / f"{role}-{seed}", size.plan(role, seed)
+    if all((place / f"probe-{budget}.parquet").exists() for budget in plan.budgets):
+        return
+    lm, texts = size.model(group.model), group.texts()
+    training, held_back = (None, None) if texts is None else split_texts(texts)
+    made = size.heads(lm, training)
+    held_out = held_out_texts(
+        lm,
+        None if held_back is None else held_back[role == "target" :: 2],
+        count=TEXTS,
+        start=START,
+        drawn=DRAWN,
+        law=SamplingLaw(),
+        seed=7 if role == "probe" else 1007,
+    )
+    # Windows of own samples enough for one pass of the largest budget there may be.
+    most = 4 * size.unit * max(PROBES if role == "probe" else TARGETS)
+    windows, _ = training_windows(lm, training, length=size.length, positions=most, seed=seed)
+    table = train_probes(lm, made, plan, windows, held_out, folder=place)
+    rows = curve_rows(table, [c.sizes for c in made], group.name, role, seed)
+    write_parquet(place / "curve.parquet", rows)
+
+
+def time_heads(out: Path, groups: list[Group], size: Size, seconds: float) -> None:
+    """What a cycle of every candidate takes; groups of one model share it."""
+    table = read_curves(out)
+    for model in dict.fromkeys(group.model for group in groups):
+        names = [group.name for group in groups if group.model == model]
+        shapes = table[table["group"].isin(names)][["form", "rank", "transition_rank", *TRUNK]]
+        sizes = shapes.drop_duplicates().to_dict("records")
+        heads = [keywords | {"horizon": HORIZON} for keywords in sizes]
+        lm, calls = size.model(model), (1, 2, 4, 8)
+        found = cpmtp.measure_latency(lm, heads, calls, context=START + DRAWN, seconds=seconds)
+        for name in names:
+            found.write(out / "groups" / name / "latency.json")
 
 
 def curve_rows(
@@ -197,10 +220,6 @@ def adopt(out: Path, file: Path) -> None:
             raise SystemExit(f"{group} has curves of its own: one group must not be two")
     for (group, role, seed), rows in table.groupby(["group", "role", "seed"]):
         write_parquet(out / "groups" / group / f"{role}-{seed}" / "curve.parquet", rows[COLUMNS])
-        lm = cpmtp.load_language_model(rows["model"].iloc[0])
-        shapes = rows[["form", "rank", "transition_rank", "width", "blocks"]].drop_duplicates()
-        heads = [keywords | {"horizon": HORIZON} for keywords in shapes.to_dict("records")]
-        time_heads(lm, heads, out / "groups" / group / "latency.json")
 
 
 def commit(out: Path, groups: list[Group]) -> None:
@@ -217,147 +236,15 @@ def commit(out: Path, groups: list[Group]) -> None:
         print(json.dumps(told))
 
 
-def judge(out: Path, ceilings: dict[str, str]) -> None:
-    """Every group forecast from the others, and every group from the others' other forms."""
-    table = read_curves(out)
-    groups = sorted(table["group"].unique())
-    if len(groups) < 3:
-        raise SystemExit(f"{len(groups)} groups: at least three are needed to leave one out")
-    parts = [forecast_rows(table, group, None) for group in groups]
-    parts += [forecast_rows(table, group, form) for group in groups for form in forms(table)]
-    rows = pd.concat(parts, ignore_index=True)
-    write_parquet(out / "backtest.parquet", rows)
-    for left_out, part in rows.groupby("left_out", sort=False):
-        report(left_out, part)
-    losses = pd.DataFrame(list(choice_losses(out, table, groups, ceilings)))
-    write_parquet(out / "choices.parquet", losses)
-    report_choices(losses)
-
-
-def forms(table: pd.DataFrame) -> list[str]:
-    return sorted(set(table["form"]) - {"cp"})  # the reference's form stays
-
-
-def forecast_rows(table: pd.DataFrame, group: str, form: str | None) -> pd.DataFrame:
-    """Forecast and truth of a group's curves (of a form's) from the other groups (other forms)."""
-    others, mine = table[table["group"] != group], table[table["group"] == group]
-    if form is not None:
-        others, mine = others[others["form"] != form], mine[mine["form"].isin([form, "cp"])]
-    shapes, rows = ShapeChoice.of(others, losses=False), []
-    for tasks in tasks_of(checked_curves(mine)):
-        logs, reference = shapes.forecast(tasks), reference_rows(tasks, shapes.reference)
-        gains, weights = logs - tasks.logs[:, -1], shapes.seed_weights(tasks)
-        half = shapes.half_widths(gains, tasks.noise, weights, confidence=CONFIDENCE)
-        between = (np.abs(gains) + np.abs(gains[reference])) / 2
-        apart = shapes.half_widths(between, 0 * gains, weights, differences=True)
-        truths = tasks.truths
-        found = {
-            "group": group,
-            "candidate": tasks.candidates,
-            "seed": tasks.seeds,
-            "times": tasks.at / tasks.budgets[-1],
-            "forecast": np.exp(logs),
-            "truth": np.exp(truths),
-            "inside": np.abs(logs - truths) <= half,
-            "difference": np.exp(logs) - np.exp(logs[reference]),
-            "true_difference": np.exp(truths) - np.exp(truths[reference]),
-            "difference_inside": np.abs(logs - logs[reference] - truths + truths[reference])
-            <= apart,
-            "reference": reference == np.arange(len(tasks)),
-            "shape": shapes.level.words,
-        }
-        rows.append(pd.DataFrame(found))
-    kept = pd.concat(rows).assign(left_out="group" if form is None else "group and form")
-    return kept if form is None else kept[~kept["reference"]]
-
-
-def report(left_out: str, rows: pd.DataFrame) -> None:
-    errors = rows["forecast"] / rows["truth"] - 1
-    apart = rows[~rows["reference"]]
-    off = (apart["difference"] - apart["true_difference"]).abs()
-    print(f"left out: {left_out}; {len(rows)} forecasts, shapes {sorted(set(rows['shape']))}")
-    for times, part in errors.abs().groupby(rows["times"]):
-        print(f"  {times:g} x: error median {part.median():.1%}, 90 % {part.quantile(0.9):.1%}")
-    print(f"  difference to the reference: median {off.median():.3f}, 90 % {off.quantile(0.9):.3f}")
-    by_group = rows.groupby("group")["inside"].mean()
-    print(
-        f"  a {CONFIDENCE:.0%} interval covers {rows['inside'].mean():.1%}, the least of a group "
-        f"{by_group.min():.1%} ({by_group.idxmin()}); of differences "
-        f"{apart['difference_inside'].mean():.1%}"
-    )
-
-
-def choice_losses(
-    out: Path, table: pd.DataFrame, groups: list[str], ceilings: dict[str, str]
-) -> Iterator[dict]:
-    """Share of tokens per second that each rule's choice is behind the best in hindsight."""
-    for group in groups:
-        others, mine = table[table["group"] != group], table[table["group"] == group]
-        shapes = ShapeChoice.of(others, losses=False)
-        latency = read_latency(out / "groups" / group / "latency.json")
-        named = checked_curves(mine).drop_duplicates("candidate").set_index("candidate")
-        for whole in tasks_of(checked_curves(mine)):
-            for seed in sorted(set(whole.seeds)):
-                tasks = whole.of(whole.seeds == seed)
-                speed = -np.log([cycle(latency, named.loc[c]) for c in tasks.candidates])
-                truth = tasks.truths + speed
-                for rule, scores in rules(shapes, tasks, ceilings.get(group)).items():
-                    best = (scores + speed) == (scores + speed).max()
-                    best |= rule == "random"  # the mean over all of them
-                    loss = 1 - np.exp(truth[best].mean() - truth.max())
-                    spread = 1 - np.exp(truth.min() - truth.max())
-                    key = {"group": group, "seed": seed, "times": tasks.at / tasks.budgets[-1]}
-                    yield key | {"rule": rule, "loss": loss, "spread": spread}
-
-
-def cycle(latency: MeasuredLatency, row: pd.Series) -> float:
-    names = ("form", "horizon", "rank", "transition_rank", "width", "blocks")
-    return latency.cycle_seconds({name: row[name] for name in names})
-
-
-def rules(shapes: ShapeChoice, tasks: Tasks, ceiling: str | None) -> dict[str, np.ndarray]:
-    """What each rule expects of every candidate; the highest, times its speed, is chosen."""
-    told = {
-        "forecast": shapes.forecast(tasks),
-        "best probe": tasks.logs[:, -1],
-        "last two points straight": damped_trend(tasks.budgets, tasks.logs, tasks.at, 1.0),
-        "random": np.zeros(len(tasks)),
-    }
-    always = {"always recurrent": "recurrent", "always markov 64": "markov 64"}
-    always |= {"ceilings": ceiling} if ceiling else {}
-    for rule, name in always.items():
-        chosen = np.array([c.startswith(str(name)) for c in tasks.candidates])
-        told[rule] = np.where(chosen, 100.0, 0.0)
-    return told
-
-
-def report_choices(losses: pd.DataFrame) -> None:
-    """Losses where candidates differ by more than 3 %, paired with the forecast's by group."""
-    told = losses[losses["spread"] > 0.03]
-    by_group = told.groupby(["group", "rule"])["loss"].mean().unstack()
-    print(
-        f"choices where candidates differ by more than 3 %: {len(told) // told['rule'].nunique()}"
-    )
-    for rule in by_group:
-        behind = (by_group[rule] - by_group["forecast"]).dropna()
-        half = np.nan
-        if len(behind) > 1 and rule != "forecast":
-            half = stats.t.ppf(0.975, len(behind) - 1) * behind.std() / len(behind) ** 0.5
-        verdict = "" if rule == "forecast" else f"; more than the forecast's by {behind.mean():.2%}"
-        verdict += "" if np.isnan(half) else f" +- {half:.2%}"
-        verdict += " (a tie)" if half >= abs(behind.mean()) else ""
-        print(f"  {rule:26} loses {by_group[rule].mean():.2%}{verdict}")
-
-
 def store(out: Path) -> None:
-    kept = COLUMNS[:-1]
+    kept = [name for name in COLUMNS if name != "seconds_per_position"]
     file = Path(__file__).parents[1] / "curves" / "stored.csv"
     write_text(file, read_curves(out)[kept].round(6).to_csv(index=False))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=("curves", "adopt", "commit", "judge", "store"))
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("out", type=Path)
     parser.add_argument("--group", action="append", help="NAME=MODEL or NAME=MODEL:CORPUS")
     parser.add_argument("--minutes", type=float, default=float("inf"))
@@ -367,18 +254,25 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--candidates", type=int, default=len(CANDIDATES))
+    parser.add_argument("--targets", default="16,32", help="in units")
+    parser.add_argument("--seeds", type=int, default=2, help="of probes and of targets")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--seconds", type=float, default=60, help="of latency, for a model")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     groups = [Group.of(text) for text in given.group] if given.group else GROUPS
-    size = Size(given.unit, given.rows, given.length, given.candidates)
+    targets = tuple(map(int, given.targets.split(",")))
+    sizes = (given.unit, given.rows, given.length, given.candidates)
+    size = Size(*sizes, targets, given.seeds, given.dtype)
     deadline = time.monotonic() + 60 * given.minutes
     ceilings = json.loads(given.ceilings.read_text("utf-8")) if given.ceilings else {}
     stages: dict[str, Callable[[], None]] = {
         "curves": lambda: curves(given.out, groups, size, deadline),
+        "latency": lambda: time_heads(given.out, groups, size, given.seconds),
         "adopt": lambda: adopt(given.out, given.table),
         "commit": lambda: commit(given.out, groups),
-        "judge": lambda: judge(given.out, ceilings),
+        "judge": lambda: judge(given.out, read_curves(given.out), ceilings),
         "store": lambda: store(given.out),
     }
     stages[given.stage]()

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
+
+import pandas as pd
 import pytest
 from command_line import run
 from samples import random_llama_folder
 
 from cpmtp.commands.latency import head_grid
-from cpmtp.latency import OURS, read_latency
+from cpmtp.latency import OURS, LatencyModel, MeasuredLatency, read_latency
+from cpmtp.ranking.parts import OUTCOME
 from cpmtp.report.document import read_extras
+from cpmtp.whole_files import write_parquet
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return random_llama_folder(tmp_path_factory.mktemp("base") / "mine", window=64)
+
+
+@pytest.fixture(scope="module")
+def larger(tmp_path_factory):
+    return random_llama_folder(tmp_path_factory.mktemp("larger") / "mine", window=128)
 
 
 QUICK = ("--tokens", "1,2", "--ranks", 2, "--horizons", 2, "--context", 8, "--seconds", 0.1)
@@ -42,6 +52,41 @@ def test_a_forecast_without_time_says_that_it_is_not_enough(monkeypatch, capsys,
     )  # fmt: skip
     assert (status, err) == (0, "")
     assert out.startswith("not enough for a forecast")
+
+
+def test_the_answer_says_what_it_rests_on_with_ceilings_and_loads_beside(
+    monkeypatch, capsys, larger, tmp_path
+):
+    latency = tmp_path / "latency.json"
+    MeasuredLatency(LatencyModel(0.010, 0.0105, 0.0001)).write(latency)
+    row = {"model": "m", "domain": "d", "document": "a", "context": 0, "horizon": 2, "rank": 1}
+    row |= {"status": "ok", "method": "em", "temperature": 1.0, "tokens_per_call_block_target": 1.7}
+    rows = [row | {"anchored": True}, row | {"anchored": False, OUTCOME: 1.5}]
+    write_parquet(tmp_path / "study" / "table.parquet", pd.DataFrame(rows))
+    (tmp_path / "study" / "manifest.json").write_text("{}")
+    status, out, err = run(
+        monkeypatch, capsys, "forecast", "--model", larger, "--forms", "cp", "--ranks", 1,
+        "--horizons", 2, "--probe-budget", 16384, "--budget", "20k", "--loads", "1,4",
+        "--latency", latency, "--study", tmp_path / "study", "--out", tmp_path / "f",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith("At load 1 ") and "after 20,000 positions" in out
+    of_cp = next(line for line in lines if line.startswith("  cp 1 "))
+    assert of_cp.endswith("; ceiling 1.70")
+    assert sum(line.startswith("  lookup ") for line in lines) == 1
+    assert "by load:" in lines and sum("while requests end from here" in x for x in lines) == 2
+    told = json.loads((tmp_path / "f" / "forecast.json").read_text())
+    assert told["model"]["name"] == larger.name
+
+
+def test_a_study_without_anchored_drafts_has_no_ceilings_of_heads(monkeypatch, capsys, tmp_path):
+    row = {"model": "m", "domain": "d", "document": "a", "context": 0, "horizon": 2, "rank": 1}
+    row |= {"status": "ok", "method": "em", "anchored": False, OUTCOME: 1.5}
+    write_parquet(tmp_path / "table.parquet", pd.DataFrame([row]))
+    (tmp_path / "manifest.json").write_text("{}")
+    status, out, err = run(monkeypatch, capsys, "forecast", "--study", tmp_path)
+    assert status == 2 and out == "" and "no anchored drafts" in err and err.count("\n") == 1
 
 
 def test_every_form_is_there_in_every_size_it_has():

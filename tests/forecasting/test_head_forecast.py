@@ -12,6 +12,7 @@ from curve_tables import damped_curves
 from reference import verify
 
 from cpmtp.forecasting import probes
+from cpmtp.forecasting.candidates import LEARNING_RATE
 from cpmtp.forecasting.cycles import forecast_cycles
 from cpmtp.forecasting.forecast_plan import ForecastSettings
 from cpmtp.forecasting.head_forecast import forecast_heads
@@ -98,6 +99,7 @@ def test_what_a_probe_scored_is_what_a_head_trained_so_is_forecast_to_earn(lm, f
     held_out = held_out_texts(lm, None, count=12, start=6, drawn=16, law=SamplingLaw(), seed=1)
     windows, _ = probes.training_windows(lm, None, length=16, positions=64 * STEP, seed=0)
     shape = {"rows": 2, "length": 16, "seed": 0, "positions": 32 * STEP}
+    shape |= {"learning_rate": LEARNING_RATE, "precision": probes.probe_precision("cpu")}
     head = train_head(lm, **CANDIDATES[0], **shape, tokens=windows)
     direct = forecast_cycles(lm, head, held_out.tokens, start=6)
     curve = found.curve("cp 1")
@@ -114,6 +116,8 @@ def test_the_same_folder_trains_nothing_again(lm, curves, found, folder, monkeyp
     )
     told = json.loads((folder / "forecast.json").read_text())
     assert told["choices"][0]["name"] == found.choice().name
+    assert told["model"]["name"] == lm.name and told["model"]["fingerprint"] == lm.fingerprint
+    assert told["schedule"][0]["option"] == told["choices"][0]["name"]
     with pytest.raises(ValueError, match="another model, text or plan"):
         forecast_heads(
             lm,

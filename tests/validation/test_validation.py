@@ -110,6 +110,17 @@ def test_a_spent_budget_begins_nothing(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_preset_runs_elsewhere_and_in_another_precision_where_it_is_told_to(tmp_path):
+    elsewhere = PRESETS["gpu"].on("cpu", "bfloat16")
+    assert (elsewhere.device, elsewhere.dtype) == ("cpu", "bfloat16")
+    assert replace(elsewhere, device="cuda") == PRESETS["gpu"]
+    assert PRESETS["tiny"].on(None, None) == PRESETS["tiny"]
+    with pytest.raises(ValueError, match="unknown dtype 'int8'"):
+        PRESETS["tiny"].on("cpu", "int8")
+    with pytest.raises(ValueError, match="unknown device 'tpus'"):
+        validate(PRESETS["tiny"].on("tpus", None), tmp_path)
+
+
 def test_the_gpu_preset_without_a_gpu_says_so(tmp_path):
     with pytest.raises(ValueError, match="CUDA"):
         validate(PRESETS["gpu"], tmp_path)

@@ -202,8 +202,11 @@ def _cautions(found: HeadsForecast, models: Sequence[str]) -> Iterator[str]:
     groups = found.told["shapes"]["groups"]
     if len(groups) < 4:
         yield f"Curves are continued by those of {len(groups)} groups only: ranges are wide."
-    if len(models) > 1:
+    of = found.told.get("model", {}).get("name")
+    if of is None and len(models) > 1:
         yield f"The study is of {len(models)} models; the forecast is of one that it does not name."
+    elif of is not None and models and list(models) != [of]:
+        yield f"The study is of {', '.join(models)}; the forecast is of {of}."
     rows = found.table[found.table["budget"] == found.budget]
     if rows["too_many"].any():
         yield f"The budget reads the text {rows['passes'].max():.0f} times: give more text."
