@@ -14,8 +14,6 @@ from torch import Tensor
 from cpmtp.decomposition.components import top_tokens
 from cpmtp.decomposition.mixtures import Mixtures, Runs, Solved
 from cpmtp.drafts.cp_distribution import CPDistribution
-from cpmtp.drafts.hmm_distribution import HMMDistribution
-from cpmtp.drafts.markov_mixture import MarkovMixture
 from cpmtp.joint_distribution.stored import Stored
 
 OK = "ok"
@@ -155,7 +153,7 @@ class FitResult(Stored):
     @classmethod
     def of_form(
         cls,
-        draft: MarkovMixture | HMMDistribution,
+        draft: Any,
         ends: Any,
         method: str,
         *,

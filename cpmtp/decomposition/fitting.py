@@ -72,7 +72,6 @@ def fit(
         call (from an ``em`` fit, and never worse than it), the others the squared error (``cp``
         only).
     form : {"cp", "markov", "markov_mixture", "hmm"}
-        All but ``cp`` need a dense joint.
     transition_rank : int or "full"
         Of the Markov forms: the rank of what a token's logits owe to the one before.
     gated : bool
@@ -130,7 +129,6 @@ def fit(
     asked = Form(form, transition_rank, gated, transitions)
     _check(joint, rank, plan, anchored, asked)
     if form != "cp":
-        assert isinstance(joint, JointDistribution)
         return fit_form(joint, [rank], asked, plan, anchored=anchored, effort=max_iterations)[0]
     started = time.perf_counter()
     problem = _problem(joint, anchored, rank)
@@ -217,7 +215,6 @@ def fit_path(
             f"starts for {method!r} of form {form!r}: only 'acceptance' of 'cp' begins from fits"
         )
     if form != "cp":
-        assert isinstance(joint, JointDistribution)
         found = fit_form(joint, ranks, asked, plan, anchored=anchored, effort=max_iterations)
         return tuple(found)
     given = starts is not None

@@ -123,9 +123,15 @@ class MarkovMixture(Mixture):
 
     @property
     def shared_numbers(self) -> int:
-        """Parameters that all contexts share: left and right factors without batch axes."""
-        shared = (part for part in (self.left, self.right) if part.ndim == 3)
-        return 0 if self._own_factors else sum(part.numel() for part in shared)
+        """Parameters that all contexts share: left and right factors without batch axes.
+
+        Beside shared left factors, right ones of an entry's own are the columns of its support in
+        right factors over all tokens.
+        """
+        if self._own_factors:
+            return 0
+        each = self.vocab_size * self.transition_rank
+        return each * (self._count(self.left) + self._count(self.right))
 
     def serial_steps(self, law: SamplingLaw | None = None) -> int:
         """Steps that must follow each other to draw from it: one per token."""

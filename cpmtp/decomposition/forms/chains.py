@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cpmtp.decomposition.forms.groups import Groups
 from cpmtp.decomposition.mixtures import Mixtures
+from cpmtp.decomposition.trees.neighbours import TreeGroups
 
 # Logits of a start's zeros: probability e^-40, from where a gradient can still bring them back.
 LOWEST_LOGIT = -40.0
@@ -18,9 +19,9 @@ LOWEST_LOGIT = -40.0
 IMPOSSIBLE = -1e4
 # Rarer tokens are treated like those of this probability: their curvature says nothing about a
 # whole step.
-_LEAST_CURVATURE = 1e-8
+LEAST_CURVATURE = 1e-8
 # A product's curvature in one factor vanishes with the other: it is taken for at least this.
-_LEAST_SPREAD = 1e-2
+LEAST_SPREAD = 1e-2
 
 PER_MEMBER = ("weights", "logits")
 TRANSITIONS = ("left", "right")
@@ -38,14 +39,15 @@ class Chains:
     gate : (runs, members, steps, width) tensor
     left : (runs, steps, vocab, width) tensor
     right : (runs, steps, width, vocab) tensor
-        Step i goes from position i to position i + 1.
+        Step i goes from position i to position i + 1. Of trees they are over the tokens that occur,
+        and logits over the places of each tree's own support.
     """
 
     weights: Float[Tensor, "runs members rank"]
     logits: Float[Tensor, "runs members positions rank vocab"]
     gate: Float[Tensor, "runs members steps width"]
-    left: Float[Tensor, "runs steps vocab width"]
-    right: Float[Tensor, "runs steps width vocab"]
+    left: Float[Tensor, "runs steps tokens width"]
+    right: Float[Tensor, "runs steps width tokens"]
 
     def __getitem__(self, index) -> Chains:
         return Chains(
@@ -241,14 +243,14 @@ def chain_curvature(groups: Groups, owner: Tensor, chains: Chains) -> Chains:
     gates, left, right = chains.gate.square(), chains.left.square(), chains.right.square()
     to = (right[:, None] * after.unsqueeze(-2)).sum(-1)  # (runs, members, steps, width)
     of = (left[:, None] * before.unsqueeze(-1)).sum(-2)  # (runs, members, steps, width)
-    by_left = (gates * to + _LEAST_SPREAD).unsqueeze(-2) * before.unsqueeze(-1)
-    by_right = gates * of + _LEAST_SPREAD * mass[..., None, None]  # (…, steps, width)
+    by_left = (gates * to + LEAST_SPREAD).unsqueeze(-2) * before.unsqueeze(-1)
+    by_right = gates * of + LEAST_SPREAD * mass[..., None, None]  # (…, steps, width)
     by_right = by_right.unsqueeze(-1) * after.unsqueeze(-2)  # (runs, members, steps, width, vocab)
     parts = (weights, logits, of * to, by_left.sum(1), by_right.sum(1))
-    return Chains(*(part.clamp_min(_LEAST_CURVATURE) for part in parts))
+    return Chains(*(part.clamp_min(LEAST_CURVATURE) for part in parts))
 
 
-def chains_of(mixtures: Mixtures, groups: Groups, owner: Tensor, width: int) -> Chains:
+def chains_of(mixtures: Mixtures, groups: Groups | TreeGroups, owner: Tensor, width: int) -> Chains:
     """CP distributions, one per member and run, as chains whose left factors are zero.
 
     Their right factors are zero too: what they should be is the caller's to say.

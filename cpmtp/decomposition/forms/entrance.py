@@ -17,9 +17,11 @@ from cpmtp.decomposition.forms.hmm import solve_hidden
 from cpmtp.decomposition.forms.solving import Shape, solve_markov
 from cpmtp.decomposition.restarts import KL_METHODS, Plan, noticed
 from cpmtp.decomposition.starts import stacked_marginals
+from cpmtp.decomposition.trees.forms import TreeForms
 from cpmtp.drafts.hmm_distribution import HMMDistribution
 from cpmtp.drafts.markov_mixture import MarkovMixture
 from cpmtp.joint_distribution import JointDistribution
+from cpmtp.prefix_tree import PrefixTree
 
 FORMS = ("cp", "markov", "markov_mixture", "hmm")
 FULL = "full"
@@ -34,6 +36,8 @@ _MORE_ANCHORED = 3
 # One chain needs no walk over the joint: its passes are cheap.
 _PASSES_OF_ONE = {"em": (100, 400), "gradient": (100, 1000), "acceptance": (80, 240)}
 _SMALL_JOINT = 50_000
+# Trees have no core: passes of a form, and of one chain.
+_PASSES_ON_TREES = {"em": (60, 200), "gradient": (150, 300), "acceptance": (80, 80)}
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ class Form:
     gated: bool = False
     transitions: tuple[Tensor, Tensor] | None = None
 
-    def check(self, joint: object, rank: int, plan: Plan, anchored: bool) -> None:
+    def check(
+        self, joint: JointDistribution | PrefixTree, rank: int, plan: Plan, anchored: bool
+    ) -> None:
         """Refuse what means nothing.
 
         Raises
@@ -68,11 +74,6 @@ class Form:
             self._check_plain()
         if self.name == "cp":
             return
-        if not isinstance(joint, JointDistribution):
-            raise ValueError(
-                f"form {self.name!r} on a truncated joint: only 'cp' fits one; use it, or an exact "
-                "joint"
-            )
         if plan.method not in KL_METHODS:
             raise ValueError(
                 f"method {plan.method!r} for form {self.name!r}: expected {', '.join(KL_METHODS)}"
@@ -94,7 +95,7 @@ class Form:
                 "and transitions out, or fit a 'markov_mixture'"
             )
 
-    def _check_transitions(self, joint: JointDistribution, anchored: bool) -> None:
+    def _check_transitions(self, joint: JointDistribution | PrefixTree, anchored: bool) -> None:
         steps, vocab = joint.horizon - 1 - anchored, joint.vocab_size
         if self.transitions is not None:
             shapes = [tuple(part.shape) for part in self.transitions]
@@ -135,7 +136,7 @@ class Form:
 
 
 def fit_form(
-    joint: JointDistribution,
+    joint: JointDistribution | PrefixTree,
     ranks: list[int],
     form: Form,
     plan: Plan,
@@ -150,17 +151,17 @@ def fit_form(
     effort : int, optional
         Most passes (default: by the method and the joint's size).
     """
-    problem = _Problem.of(joint, anchored)
-    small = joint.vocab_size**joint.horizon <= _SMALL_JOINT
-    more = _MORE_ANCHORED if anchored and not small and plan.method == "em" else 1
-    passes = more * _PASSES[plan.method][small] if effort is None else effort
+    passes, single = _efforts(joint, plan.method, anchored)
     goal = replace(plan.goal, first_token="draft") if anchored else plan.goal
     # What a form contains is fitted as it would be by itself.
     of_cp = replace(plan, goal=goal)
-    single = _PASSES_OF_ONE[plan.method][small] if effort is None else effort
     plans = Plans(
-        replace(of_cp, max_iterations=passes), of_cp, replace(of_cp, max_iterations=single)
+        replace(of_cp, max_iterations=passes if effort is None else effort),
+        of_cp,
+        replace(of_cp, max_iterations=single if effort is None else effort),
     )
+    of = _TreeProblem.of if isinstance(joint, PrefixTree) else _Problem.of
+    problem = of(joint, anchored)
     results: list[FitResult] = []
     below: list[Ends] | None = None
     for rank in ranks:
@@ -168,6 +169,15 @@ def fit_form(
         below = problem.solved(form, rank, plans, below)
         results.append(problem.result(below, form, plan.method, started))
     return results
+
+
+def _efforts(joint: JointDistribution | PrefixTree, method: str, anchored: bool) -> tuple[int, int]:
+    """Most passes of a form, and of one chain."""
+    if isinstance(joint, PrefixTree):
+        return _PASSES_ON_TREES[method]
+    small = joint.vocab_size**joint.horizon <= _SMALL_JOINT
+    more = _MORE_ANCHORED if anchored and not small and method == "em" else 1
+    return more * _PASSES[method][small], _PASSES_OF_ONE[method][small]
 
 
 @dataclass(frozen=True)
@@ -282,6 +292,37 @@ class _Problem:
         ]
         moves = transitions.reshape(*lead, *transitions.shape[1:])  # (*lead, steps, rank, rank)
         return HMMDistribution(weights.reshape(*lead, -1), moves, columns)
+
+
+@dataclass(frozen=True)
+class _TreeProblem:
+    """What is fitted of the caller's tree.
+
+    Attributes
+    ----------
+    trees : TreeForms
+    """
+
+    trees: TreeForms
+
+    @classmethod
+    def of(cls, tree: PrefixTree, anchored: bool) -> _TreeProblem:
+        """What there is to fit of a tree."""
+        return cls(TreeForms.of(tree, anchored))
+
+    def solved(self, form: Form, rank: int, plans: Plans, below: list[Ends] | None) -> list[Ends]:
+        """The best of the form."""
+        groups, shape = self.trees.groups, None
+        if form.name != "hmm":
+            shape = form.shape(rank, groups.positions - 1, groups.forest.support.vocab_size)
+        return [self.trees.solved(shape, rank, plans, None if below is None else below[0])]
+
+    def result(self, ends: list[Ends], form: Form, method: str, started: float) -> FitResult:
+        """The answer to the caller."""
+        found = ends[0].found
+        draft = self.trees.hidden(found) if form.name == "hmm" else self.trees.markov(found)
+        pooled = self.trees.pooled(ends[0], method)
+        return FitResult.of_form(draft, pooled, method, batch_shape=(), started=started)
 
 
 def _spread(

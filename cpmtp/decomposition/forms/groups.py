@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cpmtp.decomposition.forms.likelihood import HalvedTargets
-from cpmtp.decomposition.restarts import noticeable_tokens
+from cpmtp.decomposition.restarts import Items, noticeable_tokens
 from cpmtp.decomposition.starts import stacked_marginals
 from cpmtp.joint_distribution import JointDistribution
 from cpmtp.sampling_law import entropy
@@ -48,6 +48,11 @@ class Groups:
         return JointDistribution(self.probs.flatten(0, 1), self.positions)
 
     @cached_property
+    def items(self) -> Items:
+        """The members by themselves."""
+        return Items(self.joint)
+
+    @cached_property
     def marginals(self) -> Float[Tensor, "groups members positions vocab"]:
         """The distribution of every position."""
         return stacked_marginals(self.joint).unflatten(0, self.mass.shape)
@@ -62,6 +67,14 @@ class Groups:
         shape = (*self.mass.shape, 0, self.vocab, self.vocab)
         stacked = torch.stack(found, 2) if found else self.probs.new_empty(shape)
         return stacked * self.mass[:, :, None, None, None]  # (groups, members, steps, vocab, vocab)
+
+    def neighbour_laws(self) -> tuple[Tensor, Tensor]:
+        """The distribution of neighbours, all members together, and what it would be if those of
+        each member were independent: (groups, steps, vocab, vocab) each.
+        """
+        weighted = self.mass[..., None, None] * self.marginals  # (groups, members, positions, …)
+        apart = torch.einsum("gmiu,gmiv->giuv", weighted[:, :, :-1], self.marginals[:, :, 1:])
+        return self.pairs.sum(1), apart
 
     @cached_property
     def negative_entropy(self) -> Float[Tensor, " groups"]:

@@ -18,7 +18,9 @@ from cpmtp.decomposition.forms.groups import Groups
 from cpmtp.decomposition.forms.likelihood import HalvedTargets
 from cpmtp.decomposition.mixtures import Mixtures
 from cpmtp.decomposition.restarts import CORE_FROM, Items, Plan, all_runs, solve
-from cpmtp.decomposition.starts import random_starts
+from cpmtp.decomposition.starts import disturbed_marginals
+from cpmtp.decomposition.trees.hidden import HiddenTrees
+from cpmtp.decomposition.trees.neighbours import TreeGroups
 
 # What of its weight a state of a fit's start gives to the other states: exact zeros would stay.
 _LEAK = 0.05
@@ -141,18 +143,25 @@ class HiddenCounts:
 
 
 def hidden_counts(
-    targets: HalvedTargets, owner: Int[Tensor, " runs"], hidden: Hidden, *, with_kl: bool = True
+    targets: HalvedTargets | HiddenTrees,
+    owner: Int[Tensor, " runs"],
+    hidden: Hidden,
+    *,
+    with_kl: bool = True,
 ) -> HiddenCounts:
     """The E step of every run: counts are parameters times their gradients of the log-likelihood.
 
     Forward ``f_i[x_1:i, z] = A_i(x_i, z) sum_y f_{i-1}[x_<i, y] T_i(z | y)`` up to the middle, the
     same backward from the end; the two halves are all that is as long as half a sequence's number
-    of values.
+    of values. On trees along their paths.
     """
     tables = hidden.probs()
     leaves = [table.detach().requires_grad_() for table in tables]
     with torch.enable_grad():
-        kl = targets.divergence(*_halves(*leaves), owner, with_value=with_kl)
+        if isinstance(targets, HiddenTrees):
+            kl = targets.divergence(*leaves, owner)  # (runs,)
+        else:
+            kl = targets.divergence(*_halves(*leaves), owner, with_value=with_kl)  # (runs,)
     gradients = torch.autograd.grad(kl.sum(), leaves)
     found = (-table * slope for table, slope in zip(tables, gradients, strict=True))
     start, moves, tokens = found
@@ -176,7 +185,7 @@ def _halves(weights: Tensor, transitions: Tensor, factors: Tensor) -> tuple[Tens
 
 
 def em(
-    targets: HalvedTargets,
+    targets: HalvedTargets | HiddenTrees,
     owner: Int[Tensor, " runs"],
     start: Hidden,
     *,
@@ -206,7 +215,7 @@ def em(
 
 
 def gradient(
-    targets: HalvedTargets,
+    targets: HalvedTargets | HiddenTrees,
     owner: Int[Tensor, " runs"],
     start: Hidden,
     *,
@@ -241,8 +250,11 @@ def _normalised(counts: Tensor, before: Tensor) -> Tensor:
     return torch.where(total > 0, share.log().clamp_min(_LOWEST), before.log_softmax(-1))
 
 
-def solve_hidden(groups: Groups, rank: int, plans: Plans, below: Ends | None = None) -> Ends:
-    """The best hidden Markov distribution of every group, which has one member each.
+def solve_hidden(
+    groups: Groups | TreeGroups, rank: int, plans: Plans, below: Ends | None = None
+) -> Ends:
+    """The best hidden Markov distribution of every group, which has one member each, or of every
+    tree.
 
     Up to three tokens it is the CP distribution of its rank. Beyond, every restart begins from a CP
     fit and from the best of some random starts, whose components change with probability 0.05; the
@@ -254,15 +266,12 @@ def solve_hidden(groups: Groups, rank: int, plans: Plans, below: Ends | None = N
     below : Ends, optional
         The answer at a smaller rank.
     """
-    plan, of_cp = plans.form, plans.cp
-    items, probs = Items(groups.joint), groups.probs[:, 0]
+    plan, of_cp, items = plans.form, plans.cp, groups.items
     if groups.positions <= 3:
         best = solve(items, rank, of_cp).best
         found = Ends.standing(Hidden.of(best.mixtures, leak=0.0), best.objective)
         return found if below is None else found.or_better(_grown(below, rank))
-    cut = groups.vocab ** (groups.positions // 2)
-    # (items, 1, rows, columns)
-    targets = HalvedTargets(probs.reshape(len(probs), 1, cut, -1), groups.negative_entropy)
+    targets = _targets(groups)
     by_kl = plan if plan.method != "acceptance" else replace(plan, method="em")
     from_cp = all_runs(items, rank, replace(of_cp, method="em"))
     tried = _promising(targets, items, rank, by_kl)
@@ -276,6 +285,16 @@ def solve_hidden(groups: Groups, rank: int, plans: Plans, below: Ends | None = N
     cp = solve(items, rank, of_cp).best
     found = found.or_better(Ends.standing(Hidden.of(cp.mixtures, leak=0.0), cp.objective))
     return found if below is None else found.or_better(_grown(below, rank))
+
+
+def _targets(groups: Groups | TreeGroups) -> HalvedTargets | HiddenTrees:
+    """What the runs are fitted to."""
+    if isinstance(groups, TreeGroups):
+        return HiddenTrees(groups.forest)
+    probs = groups.probs[:, 0]
+    cut = groups.vocab ** (groups.positions // 2)
+    # (items, 1, rows, columns)
+    return HalvedTargets(probs.reshape(len(probs), 1, cut, -1), groups.negative_entropy)
 
 
 def _grown(ends: Ends, rank: int) -> Ends:
@@ -294,33 +313,52 @@ def _grown(ends: Ends, rank: int) -> Ends:
     return replace(ends, found=found)
 
 
-def _promising(targets: HalvedTargets, items: Items, rank: int, plan: Plan) -> Hidden:
+def _promising(targets: HalvedTargets | HiddenTrees, items: Items, rank: int, plan: Plan) -> Hidden:
     """The best of some random starts for each restart, a few sweeps on."""
-    trials = _TRIALS if targets.matrices[0].numel() < CORE_FROM else _FEWER_TRIALS
-    starts = Hidden.of(random_starts(items.dense, rank, plan.restarts * trials, plan.seed))
+    trees = isinstance(targets, HiddenTrees)
+    entries = targets.entries if trees else targets.matrices[0].numel()
+    trials = _TRIALS if entries < CORE_FROM else _FEWER_TRIALS
+    disturbed = disturbed_marginals(items.marginals, rank, plan.restarts * trials, plan.seed)
+    starts = Hidden.of(disturbed)
     owner = items.owners(len(starts))
     tried, found = em(targets, owner, starts, max_passes=_TRIAL_SWEEPS, tolerance=0.0)
     groups = found.values.reshape(-1, trials)  # (items * restarts, trials)
     return tried[groups.argmin(1) + trials * torch.arange(len(groups), device=owner.device)]
 
 
-def _run(targets: HalvedTargets, groups: Groups, start: Hidden, plan: Plan) -> Ends:
+def _run(
+    targets: HalvedTargets | HiddenTrees, groups: Groups | TreeGroups, start: Hidden, plan: Plan
+) -> Ends:
     """The method's runs from `start`, the same number for each item in turn."""
-    each = len(start) // len(groups.mass)
-    owner = torch.arange(len(groups.mass), device=groups.mass.device).repeat_interleave(each)
+    owner = groups.items.owners(len(start))
+    each = len(start) // len(groups.items)
     passes, tolerance = plan.max_iterations, plan.tolerance
-    if plan.method == "acceptance":
+    if plan.method != "acceptance":
+        method = em if plan.method == "em" else gradient
+        hidden, minima = method(targets, owner, start, max_passes=passes, tolerance=tolerance)
+        return Ends.of(hidden, minima, each)
+
+    def spread(_: Tensor, vectors: Tensor) -> Tensor:
+        return start.unpacked(vectors).spread()
+
+    def evaluate(runs: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        vectors = vectors.detach().requires_grad_()
+        assert isinstance(targets, HiddenTrees)
+        lost = targets.tokens_lost(*start.unpacked(vectors).probs(), owner[runs], plan.goal)
+        if not lost.requires_grad:  # one token that the target gives: nothing is drafted
+            return lost, torch.zeros_like(vectors)
+        return lost.detach(), torch.autograd.grad(lost.sum(), vectors)[0]
+
+    how = {"curvature": spread, "max_passes": passes, "tolerance": tolerance}
+    if isinstance(groups, TreeGroups):
+        minima = minimise(evaluate, start.packed(), **how)
+    else:
         minima = climbed(
             groups,
             owner,
             plan.goal,
             lambda _, vectors, members: start.unpacked(vectors).dense(),
             start.packed(),
-            curvature=lambda _, vectors: start.unpacked(vectors).spread(),
-            max_passes=passes,
-            tolerance=tolerance,
+            **how,
         )
-        return Ends.of(start.unpacked(minima.points), minima, each)
-    method = em if plan.method == "em" else gradient
-    hidden, minima = method(targets, owner, start, max_passes=passes, tolerance=tolerance)
-    return Ends.of(hidden, minima, each)
+    return Ends.of(start.unpacked(minima.points), minima, each)

@@ -21,6 +21,13 @@ from cpmtp.decomposition.forms.chains import (
     surprise,
 )
 from cpmtp.decomposition.forms.groups import Groups
+from cpmtp.decomposition.trees.chains import (
+    TreeCounts,
+    tree_counts,
+    tree_curvature,
+    tree_surprise,
+)
+from cpmtp.decomposition.trees.neighbours import TreeGroups
 
 # Evaluations of the softmax regressions in every M step.
 _INNER_PASSES = 5
@@ -40,7 +47,7 @@ class Problem:
         Names of the free parts.
     """
 
-    groups: Groups
+    groups: Groups | TreeGroups
     owner: Int[Tensor, " runs"]
     like: Chains
     free: tuple[str, ...]
@@ -49,16 +56,32 @@ class Problem:
         """Vectors of some runs as chains."""
         return self.like[runs].unpacked(vectors, self.free)
 
+    def counts(
+        self, runs: Tensor, chains: Chains, *, with_kl: bool = True
+    ) -> ChainCounts | TreeCounts:
+        """The E step, see `chain_counts`."""
+        if isinstance(self.groups, TreeGroups):
+            return tree_counts(self.groups, chains)
+        return chain_counts(self.groups, self.owner[runs], chains, with_kl=with_kl)
+
     def curvature(self, runs: Tensor, vectors: Tensor) -> Float[Tensor, "runs size"]:
         """See `chain_curvature`."""
         chains = self.chains(runs, vectors)
+        if isinstance(self.groups, TreeGroups):
+            return tree_curvature(self.groups, chains).packed(self.free)
         return chain_curvature(self.groups, self.owner[runs], chains).packed(self.free)
 
     def slope(
-        self, runs: Tensor, vectors: Tensor, counts: ChainCounts
+        self, runs: Tensor, vectors: Tensor, counts: ChainCounts | TreeCounts
     ) -> tuple[Float[Tensor, " runs"], Float[Tensor, "runs size"]]:
         """See `surprise`."""
-        value, gradient = surprise(counts, self.chains(runs, vectors))
+        chains = self.chains(runs, vectors)
+        if isinstance(self.groups, TreeGroups):
+            assert isinstance(counts, TreeCounts)
+            value, gradient = tree_surprise(self.groups, counts, chains, self.free)
+        else:
+            assert isinstance(counts, ChainCounts)
+            value, gradient = surprise(counts, chains)
         return value, gradient.packed(self.free)
 
 
@@ -73,11 +96,10 @@ def em(problem: Problem, *, max_passes: int, tolerance: float) -> tuple[Chains, 
     if problem.like.rank == 1:
         return gradient(problem, max_passes=max_passes, tolerance=tolerance)
 
-    def count(runs: Tensor, vectors: Tensor, with_kl: bool) -> ChainCounts:
-        chains = problem.chains(runs, vectors)
-        return chain_counts(problem.groups, problem.owner[runs], chains, with_kl=with_kl)
+    def count(runs: Tensor, vectors: Tensor, with_kl: bool) -> ChainCounts | TreeCounts:
+        return problem.counts(runs, problem.chains(runs, vectors), with_kl=with_kl)
 
-    def maximise(runs: Tensor, vectors: Tensor, counts: ChainCounts) -> Tensor:
+    def maximise(runs: Tensor, vectors: Tensor, counts: ChainCounts | TreeCounts) -> Tensor:
         start = _closed_form(problem.chains(runs, vectors), counts).packed(problem.free)
         return minimise(
             lambda some, x: problem.slope(runs[some], x, counts[some]),
@@ -97,7 +119,8 @@ def gradient(problem: Problem, *, max_passes: int, tolerance: float) -> tuple[Ch
     """The same by L-BFGS on the divergence itself: its gradient is the counts' (EM's identity)."""
     of_target = None
     if problem.like.rank == 1:
-        of_target = chain_counts(problem.groups, problem.owner, problem.like)
+        everything = torch.arange(len(problem.like), device=problem.owner.device)
+        of_target = problem.counts(everything, problem.like)
         base = problem.groups.negative_entropy[problem.owner]  # (runs,)
 
     def evaluate(some: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +128,7 @@ def gradient(problem: Problem, *, max_passes: int, tolerance: float) -> tuple[Ch
             value, slope = problem.slope(some, vectors, of_target[some])
             return base[some] + value, slope
         chains = problem.chains(some, vectors)
-        counts = chain_counts(problem.groups, problem.owner[some], chains)
+        counts = problem.counts(some, chains)
         return counts.kl, problem.slope(some, vectors, counts)[1]
 
     found = minimise(
@@ -118,7 +141,7 @@ def gradient(problem: Problem, *, max_passes: int, tolerance: float) -> tuple[Ch
     return problem.like.unpacked(found.points, problem.free), found
 
 
-def _closed_form(chains: Chains, counts: ChainCounts) -> Chains:
+def _closed_form(chains: Chains, counts: ChainCounts | TreeCounts) -> Chains:
     """Weights and first tokens in the proportions of their counts."""
     lowest = math.exp(LOWEST_LOGIT)
     total = counts.first.sum(-1, keepdim=True)  # (runs, members, rank, 1)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cpmtp.decomposition.descent.quasi_newton import Minima
+from cpmtp.decomposition.descent.quasi_newton import Minima, minimise
 from cpmtp.decomposition.forms import markov
 from cpmtp.decomposition.forms.acceptance import climbed
 from cpmtp.decomposition.forms.chains import PER_MEMBER, Chains, chains_of
@@ -23,7 +23,9 @@ from cpmtp.decomposition.forms.starts import (
     repeated,
     split,
 )
-from cpmtp.decomposition.restarts import CORE_FROM, Items, Plan, solve, solve_rank_one
+from cpmtp.decomposition.restarts import CORE_FROM, Plan, solve, solve_rank_one
+from cpmtp.decomposition.trees.chains import tree_tokens_lost
+from cpmtp.decomposition.trees.neighbours import TreeGroups
 
 # Of an acceptance fit that a parent's beats: the share of its passes that it gets from there.
 _SHARE_AGAIN = 4
@@ -62,7 +64,7 @@ class Shape:
         """Whether every pair of tokens has a number of its own."""
         return self.given is None and self.width >= vocab
 
-    def is_closed(self, groups: Groups) -> bool:
+    def is_closed(self, groups: Groups | TreeGroups) -> bool:
         """Whether the best chain is known: the conditionals of a single member."""
         return self.is_complete(groups.vocab) and groups.mass.shape[1] == 1 and self.rank == 1
 
@@ -73,22 +75,22 @@ class Shape:
             return (*PER_MEMBER, *gate)
         return (*PER_MEMBER, *gate, "left") + (("right",) if self.width < vocab else ())
 
-    def start(self, groups: Groups) -> Chains:
+    def start(self, groups: Groups | TreeGroups) -> Chains:
         """One chain per group to begin from."""
         if self.given is None:
             return (
                 one_full_chain(groups) if self.is_complete(groups.vocab) else self._padded(groups)
             )
-        left, right = (part.to(groups.probs) for part in self.given)
+        left, right = (part.to(groups.mass) for part in self.given)
         count, width = len(groups.mass), left.shape[-1]
         return replace(
             one_chain(groups, 1),
-            gate=groups.probs.new_ones(*groups.mass.shape, groups.positions - 1, width),
+            gate=groups.mass.new_ones(*groups.mass.shape, groups.positions - 1, width),
             left=left.expand(count, *left.shape).contiguous(),
             right=right.expand(count, *right.shape).contiguous(),
         )
 
-    def _padded(self, groups: Groups) -> Chains:
+    def _padded(self, groups: Groups | TreeGroups) -> Chains:
         """Of the transition rank even where fewer tokens are left."""
         return _widened(one_chain(groups, self.width), self.width)
 
@@ -100,7 +102,9 @@ class Shape:
         return replace(self, given=(left[..., tokens, :], right[..., tokens]))
 
 
-def solve_markov(groups: Groups, shape: Shape, plans: Plans, below: Ends | None = None) -> Ends:
+def solve_markov(
+    groups: Groups | TreeGroups, shape: Shape, plans: Plans, below: Ends | None = None
+) -> Ends:
     """The best Markov mixture of every group; never worse than the forms it contains.
 
     A mixture begins from the chain of its transition rank, whose components are disturbed copies.
@@ -116,7 +120,7 @@ def solve_markov(groups: Groups, shape: Shape, plans: Plans, below: Ends | None 
     below : Ends, optional
         The answer at a smaller rank and the same transition rank.
     """
-    if len(groups.mass) > 1 and groups.probs[0].numel() >= CORE_FROM:
+    if isinstance(groups, Groups) and len(groups.mass) > 1 and groups.probs[0].numel() >= CORE_FROM:
         rows = [torch.tensor([number]) for number in range(len(groups.mass))]
         parts = [
             solve_markov(groups[row], shape, plans, None if below is None else below[row])
@@ -139,7 +143,7 @@ def solve_markov(groups: Groups, shape: Shape, plans: Plans, below: Ends | None 
     return found
 
 
-def _one_chain(groups: Groups, shape: Shape, plan: Plan) -> Ends:
+def _one_chain(groups: Groups | TreeGroups, shape: Shape, plan: Plan) -> Ends:
     """The best chain by the divergence: a complete one of a single member in closed form."""
     core = _core(groups, shape)
     if core is None:
@@ -154,7 +158,7 @@ def _one_chain(groups: Groups, shape: Shape, plan: Plan) -> Ends:
     return _run(groups, shape, _lifted(chains, groups, tokens, shape), plan)
 
 
-def _mixture(groups: Groups, shape: Shape, plan: Plan, of_chain: Plan) -> Ends:
+def _mixture(groups: Groups | TreeGroups, shape: Shape, plan: Plan, of_chain: Plan) -> Ends:
     """The best mixture by the divergence, from disturbed copies of a chain: where members share
     its transitions of one that is fitted to its end.
     """
@@ -177,9 +181,10 @@ def _mixture(groups: Groups, shape: Shape, plan: Plan, of_chain: Plan) -> Ends:
     return _run(groups, shape, _lifted(chains, groups, tokens, shape), rest)
 
 
-def _core(groups: Groups, shape: Shape) -> tuple[Tensor, Groups] | None:
+def _core(groups: Groups | TreeGroups, shape: Shape) -> tuple[Tensor, Groups] | None:
     """The tokens that a large group is begun on, and the group over them."""
-    if shape.is_complete(groups.vocab) or groups.probs.numel() < CORE_FROM:
+    small = isinstance(groups, TreeGroups) or groups.probs.numel() < CORE_FROM
+    if small or shape.is_complete(groups.vocab):
         return None
     tokens = groups.noticeable
     return tokens, groups.narrowed(tokens)
@@ -195,18 +200,23 @@ def _lifted(chains: Chains, groups: Groups, tokens: Tensor, shape: Shape) -> Cha
     return replace(wide, left=given.left, right=given.right)
 
 
-def _run(groups: Groups, shape: Shape, start: Chains, plan: Plan) -> Ends:
+def _run(groups: Groups | TreeGroups, shape: Shape, start: Chains, plan: Plan) -> Ends:
     """The method's runs from `start`, the same number for each group in turn."""
     each = len(start) // len(groups.mass)
     return Ends.of(*_descended(groups, shape, start, plan), each)
 
 
-def _descended(groups: Groups, shape: Shape, start: Chains, plan: Plan) -> tuple[Chains, Minima]:
+def _descended(
+    groups: Groups | TreeGroups, shape: Shape, start: Chains, plan: Plan
+) -> tuple[Chains, Minima]:
     """Where all runs end."""
     each = len(start) // len(groups.mass)
     numbers = torch.arange(len(groups.mass), device=groups.mass.device)
     problem = Problem(groups, numbers.repeat_interleave(each), start, shape.free(groups.vocab))
+    if plan.method == "acceptance" and isinstance(groups, TreeGroups):
+        return _climbed_on_trees(groups, problem, start, plan)
     if plan.method == "acceptance":
+        assert isinstance(groups, Groups)
         found = climbed(
             groups,
             problem.owner,
@@ -222,8 +232,27 @@ def _descended(groups: Groups, shape: Shape, start: Chains, plan: Plan) -> tuple
     return method(problem, max_passes=plan.max_iterations, tolerance=plan.tolerance)
 
 
+def _climbed_on_trees(
+    groups: TreeGroups, problem: Problem, start: Chains, plan: Plan
+) -> tuple[Chains, Minima]:
+    """Where runs by tokens per call end."""
+
+    def evaluate(runs: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = tree_tokens_lost(groups, problem.chains(runs, vectors), plan.goal)
+        return value, slope.packed(problem.free)
+
+    found = minimise(
+        evaluate,
+        start.packed(problem.free),
+        curvature=problem.curvature,
+        max_passes=plan.max_iterations,
+        tolerance=plan.tolerance,
+    )
+    return start.unpacked(found.points, problem.free), found
+
+
 def _parents(
-    groups: Groups,
+    groups: Groups | TreeGroups,
     shape: Shape,
     plans: Plans,
     reached: Float[Tensor, " groups"],
@@ -247,9 +276,9 @@ def _parents(
     return found
 
 
-def _cp_parent(groups: Groups, shape: Shape, plan: Plan) -> Chains:
+def _cp_parent(groups: Groups | TreeGroups, shape: Shape, plan: Plan) -> Chains:
     """The CP distributions of the rank, as chains whose transitions do nothing."""
-    items = Items(groups.joint)
+    items = groups.items
     if plan.method != "acceptance" and shape.rank == 1:
         mixtures = solve_rank_one(items).best.mixtures
     else:

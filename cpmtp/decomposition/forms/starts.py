@@ -12,19 +12,20 @@ from torch import Tensor
 from cpmtp.decomposition.forms.chains import IMPOSSIBLE, LOWEST_LOGIT, Chains, chains_of
 from cpmtp.decomposition.forms.groups import Groups
 from cpmtp.decomposition.starts import repeated_marginals, restart_generator
+from cpmtp.decomposition.trees.neighbours import LEAST_SHARE, TreeGroups, leading
 
 # How far the components that one chain is split into start from each other, in nats: smaller ones
 # stay alike for long, larger ones forget the chain (0.3, 1 and 3 tried on code and prose joints).
 _SPLIT = 1.0
 # The same where several members share the transitions: their chain is nearer to the joint.
 _SPLIT_OF_SEVERAL = 0.2
-# What a pair of neighbours has at least, as a share of what independence would give it.
-_LEAST_SHARE = 1e-3
+# Trees of more tokens begin from the pairs that occur alone, not from a table of all.
+_DENSE_START = 512
 # Keeps the factors of tokens that hardly occur small.
 _LEAST_ROOT = 1e-4
 
 
-def one_chain(groups: Groups, width: int) -> Chains:
+def one_chain(groups: Groups | TreeGroups, width: int) -> Chains:
     """A chain per group from the logarithms of how much likelier neighbours are than if they were
     independent, cut to the rank that fits best.
 
@@ -36,6 +37,10 @@ def one_chain(groups: Groups, width: int) -> Chains:
     plain = chains_of(singles, groups, owner, width)
     if groups.positions == 1:
         return plain
+    if isinstance(groups, TreeGroups) and groups.vocab > _DENSE_START:
+        factors = [_sparsely(groups, step, width) for step in range(groups.positions - 1)]
+        left, right = (torch.stack(same)[None] for same in zip(*factors, strict=True))
+        return replace(plain, left=left, right=right)  # (1, steps, tokens, width) and its mirror
     logs, before, after = _log_ratios(groups)
     before, after = before.sqrt().unsqueeze(-1), after.sqrt().unsqueeze(-2)
     u, s, v = torch.linalg.svd(before * logs * after)  # (groups, steps, vocab, vocab) and s
@@ -45,28 +50,34 @@ def one_chain(groups: Groups, width: int) -> Chains:
     return replace(plain, left=left, right=right)  # (groups, steps, vocab, width) and its mirror
 
 
-def one_full_chain(groups: Groups) -> Chains:
+def one_full_chain(groups: Groups | TreeGroups) -> Chains:
     """The same with a number for every pair of tokens: of a single member the conditionals."""
     plain = one_chain(groups, groups.vocab)
     identity = torch.eye(groups.vocab).to(plain.left)  # (vocab, vocab)
     right = identity.expand_as(plain.right).contiguous()  # (groups, steps, vocab, vocab)
     if groups.mass.shape[1] > 1:
         return replace(plain, left=_log_ratios(groups)[0], right=right)
-    pairs = groups.pairs[:, 0]  # (groups, steps, vocab, vocab)
+    pairs = groups.neighbour_laws()[0]  # (groups, steps, vocab, vocab)
     total = pairs.sum(-1, keepdim=True)  # (groups, steps, vocab, 1)
-    after = groups.marginals[:, :, 1:].transpose(1, 2)  # (groups, steps, 1, vocab)
+    after = pairs.sum(-2, keepdim=True)  # (groups, steps, 1, vocab)
     law = torch.where(total > 0, pairs / torch.where(total > 0, total, 1.0), after)
     logs = torch.where(law > 0, law.clamp_min(1e-300).log(), IMPOSSIBLE)
     # Every pair's logarithm is in the left factors, so the logits are flat.
-    logits = plain.logits.clone()
-    logits[:, :, 1:] = 0.0
+    later = torch.where(plain.logits[:, :, 1:] > IMPOSSIBLE, 0.0, plain.logits[:, :, 1:])
+    logits = torch.cat([plain.logits[:, :, :1], later], 2)  # (groups, members, positions, …)
     return replace(plain, logits=logits, left=logs, right=right)
 
 
-def split(chain: Chains, rank: int, groups: Groups, restarts: int, seed: int) -> Chains:
+def split(
+    chain: Chains, rank: int, groups: Groups | TreeGroups, restarts: int, seed: int
+) -> Chains:
     """Every chain as a mixture of disturbed copies, once per restart."""
     runs = chain[torch.arange(len(chain.weights)).repeat_interleave(restarts)]
-    shape = (*chain.logits.shape[1:3], rank, groups.vocab)  # (members, positions, rank, vocab)
+    shape = (
+        *chain.logits.shape[1:3],
+        rank,
+        chain.logits.shape[-1],
+    )  # (members, positions, rank, vocab)
     noise = torch.stack(
         [
             torch.randn(shape, generator=restart_generator(seed, restart), dtype=torch.float64)
@@ -121,13 +132,19 @@ def lifted(
     return replace(chains, logits=logits, left=left, right=right)
 
 
-def _log_ratios(groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
+def _log_ratios(groups: Groups | TreeGroups) -> tuple[Tensor, Tensor, Tensor]:
     """``log P(u, v) / P(u) P(v)`` of neighbours, (groups, steps, vocab, vocab), and the
     distributions of both, (groups, steps, vocab).
     """
-    weighted = groups.mass[..., None, None] * groups.marginals  # (groups, members, positions, …)
-    apart = torch.einsum("gmiu,gmiv->giuv", weighted[:, :, :-1], groups.marginals[:, :, 1:])
-    together = groups.pairs.sum(1)  # (groups, steps, vocab, vocab)
+    together, apart = groups.neighbour_laws()  # (groups, steps, vocab, vocab) each
     possible = apart > 0
     share = torch.where(possible, together / torch.where(possible, apart, 1.0), 1.0)
-    return (share + _LEAST_SHARE).log(), together.sum(-1), together.sum(-2)
+    return (share + LEAST_SHARE).log(), together.sum(-1), together.sum(-2)
+
+
+def _sparsely(groups: TreeGroups, step: int, width: int) -> tuple[Tensor, Tensor]:
+    """Left and right factors of one step from the pairs that occur alone."""
+    table, before, after = groups.associations(step)
+    u, s, v = leading(table, width, step)
+    left = u * s / (before[:, None] + _LEAST_ROOT)  # (tokens, width)
+    return left, v / (after + _LEAST_ROOT)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cpmtp.drafts.cp_distribution import CPDistribution
+from cpmtp.drafts.mixture import Mixture
 from cpmtp.drafts.prefix_tables import PrefixTable
 from cpmtp.joint_distribution.stored import Stored
 from cpmtp.sampling_law import SamplingLaw
@@ -25,13 +25,14 @@ class FirstTokenDrafts(Stored):
 
     Attributes
     ----------
-    entries : CPDistribution
+    entries : Mixture
         One batch axis; the last entry stands for all other first tokens.
     first_tokens : (entries - 1,) long tensor
         Which token each of the others is for.
 
     Examples
     --------
+    >>> from cpmtp.drafts.cp_distribution import CPDistribution
     >>> half = torch.full((2, 1), 1.0, dtype=torch.float64)
     >>> entries = CPDistribution(half, [torch.eye(2, dtype=torch.float64)[..., None]])
     >>> draft = FirstTokenDrafts(entries, torch.tensor([1]))
@@ -39,7 +40,7 @@ class FirstTokenDrafts(Stored):
     (torch.Size([2]), tensor([[1., 0.]], dtype=torch.float64))
     """
 
-    entries: CPDistribution
+    entries: Mixture
     first_tokens: Int[Tensor, " tokens"]
 
     @property
@@ -51,6 +52,11 @@ class FirstTokenDrafts(Stored):
     def horizon(self) -> int:
         """Tokens after the first."""
         return self.entries.horizon
+
+    @property
+    def transition_rank(self) -> int:
+        """Rank of what a token's logits owe to the one before; 0: nothing."""
+        return getattr(self.entries, "transition_rank", 0)
 
     @property
     def rank(self) -> int:
@@ -69,13 +75,14 @@ class FirstTokenDrafts(Stored):
 
     @property
     def shared_numbers(self) -> int:
-        """Parameters that all contexts share: none."""
-        return 0
+        """Parameters that all first tokens share."""
+        return self.entries.shared_numbers
 
     @property
     def parameter_count(self) -> int:
         """Free parameters of all distributions that are held."""
-        return self.entries.parameter_count
+        count = len(self.first_tokens) + 1
+        return count * self.entries.free_numbers + self.entries.shared_numbers
 
     def serial_steps(self, law: SamplingLaw | None = None) -> int:
         """Steps that must follow each other to draw from it under a law."""
@@ -88,11 +95,11 @@ class FirstTokenDrafts(Stored):
         places[self.first_tokens] = torch.arange(len(self.first_tokens))
         return places
 
-    def expanded(self) -> CPDistribution:
+    def expanded(self) -> Any:
         """The same with an entry for every first token: for small vocabularies."""
         return self.entries[self.places]
 
-    def __getitem__(self, index) -> CPDistribution:
+    def __getitem__(self, index) -> Any:
         """What follows a first token, or some of them."""
         if isinstance(index, int):
             found = (self.first_tokens == index).nonzero()  # (0 or 1, 1)

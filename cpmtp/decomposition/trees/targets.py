@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -81,20 +81,11 @@ class TreeTargets:
         """Counts of components, of tokens with components, and ``sum w log Q``."""
         runs, horizon, rank, width = mixtures.factors.shape
         factors = torch.empty(runs, horizon, width, rank, dtype=torch.float64)
-        likelihood = torch.zeros(runs, dtype=torch.float64)
-        below: Tensor | None = None
-        for depth in reversed(range(horizon)):
-            level, mass = levels[depth], masses[depth + 1]  # (nodes, rank)
-            model = mass.sum(1).clamp_min_(_TINY)  # (nodes,)
-            likelihood.index_add_(0, level.owners, level.own * model.log())
-            share = mass.mul_((level.own / model)[:, None])  # (nodes, rank)
-            share = share if below is None else share.add_(below)
+        shares, below, likelihood = node_shares(levels, masses, runs)
+        for depth, (level, share) in enumerate(zip(levels, shares, strict=True)):
             places = level.owners * width + level.tokens  # (nodes,)
             sums = factors.new_zeros(runs * width, rank).index_add_(0, places, share)
             factors[:, depth] = sums.view(runs, width, rank)  # (runs, width, rank)
-            below = share.new_zeros(len(masses[depth]), rank)
-            below.index_add_(0, level.parents, share)  # (nodes before, rank)
-        assert below is not None
         total = mixtures.weights * roots[:, None] + below  # (runs, rank)
         return total, factors.mT, likelihood
 
@@ -104,10 +95,11 @@ class TreeTargets:
         """``S_1 + … + S_n`` of every run, differentiable: exact on complete trees, otherwise what
         the kept prefixes give.
         """
-        parts = [
-            _survival_sums(levels, mixtures[runs], rule, first_token)
-            for runs, levels in self._laid_out(mixtures.rank)
-        ]
+        parts = []
+        for runs, levels in self._laid_out(mixtures.rank):
+            some = mixtures[runs]
+            emitted = emitted_by(levels, some.factors)
+            parts.append(survival_sums(levels, some.weights, emitted, rule, first_token))
         return torch.cat(parts)
 
     def _laid_out(self, rank: int) -> Iterator[tuple[slice, tuple[Level, ...]]]:
@@ -128,27 +120,73 @@ class TreeTargets:
 
 def component_masses(levels: tuple[Level, ...], mixtures: Mixtures) -> list[Tensor]:
     """``w_a prod_i A_i[x_i, a]`` of every node, (nodes, rank) each; first that of the roots."""
-    width = mixtures.factors.shape[-1]
-    masses = [mixtures.weights]
-    for level, factor in zip(levels, mixtures.factors.unbind(1), strict=True):
-        table = factor.mT.reshape(-1, mixtures.rank)  # (runs * width, rank)
-        emitted = table.index_select(0, level.owners * width + level.tokens)  # (nodes, rank)
-        masses.append(masses[-1].index_select(0, level.parents) * emitted)
+    return path_masses(levels, mixtures.weights, emitted_by(levels, mixtures.factors))
+
+
+def emitted_by(
+    levels: tuple[Level, ...], factors: Float[Tensor, "runs horizon rank width"]
+) -> list[Tensor]:
+    """``A_i[x_i, a]`` of every node, (nodes, rank) each."""
+    width, rank, found = factors.shape[-1], factors.shape[2], []
+    for level, factor in zip(levels, factors.unbind(1), strict=True):
+        table = factor.mT.reshape(-1, rank)  # (runs * width, rank)
+        found.append(table.index_select(0, level.owners * width + level.tokens))  # (nodes, rank)
+    return found
+
+
+def path_masses(
+    levels: tuple[Level, ...], weights: Float[Tensor, "runs rank"], emitted: list[Tensor]
+) -> list[Tensor]:
+    """Products of what is emitted along the paths, (nodes, rank) each; first those of the roots."""
+    masses = [weights]
+    for level, factor in zip(levels, emitted, strict=True):
+        masses.append(masses[-1].index_select(0, level.parents) * factor)  # (nodes, rank)
     return masses
 
 
-def _survival_sums(
-    levels: tuple[Level, ...], mixtures: Mixtures, rule: str, first_token: str
+def node_shares(
+    levels: tuple[Level, ...], masses: list[Tensor], runs: int
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Expected components of what passes through every node, (nodes, rank) each, those of what
+    passes through the roots, and ``sum w log Q`` of every run. The masses are used up.
+    """
+    likelihood = torch.zeros(runs, dtype=torch.float64)
+    shares: list[Tensor] = []
+    below = torch.zeros_like(masses[-1])
+    for depth in reversed(range(len(levels))):
+        level, mass = levels[depth], masses[depth + 1]  # (nodes, rank)
+        model = mass.sum(1).clamp_min_(_TINY)  # (nodes,)
+        likelihood.index_add_(0, level.owners, level.own * model.log())
+        share = mass.mul_((level.own / model)[:, None]).add_(below)  # (nodes, rank)
+        shares.append(share)
+        below = share.new_zeros(len(masses[depth]), share.shape[1])
+        below.index_add_(0, level.parents, share)  # (nodes before, rank)
+    return shares[::-1], below, likelihood
+
+
+def survival_sums(
+    levels: tuple[Level, ...],
+    weights: Float[Tensor, "runs rank"],
+    emitted: list[Tensor],
+    rule: str,
+    first_token: str,
+    carried: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Float[Tensor, " runs"]:
-    """The sums of some runs, from their nodes."""
-    width, runs = mixtures.factors.shape[-1], len(mixtures)
-    masses, sums = mixtures.weights, torch.zeros(runs, dtype=torch.float64)
-    known = PrefixMasses(*[torch.ones(runs, dtype=torch.float64)] * 3)
-    for depth, (level, factor) in enumerate(zip(levels, mixtures.factors.unbind(1), strict=True)):
-        table = factor.mT.reshape(-1, mixtures.rank)  # (runs * width, rank)
-        emitted = table.index_select(0, level.owners * width + level.tokens)  # (nodes, rank)
+    """``S_1 + … + S_n`` of every run from what components emit at its nodes, differentiable.
+
+    Parameters
+    ----------
+    emitted : list of (nodes, rank) tensors
+    carried : callable, optional
+        Of (depth, masses of the nodes before it): the masses of the components there, where they
+        change on the way.
+    """
+    masses, sums = weights, torch.zeros(len(weights), dtype=torch.float64)
+    known = PrefixMasses(*[torch.ones(len(weights), dtype=torch.float64)] * 3)
+    for depth, (level, factor) in enumerate(zip(levels, emitted, strict=True)):
+        masses = carried(depth, masses) if carried is not None and depth else masses
         parents = masses.index_select(0, level.parents)  # (nodes, rank)
-        masses = parents * emitted  # (nodes, rank)
+        masses = parents * factor  # (nodes, rank)
         if depth == 0 and first_token == "target":
             # The target gives it: the draft has all its mass there, and knows it.
             total = masses.sum(1, keepdim=True)  # (nodes, 1)
