@@ -38,6 +38,8 @@ from cpmtp.decomposition.floors import RankFloors as RankFloors
 from cpmtp.decomposition.floors import rank_floors as rank_floors
 from cpmtp.decomposition.mixtures import factor_match_score as factor_match_score
 from cpmtp.decomposition.fitting import fit_path as fit_path
+from cpmtp.decomposition.forms.population import PopulationFit as PopulationFit
+from cpmtp.decomposition.forms.population import fit_population as fit_population
 
 # Acceptance
 from cpmtp.acceptance.best_path import TokensPerCallBounds as TokensPerCallBounds

@@ -318,9 +318,11 @@ def _run(items: Items, start: Mixtures, plan: Plan, owner: Tensor | None = None)
     )
 
 
-def noticed(first: Float[Tensor, "*joints vocab"]) -> Int[Tensor, " items"]:
+def noticed(
+    first: Float[Tensor, "*joints vocab"], least: float = NOTICEABLE_MASS
+) -> Int[Tensor, " items"]:
     """Numbers of the first tokens that are fitted, over all joints."""
-    return (first.reshape(-1) > NOTICEABLE_MASS).nonzero().squeeze(1)  # (items,)
+    return (first.reshape(-1) > least).nonzero().squeeze(1)  # (items,)
 
 
 def noticeable_tokens(

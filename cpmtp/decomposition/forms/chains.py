@@ -135,6 +135,13 @@ class ChainCounts:
     pairs: Float[Tensor, "runs members steps rank vocab vocab"]
     kl: Float[Tensor, " runs"]
 
+    def of_members(self, members: slice) -> ChainCounts:
+        """Some members of every run."""
+        weights, first, pairs = self.weights, self.first, self.pairs
+        return replace(
+            self, weights=weights[:, members], first=first[:, members], pairs=pairs[:, members]
+        )
+
     def __getitem__(self, index) -> ChainCounts:
         return ChainCounts(
             self.weights[index], self.first[index], self.pairs[index], self.kl[index]

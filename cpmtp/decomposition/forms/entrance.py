@@ -15,9 +15,10 @@ from cpmtp.decomposition.forms.ends import Ends, Plans
 from cpmtp.decomposition.forms.groups import Groups
 from cpmtp.decomposition.forms.hmm import solve_hidden
 from cpmtp.decomposition.forms.solving import Shape, solve_markov
-from cpmtp.decomposition.restarts import KL_METHODS, Plan, noticed
+from cpmtp.decomposition.restarts import KL_METHODS, NOTICEABLE_MASS, Plan, noticed
 from cpmtp.decomposition.starts import stacked_marginals
 from cpmtp.decomposition.trees.forms import TreeForms
+from cpmtp.decomposition.trees.neighbours import TreeGroups
 from cpmtp.drafts.hmm_distribution import HMMDistribution
 from cpmtp.drafts.markov_mixture import MarkovMixture
 from cpmtp.joint_distribution import JointDistribution
@@ -160,8 +161,7 @@ def fit_form(
         of_cp,
         replace(of_cp, max_iterations=single if effort is None else effort),
     )
-    of = _TreeProblem.of if isinstance(joint, PrefixTree) else _Problem.of
-    problem = of(joint, anchored)
+    problem = problem_of(joint, anchored)
     results: list[FitResult] = []
     below: list[Ends] | None = None
     for rank in ranks:
@@ -169,6 +169,15 @@ def fit_form(
         below = problem.solved(form, rank, plans, below)
         results.append(problem.result(below, form, plan.method, started))
     return results
+
+
+def problem_of(
+    joint: JointDistribution | PrefixTree, anchored: bool, least: float = NOTICEABLE_MASS
+) -> FormProblem | TreeFormProblem:
+    """What there is to fit of a joint or a tree; anchored, of first tokens of more than this."""
+    if isinstance(joint, PrefixTree):
+        return TreeFormProblem.of(joint, anchored, least)
+    return FormProblem.of(joint, anchored, least)
 
 
 def _efforts(joint: JointDistribution | PrefixTree, method: str, anchored: bool) -> tuple[int, int]:
@@ -181,7 +190,7 @@ def _efforts(joint: JointDistribution | PrefixTree, method: str, anchored: bool)
 
 
 @dataclass(frozen=True)
-class _Problem:
+class FormProblem:
     """What is fitted of the caller's joints.
 
     Attributes
@@ -194,15 +203,25 @@ class _Problem:
         Anchored only: probability of every first token.
     marginals : (joints, vocab, positions, vocab) tensor, optional
         Anchored only: of what follows every first token.
+    least : float
+        First tokens of no more than this are not fitted.
     """
 
     parts: tuple[Groups, ...]
     batch_shape: tuple[int, ...]
     first: Float[Tensor, "joints vocab"] | None = None
     marginals: Float[Tensor, "joints vocab positions vocab"] | None = None
+    least: float = NOTICEABLE_MASS
+
+    @property
+    def groups(self) -> Groups:
+        """Of a single joint."""
+        return self.parts[0]
 
     @classmethod
-    def of(cls, joint: JointDistribution, anchored: bool) -> _Problem:
+    def of(
+        cls, joint: JointDistribution, anchored: bool, least: float = NOTICEABLE_MASS
+    ) -> FormProblem:
         """What there is to fit of a joint."""
         vocab, batch_shape = joint.vocab_size, tuple(joint.batch_shape)
         if not anchored:
@@ -214,11 +233,11 @@ class _Problem:
         first = joint.prefix_probs(1).double().reshape(-1, vocab)  # (joints, vocab)
         parts = []
         for row, mass in zip(probs, first, strict=True):
-            some = noticed(mass)
+            some = noticed(mass, least)
             parts.append(Groups(row[some][None], (mass[some] / mass[some].sum())[None]))
         # (joints, vocab, horizon - 1, vocab)
         marginals = stacked_marginals(given).unflatten(0, first.shape)
-        return cls(tuple(parts), batch_shape, first, marginals)
+        return cls(tuple(parts), batch_shape, first, marginals, least)
 
     def solved(self, form: Form, rank: int, plans: Plans, below: list[Ends] | None) -> list[Ends]:
         """The best of every part; of a hidden Markov form every first token is by itself."""
@@ -253,7 +272,7 @@ class _Problem:
         lead = self.batch_shape if self.first is None else (*self.batch_shape, self.first.shape[1])
         if self.first is not None and self.marginals is not None:
             chains = [
-                _spread(chain, noticed(mass), marginals)
+                _spread(chain, noticed(mass, self.least), marginals)
                 for chain, mass, marginals in zip(chains, self.first, self.marginals, strict=True)
             ]
         every = Chains.joined(chains)  # a run per joint, its members the first tokens
@@ -284,7 +303,7 @@ class _Problem:
         if self.first is not None and self.marginals is not None:
             lead = (*lead, self.first.shape[1])
             rows = zip(tables, self.first, self.marginals, strict=True)
-            tables = [_filled(found, noticed(mass), rest) for found, mass, rest in rows]
+            tables = [_filled(found, noticed(mass, self.least), rest) for found, mass, rest in rows]
         weights, transitions, factors = (torch.cat(same) for same in zip(*tables, strict=True))
         columns = [
             factor.mT.reshape(*lead, *factor.mT.shape[1:]).contiguous()  # (*lead, vocab, rank)
@@ -295,7 +314,7 @@ class _Problem:
 
 
 @dataclass(frozen=True)
-class _TreeProblem:
+class TreeFormProblem:
     """What is fitted of the caller's tree.
 
     Attributes
@@ -306,9 +325,16 @@ class _TreeProblem:
     trees: TreeForms
 
     @classmethod
-    def of(cls, tree: PrefixTree, anchored: bool) -> _TreeProblem:
+    def of(
+        cls, tree: PrefixTree, anchored: bool, least: float = NOTICEABLE_MASS
+    ) -> TreeFormProblem:
         """What there is to fit of a tree."""
-        return cls(TreeForms.of(tree, anchored))
+        return cls(TreeForms.of(tree, anchored, least))
+
+    @property
+    def groups(self) -> TreeGroups:
+        """The trees that are fitted."""
+        return self.trees.groups
 
     def solved(self, form: Form, rank: int, plans: Plans, below: list[Ends] | None) -> list[Ends]:
         """The best of the form."""

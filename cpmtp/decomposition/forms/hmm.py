@@ -159,7 +159,7 @@ def hidden_counts(
     leaves = [table.detach().requires_grad_() for table in tables]
     with torch.enable_grad():
         if isinstance(targets, HiddenTrees):
-            kl = targets.divergence(*leaves, owner)  # (runs,)
+            kl = targets.divergence(leaves[0], leaves[1], leaves[2], owner)  # (runs,)
         else:
             kl = targets.divergence(*_halves(*leaves), owner, with_value=with_kl)  # (runs,)
     gradients = torch.autograd.grad(kl.sum(), leaves)
@@ -315,9 +315,7 @@ def _grown(ends: Ends, rank: int) -> Ends:
 
 def _promising(targets: HalvedTargets | HiddenTrees, items: Items, rank: int, plan: Plan) -> Hidden:
     """The best of some random starts for each restart, a few sweeps on."""
-    trees = isinstance(targets, HiddenTrees)
-    entries = targets.entries if trees else targets.matrices[0].numel()
-    trials = _TRIALS if entries < CORE_FROM else _FEWER_TRIALS
+    trials = _TRIALS if targets.entries < CORE_FROM else _FEWER_TRIALS
     disturbed = disturbed_marginals(items.marginals, rank, plan.restarts * trials, plan.seed)
     starts = Hidden.of(disturbed)
     owner = items.owners(len(starts))
@@ -349,9 +347,10 @@ def _run(
             return lost, torch.zeros_like(vectors)
         return lost.detach(), torch.autograd.grad(lost.sum(), vectors)[0]
 
-    how = {"curvature": spread, "max_passes": passes, "tolerance": tolerance}
     if isinstance(groups, TreeGroups):
-        minima = minimise(evaluate, start.packed(), **how)
+        minima = minimise(
+            evaluate, start.packed(), curvature=spread, max_passes=passes, tolerance=tolerance
+        )
     else:
         minima = climbed(
             groups,
@@ -359,6 +358,8 @@ def _run(
             plan.goal,
             lambda _, vectors, members: start.unpacked(vectors).dense(),
             start.packed(),
-            **how,
+            curvature=spread,
+            max_passes=passes,
+            tolerance=tolerance,
         )
     return Ends.of(start.unpacked(minima.points), minima, each)

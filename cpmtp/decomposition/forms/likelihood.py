@@ -32,6 +32,11 @@ class HalvedTargets:
     matrices: Float[Tensor, "groups stack rows columns"]
     negative_entropy: Float[Tensor, " groups"]
 
+    @property
+    def entries(self) -> int:
+        """Entries of one group: what a pass over it costs."""
+        return self.matrices[0].numel()
+
     def divergence(
         self, left: Tensor, right: Tensor, owner: Int[Tensor, " runs"], *, with_value: bool = True
     ) -> Float[Tensor, " runs"]:

@@ -31,6 +31,8 @@ from cpmtp.decomposition.trees.neighbours import TreeGroups
 
 # Evaluations of the softmax regressions in every M step.
 _INNER_PASSES = 5
+# Entries of tables of neighbours that softmax regressions hold at once.
+_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,32 @@ class Problem:
             value, gradient = tree_surprise(self.groups, counts, chains, self.free)
         else:
             assert isinstance(counts, ChainCounts)
-            value, gradient = surprise(counts, chains)
+            value, gradient = _surprise_in_parts(counts, chains)
         return value, gradient.packed(self.free)
+
+
+def _surprise_in_parts(
+    counts: ChainCounts, chains: Chains
+) -> tuple[Float[Tensor, " runs"], Chains]:
+    """`surprise`, of many members some at a time."""
+    members, entries = chains.weights.shape[1], counts.pairs[:, 0].numel()
+    wide = max(_AT_ONCE // max(entries, 1), 1)
+    if wide >= members:
+        return surprise(counts, chains)
+    found = [
+        surprise(counts.of_members(some), chains.of_members(some))
+        for some in (slice(at, at + wide) for at in range(0, members, wide))
+    ]
+    values, gradients = zip(*found, strict=True)
+    every = [
+        torch.cat([getattr(part, name) for part in gradients], 1)
+        for name in ("weights", "logits", "gate")
+    ]  # (runs, members, …) each
+    shared = [
+        torch.stack([getattr(part, name) for part in gradients]).sum(0)
+        for name in ("left", "right")
+    ]  # (runs, steps, …) each
+    return torch.stack(values).sum(0), Chains(*every, *shared)
 
 
 def em(problem: Problem, *, max_passes: int, tolerance: float) -> tuple[Chains, Minima]:

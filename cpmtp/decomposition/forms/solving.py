@@ -183,14 +183,15 @@ def _mixture(groups: Groups | TreeGroups, shape: Shape, plan: Plan, of_chain: Pl
 
 def _core(groups: Groups | TreeGroups, shape: Shape) -> tuple[Tensor, Groups] | None:
     """The tokens that a large group is begun on, and the group over them."""
-    small = isinstance(groups, TreeGroups) or groups.probs.numel() < CORE_FROM
-    if small or shape.is_complete(groups.vocab):
+    if isinstance(groups, TreeGroups) or groups.probs.numel() < CORE_FROM:
+        return None
+    if shape.is_complete(groups.vocab):
         return None
     tokens = groups.noticeable
     return tokens, groups.narrowed(tokens)
 
 
-def _lifted(chains: Chains, groups: Groups, tokens: Tensor, shape: Shape) -> Chains:
+def _lifted(chains: Chains, groups: Groups | TreeGroups, tokens: Tensor, shape: Shape) -> Chains:
     """What is known of some tokens as chains over all."""
     owner = torch.zeros(len(chains), dtype=torch.long, device=tokens.device)
     wide = _widened(lifted(chains, groups, owner, tokens), shape.width)

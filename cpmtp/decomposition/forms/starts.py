@@ -109,7 +109,10 @@ def grown(chains: Chains, rank: int) -> Chains:
 
 
 def lifted(
-    chains: Chains, groups: Groups, owner: Int[Tensor, " runs"], tokens: Int[Tensor, " kept"]
+    chains: Chains,
+    groups: Groups | TreeGroups,
+    owner: Int[Tensor, " runs"],
+    tokens: Int[Tensor, " kept"],
 ) -> Chains:
     """Chains over some tokens as chains over all.
 

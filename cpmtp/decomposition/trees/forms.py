@@ -45,19 +45,14 @@ class TreeForms:
     kept: float = 1.0
 
     @classmethod
-    def of(cls, tree: PrefixTree, anchored: bool) -> TreeForms:
-        """What there is to fit of a tree."""
+    def of(cls, tree: PrefixTree, anchored: bool, least: float = NOTICEABLE_MASS) -> TreeForms:
+        """What there is to fit of a tree; anchored, of first tokens of more than `least`."""
         if not anchored:
             one = torch.ones(1, 1, dtype=torch.float64)
             return cls(TreeGroups(tree_forest(tree), one))
-        forest, tokens, mass = first_token_forest(tree, NOTICEABLE_MASS)
+        forest, tokens, mass = first_token_forest(tree, least)
         kept = float(mass.sum())
         return cls(TreeGroups(forest, (mass / kept)[None]), tokens, kept)
-
-    @property
-    def entries(self) -> int:
-        """What a pass over it costs."""
-        return self.groups.entries + int(self.groups.forest.sizes.sum())
 
     def solved(self, shape: Shape | None, rank: int, plans: Plans, below: Ends | None) -> Ends:
         """The best of the form; without a shape hidden Markov distributions, tree by tree.

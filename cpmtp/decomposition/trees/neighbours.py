@@ -95,12 +95,6 @@ class TreeGroups:
         """Number of tokens that occur anywhere."""
         return len(self.tokens)
 
-    @property
-    def entries(self) -> int:
-        """Entries of all tables of neighbours: what a pass costs."""
-        sizes = [self.sizes(position).double() for position in range(self.positions)]
-        return int(sum(float((rows * columns).sum()) for rows, columns in pairwise(sizes)))
-
     @cached_property
     def items(self) -> Items:
         """The trees by themselves."""

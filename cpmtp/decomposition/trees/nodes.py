@@ -166,6 +166,30 @@ class Forest:
         return tuple(copied)
 
 
+def merged(forests: Sequence[Forest]) -> Forest:
+    """The trees of several forests side by side, in their order."""
+    levels = []
+    for depth in range(forests[0].horizon):
+        trees, nodes, parts = 0, 0, []
+        for forest in forests:
+            level = forest.levels[depth]
+            tokens = forest.support.ids[depth][level.owners, level.tokens]  # (nodes,)
+            above = forest.levels[depth - 1] if depth else forest.roots
+            fields = {
+                "owners": level.owners + trees,
+                "parents": level.parents + nodes,
+                "tokens": tokens,
+            }
+            parts.append(Level(**(vars(level) | fields)))
+            trees, nodes = trees + len(forest), nodes + len(above)
+        names = Level.__dataclass_fields__
+        levels.append(
+            Level(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+        )
+    roots = torch.cat([forest.roots for forest in forests])  # (trees,)
+    return Forest.of(levels, roots, forests[0].support.vocab_size)
+
+
 def tree_forest(tree: PrefixTree, most: int = _MOST_NODES) -> Forest:
     """The kept prefixes of a tree, the least probable ones left out where there are too many.
 

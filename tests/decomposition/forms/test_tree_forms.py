@@ -1,5 +1,7 @@
 """Markov and hidden Markov forms on trees: of everything what they are on the joint."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from rounding import kl_rounding
@@ -158,7 +160,7 @@ def test_the_objective_is_what_it_says_never_rises_and_never_above_cp(form, meth
         kl = divergences(dense, everywhere).kl_nats
         assert found.objective == pytest.approx(kl, abs=close)
     allowed = 4 * kl_rounding(6**horizon)
-    assert all(b <= a + allowed for a, b in zip(found.trace, found.trace[1:], strict=False))
+    assert all(b <= a + allowed for a, b in pairwise(found.trace))
     cp = fit(tree, FORMS[form]["rank"], method, anchored=anchored, **FEW)
     assert found.objective <= cp.objective + allowed
 
