@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -148,14 +149,21 @@ def waterfall(
     rule: str = "token",
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Where tokens per call are lost: from the horizon to the best rank-r drafts of each context,
-    to what the head learned.
+    """Where tokens per call are lost: from the horizon to the best drafts of a head's form and rank
+    after each context, to what the head learned.
 
     One row per context and head. ``exact_limit`` is what a draft equal to the target earns (the
     horizon, when the target gives the first token); ``acceptance_fit`` and ``em_fit`` are the fits
-    of the head's rank to the context's joint, anchored where the head is; ``learned`` is the head.
+    of the head's form and rank to the context's joint, anchored where the head is, and ``learned``
+    is the head.
     ``rank_gap = exact_limit - acceptance_fit``, ``objective_gap = acceptance_fit - em_fit`` and
     ``learning_gap = em_fit - learned`` add up to what is missing.
+
+    What a head would output is free in the fits, what it stores is not: fits of the Markov forms
+    keep the head's own left and right factors, which it learned from other texts. Beside them
+    ``own_transitions`` is the `em` fit whose factors are the context's own, too (those of one
+    context are shared by its first tokens; the gates are not); NaN where there are none. A
+    recurrent head reads all that was drafted before: its ceiling is the exact limit.
 
     Parameters
     ----------
@@ -170,37 +178,36 @@ def waterfall(
     Raises
     ------
     ValueError
-        If a head is of another form than cp: the fits are of that form.
+        As `head_draft` does, for example if a head reads the text by a layer of its own.
     """
     heads = [heads] if isinstance(heads, DraftHead) else heads
     named = contexts if isinstance(contexts, Mapping) else dict(enumerate(contexts))
-    for head in heads:
-        if head.form != "cp":
-            raise ValueError(
-                f"a head of form {head.form!r} beside fits of form 'cp': its ceiling is another; "
-                "see what it earns by learned_scores"
-            )
     rows: list[dict] = []
     bar = progress_bar(len(named) * len(heads), "head")
     for name, given in named.items():
         context = as_token_ids(given, lm)
         joint = exact_joint(lm, context, horizon=horizon)
-        ceilings: dict[tuple[int, bool], dict[str, float]] = {}
+        shared: dict[tuple[int, bool], dict[str, float]] = {}
         for head in heads:
-            shape = (head.rank, head.anchored)
-            if shape not in ceilings:
-                ceilings[shape] = rank_ceilings(joint, *shape, rule=rule, seed=seed)
             learned = learned_scores(lm, head, context, joint, rule=rule)
+            shape = (head.rank, head.anchored)
+            if head.form != "cp":
+                found = head_ceilings(joint, head, rule=rule, seed=seed)
+            else:
+                if shape not in shared:
+                    shared[shape] = rank_ceilings(joint, *shape, rule=rule, seed=seed)
+                found = shared[shape]
             key = {
                 "model": lm.name,
                 "context": str(name),
                 "horizon": horizon,
+                "form": head.form,
                 "rank": head.rank,
+                "transition_rank": head.transition_rank,
                 "anchored": head.anchored,
             }
-            rows.append(
-                key | {"rule": rule, "exact_limit": float(horizon)} | ceilings[shape] | learned
-            )
+            limit = {"rule": rule, "exact_limit": float(horizon)}
+            rows.append(key | limit | {"own_transitions": float("nan")} | found | learned)
             bar.update()
     bar.close()
     table = pd.DataFrame(rows)
@@ -210,23 +217,73 @@ def waterfall(
     return table
 
 
+def head_ceilings(
+    joint: JointDistribution,
+    head: DraftHead,
+    *,
+    rule: str = "token",
+    seed: int = 0,
+    own: bool = True,
+) -> dict[str, float]:
+    """Tokens per call of the best drafts of a head's form and sizes after one context, first token
+    from the target: ``em_fit``, ``acceptance_fit`` and, of the Markov forms and if asked for,
+    ``own_transitions``; see `waterfall`.
+    """
+    if head.form == "recurrent":
+        return {f"{method}_fit": float(joint.horizon) for method in ("em", "acceptance")}
+    if not head.has_transitions:
+        return rank_ceilings(joint, head.rank, head.anchored, rule=rule, seed=seed)
+    asked: dict[str, Any] = {"form": head.form, "gated": head.gated}
+    common: dict[str, Any] = {"rule": rule, "seed": seed}
+    left, right = head.left.detach().double().cpu(), head.right.detach().double().cpu()
+    # What is never drafted has no column of its own: (transition_rank, vocab)
+    right = right.new_zeros(len(right), head.vocab_size).index_copy(-1, head.kept.cpu(), right)
+    kept = asked | {"transitions": (left[None], right[None])}
+    found = rank_ceilings(joint, head.rank, head.anchored, **common, **kept)
+    if own:
+        asked["transition_rank"] = head.transition_rank
+        asked["gated"] = head.gated and head.anchored and head.transition_rank < head.vocab_size
+        found["own_transitions"] = _earned(joint, head.rank, "em", head.anchored, **common, **asked)
+    return found
+
+
 def rank_ceilings(
-    joint: JointDistribution, rank: int, anchored: bool, *, rule: str = "token", seed: int = 0
+    joint: JointDistribution,
+    rank: int,
+    anchored: bool,
+    *,
+    rule: str = "token",
+    seed: int = 0,
+    **form: Any,
 ) -> dict[str, float]:
     """Tokens per call of a context's fits of one rank, first token from the target: ``em_fit`` and
     ``acceptance_fit``.
+
+    Parameters
+    ----------
+    form
+        `form`, `transition_rank`, `gated`, `transitions`, as for `fit`.
     """
+    return {
+        f"{method}_fit": _earned(joint, rank, method, anchored, rule=rule, seed=seed, **form)
+        for method in ("em", "acceptance")
+    }
+
+
+def _earned(
+    joint: JointDistribution,
+    rank: int,
+    method: str,
+    anchored: bool,
+    *,
+    rule: str,
+    **options: Any,
+) -> float:
     # Only ceilings need fits and what those import; a head can be judged without.
     from cpmtp.decomposition.fitting import fit
 
-    found = {}
-    for method in ("em", "acceptance"):
-        result = fit(
-            joint, rank=rank, method=method, anchored=anchored, restarts=1, seed=seed, rule=rule
-        )
-        profile = acceptance_profiles(joint, result.distribution, (rule,))[rule]
-        found[f"{method}_fit"] = float(profile.survival.sum())
-    return found
+    draft = fit(joint, rank, method, anchored=anchored, rule=rule, **options).distribution
+    return float(acceptance_profiles(joint, draft, (rule,))[rule].survival.sum())
 
 
 def learned_scores(

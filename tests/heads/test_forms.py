@@ -15,7 +15,6 @@ from torch.nn.functional import embedding, rms_norm, silu
 from cpmtp.heads.conditionals import path_conditionals
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.heads.drafting import drafted_block
-from cpmtp.heads.evaluation import waterfall
 from cpmtp.heads.trunk import TextLayer
 from cpmtp.sampling_law import SamplingLaw
 
@@ -246,11 +245,6 @@ def test_a_head_over_the_text_reads_nothing_that_is_yet_to_come():
     assert not torch.allclose(states_.states[:, 4:], others.states[:, 4:])
     with pytest.raises(ValueError, match="not decoded with"):
         drafted_block(head, states(1, 32), torch.tensor([1]))
-
-
-def test_a_waterfall_of_another_form_than_the_fits_is_refused():
-    with pytest.raises(ValueError, match="its ceiling is another"):
-        waterfall(None, [a_head(form="recurrent")], {})
 
 
 @pytest.mark.parametrize(

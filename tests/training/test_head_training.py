@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import subprocess
@@ -11,15 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import brute_force_survival
-from rounding import rounding
 from safetensors.torch import load_file
 from samples import CharacterTable
 
 from cpmtp.acceptance.implied import implied_acceptance
 from cpmtp.decomposition.fitting import fit
 from cpmtp.heads.cp_head import CPHead
-from cpmtp.heads.evaluation import head_draft, held_out_survival, waterfall
+from cpmtp.heads.evaluation import head_draft, held_out_survival
 from cpmtp.heads.losses import HeadLoss
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.pretrained import HuggingFaceLanguageModel
@@ -343,53 +340,3 @@ def test_a_head_with_enough_capacity_reaches_the_fit_of_one_context(anchored):
         optimiser.step()
     learned = implied_acceptance(joint, head_draft(lm, head.requires_grad_(False), context))
     assert learned.tokens_per_call >= 0.99 * ceiling.tokens_per_call
-
-
-# A survival adds 6 ** 3 products of at most three conditionals, each a quotient of sums of as many
-# probabilities; tokens per call add three survivals.
-ALLOWED = 3 * rounding(torch.float64, 8 * VOCAB**3)
-
-
-@pytest.mark.parametrize("rule", ["token", "block"])
-def test_the_waterfall_is_what_every_draft_earns_by_the_definition_and_falls(lm, rule):
-    heads = train_heads(
-        lm,
-        [
-            HeadTrainingSettings(**(vars(TINY) | {"anchored": a, "steps": 30}))
-            for a in (True, False)
-        ],
-    )
-    contexts = {f"c{i}": row for i, row in enumerate(lm.sample_tokens(3, 6, seed=9))}
-    table = waterfall(lm, heads, contexts, rule=rule).set_index(["context", "anchored"])
-    assert len(table) == 6 and (table["rule"] == rule).all() and (table["exact_limit"] == 3).all()
-    for name, head in itertools.product(contexts, heads):
-        joint, row = exact_joint(lm, contexts[name], 3), table.loc[name, head.anchored]
-        drafts = {"learned": laws_of(lm, head, contexts[name])}
-        for method in ("em", "acceptance"):
-            fitted = fit(joint, 2, method, anchored=head.anchored, rule=rule).distribution
-            drafts[f"{method}_fit"] = fitted.to_tensor()
-        earned = {
-            column: brute_force_survival(joint.probs, draft, rule, "target")
-            for column, draft in drafts.items()
-        }
-        for column, survival in earned.items():
-            assert row[column] == pytest.approx(float(survival.sum()), abs=ALLOWED), column
-        survival = row[["survival_1", "survival_2", "survival_3"]].tolist()
-        assert survival == pytest.approx(earned["learned"].tolist(), abs=ALLOWED)
-        levels = row[["exact_limit", "acceptance_fit", "em_fit", "learned"]]
-        gaps = row[["rank_gap", "objective_gap", "learning_gap"]]
-        assert gaps.tolist() == (-levels.diff().iloc[1:]).tolist()
-        # Thirty steps do not reach what a fit to one context finds.
-        assert (gaps >= -ALLOWED).all() and row["learning_gap"] > 0
-
-
-def laws_of(lm, head, context) -> torch.Tensor:
-    """The head's float32 output as one tensor in float64: after every first token, or of all."""
-    with torch.no_grad():
-        hidden = lm.hidden_states(context[None])[0, -1]
-        out = head(hidden.expand(VOCAB, -1), torch.arange(VOCAB)) if head.anchored else head(hidden)
-    weights, factors = out.weights.double(), [factor.double() for factor in out.factors]
-    weights = weights / weights.sum(-1, keepdim=True)
-    factors = [factor / factor.sum(-2, keepdim=True) for factor in factors]
-    equation = "xr,xyr,xzr->xyz" if head.anchored else "r,xr,yr,zr->xyz"
-    return torch.einsum(equation, weights, *factors)

@@ -1,0 +1,86 @@
+"""Where tokens per call are lost by trained heads of every form, on the reference study's own
+contexts; goes on where it was stopped.
+
+Run from the checkout: python data/studies/waterfall.py OUT HEADS [CONTEXTS [FORM …]]
+
+HEADS holds folders of heads whose names begin with their model's. A row per context and head: what
+an equal draft would earn, what the best draft of the head's form and rank does with the left and
+right factors that the head has stored, and what the head itself does. What a draft with factors of
+the context's own would earn is in the table of the study `forms`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+from head import SETTINGS
+
+import cpmtp
+from cpmtp.heads.evaluation import head_ceilings, learned_scores
+from cpmtp.resampling import CLUSTER_KEYS, Clusters, intervals
+from cpmtp.study.models import open_language_model
+from cpmtp.study.plan import plan_study
+from cpmtp.whole_files import write_parquet, write_text
+
+HORIZON, RULE = 3, "block"
+LEVELS = ("exact_limit", "acceptance_fit", "em_fit", "learned")
+GAPS = ("rank_gap", "objective_gap", "learning_gap")
+
+
+def row_of(unit, lm, joint, head, name: str) -> pd.DataFrame:
+    """One context and head."""
+    common = {key: getattr(unit, key) for key in (*CLUSTER_KEYS, "context")}
+    common |= {"horizon": HORIZON, "rule": RULE, "head": name, "exact_limit": float(HORIZON)}
+    sizes = {key: getattr(head, key) for key in ("form", "rank", "transition_rank", "anchored")}
+    ceilings = head_ceilings(joint, head, rule=RULE, own=False)
+    learned = learned_scores(lm, head, torch.tensor(unit.token_ids), joint, rule=RULE)
+    return pd.DataFrame([common | sizes | ceilings | learned])
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Per model and head: levels and gaps with 95 % intervals over documents."""
+    lines = []
+    for keys, rows in table.groupby(["model", "form", "rank", "transition_rank", "head"]):
+        values = rows.set_index(list(CLUSTER_KEYS))[[*LEVELS]]
+        for gap, above, below in zip(GAPS, LEVELS, LEVELS[1:], strict=False):
+            values[gap] = values[above] - values[below]
+        clusters = Clusters.of(values)
+        low, high = intervals(clusters, seed=0)
+        line = dict(zip(("model", "form", "rank", "transition_rank", "head"), keys, strict=True))
+        line["contexts"] = len(values)
+        for i, (name, mean) in enumerate(zip(values.columns, clusters.means(), strict=True)):
+            line[name] = mean
+            if name != "exact_limit":
+                line |= {f"{name}_low": low[i], f"{name}_high": high[i]}
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def main(out: Path, heads: Path, contexts: int = 16, *forms: str) -> None:
+    """A part per context and head, then the tables."""
+    torch.set_num_threads(1)
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    units = [unit for unit in plan_study(SETTINGS)[0] if unit.context < contexts]
+    for unit in sorted(units, key=lambda unit: unit.context):
+        lm, joint = open_language_model(unit.model), None
+        for folder in sorted(heads.glob(f"{unit.model}-*")):
+            part = out / "parts" / f"{unit.context:03d}-{folder.name}.parquet"
+            head = cpmtp.DraftHead.from_pretrained(folder).attach(lm)
+            if part.exists() or (forms and head.form not in forms):
+                continue
+            if joint is None:
+                joint = cpmtp.exact_joint(lm, torch.tensor(unit.token_ids), HORIZON)
+            write_parquet(part, row_of(unit, lm, joint, head, folder.name))
+        parts = [pd.read_parquet(part) for part in sorted((out / "parts").glob("*.parquet"))]
+        if parts:
+            table = pd.concat(parts, ignore_index=True)
+            write_parquet(out / "table.parquet", table)
+            write_text(out / "summary.csv", summary(table).to_csv(index=False, float_format="%.5g"))
+
+
+if __name__ == "__main__":
+    place, heads_, *more = sys.argv[1:]
+    main(Path(place), Path(heads_), *map(int, more[:1]), *more[1:])
