@@ -1,7 +1,8 @@
 """How heads of every form learn: tokens per call against the training budget; goes on where it was
 stopped.
 
-Run from the checkout: python data/studies/curves.py OUT [--minutes M] [--threads T] [--largest N].
+Run from the checkout:
+python data/studies/curves.py OUT [--minutes M] [--threads T] [--largest N] [--at-once C].
 
 For each base model, budget and seed all candidates are trained side by side, on the same windows of
 the base model's own samples in the same order, each budget with its full decay of the learning
@@ -190,11 +191,26 @@ def held_out_texts(lm, out: Path) -> tuple[Tensor, list[str]]:
     return load_file(file)["tokens"].long(), names
 
 
-def run(out: Path, training: Training, deadline: float) -> None:
-    """Train what is missing of a training, and write its rows."""
+def cheapest_first(out: Path, training: Training, shapes: list[dict]) -> list[dict]:
+    """Shapes by the seconds that they took per position where they were trained before."""
+    table = read_rows(out)
+    if table.empty:
+        return shapes
+    known = table[table["model"] == training.model]
+    each = known["training_seconds"] / known["positions"]
+    seconds = each.groupby(known["candidate"]).median()
+    return sorted(shapes, key=lambda shape: seconds.get(label(shape), math.inf))
+
+
+def run(out: Path, training: Training, deadline: float, at_once: int | None) -> bool:
+    """Train what is missing of a training, at most so many side by side, and write the rows; false
+    where nothing was missing.
+    """
     shapes = candidates(out, training)
     if not shapes:
-        return
+        return False
+    # Rates are chosen among all of them.
+    shapes = cheapest_first(out, training, shapes)[: None if training.tunes else at_once]
     lm = cpmtp.load_language_model(training.model)
     shared = HeadTrainingSettings(
         horizon=HORIZON,
@@ -236,6 +252,7 @@ def run(out: Path, training: Training, deadline: float) -> None:
             row |= scores(lm, head, texts, names)
         write_text(row_file(out, training, shape), json.dumps(row) + "\n")
     write_parquet(out / "curves.parquet", read_rows(out))
+    return True
 
 
 def base_seconds(lm, windows_: Tensor, repeats: int = 3) -> float:
@@ -311,6 +328,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--largest", type=int, default=max(BUDGETS), help="budget, in thousands")
+    parser.add_argument("--at-once", type=int, help="candidates side by side, cheapest first")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     deadline = time.monotonic() + 60 * given.minutes
@@ -320,7 +338,8 @@ def main() -> None:
     for training in trainings(given.largest):
         print(time.strftime("%H:%M:%S"), training.name, flush=True)
         try:
-            run(given.out, training, deadline)
+            while run(given.out, training, deadline, given.at_once):
+                pass
         except TimeoutError:
             print("the minutes are over; the same command goes on from here", file=sys.stderr)
             return
