@@ -57,6 +57,32 @@ def write_whole(path: Path, write: Callable[[Path], object], *, forced: bool = T
     return path
 
 
+def require_folder(folder: str | Path) -> Path:
+    """A folder that is there or can be made, before work is spent on what goes into it.
+
+    Raises
+    ------
+    ValueError
+        If it is a file, or would lie in one.
+    """
+    folder = Path(folder)
+    for path in (folder, *folder.parents):
+        if path.exists():
+            if not path.is_dir():
+                raise ValueError(f"{str(path)!r} is a file: choose another folder (out, --out)")
+            break
+    return folder
+
+
+def require_file(path: str | Path) -> Path:
+    """A file that is there or can be made, in the same way."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder: name a file (out, --out)")
+    require_folder(path.parent)
+    return path
+
+
 def write_text(path: Path, text: str) -> Path:
     """A text file, UTF-8; bytes of a file's name that are no text are shown by their numbers."""
     raw = text.encode("utf-8", "backslashreplace")

@@ -114,7 +114,12 @@ def _table(path: Path):
 
     if not path.is_file():
         raise ValueError(f"--curves {str(path)!r}: no such file")
-    return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    try:
+        return pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except ValueError as error:  # of any reader: damaged, empty, no text
+        raise ValueError(
+            f"--curves {str(path)!r} is no table ({error}): expected CSV or Parquet"
+        ) from None
 
 
 def study_ceilings(folder: Path) -> dict[tuple[int, int], float]:

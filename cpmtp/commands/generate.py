@@ -82,6 +82,8 @@ def generate(
         raise ValueError(
             "--eos says what ends the text and --ignore-eos that nothing does: give one of them"
         )
+    if eos is not None and not integers("--eos", eos):
+        raise ValueError("--eos is empty: name token ids, or give --ignore-eos")
     ends = integers("--eos", eos) if eos is not None else None if ignore_eos else OWN
     for option, given in (("--expect", expect), ("--compare", compare)):
         if given and head is None:

@@ -45,10 +45,13 @@ def latency(
     """
     from cpmtp.forecasting.step_times import measure_latency
     from cpmtp.pretrained import load_language_model
+    from cpmtp.whole_files import require_file
 
     if (engine is None) != (engine_curve is None):
         raise ValueError("--engine and --engine-curve go together: whose curve, and the curve")
     heads = head_grid(forms, ranks, transition_ranks, horizons)
+    require_file(out)
+    curve = engine and engine_curve and read_curve(engine, engine_curve)
     lm = load_language_model(model, device=device, dtype=dtype)
     found = measure_latency(
         lm,
@@ -59,8 +62,8 @@ def latency(
         seconds=seconds,
         seed=seed,
     )
-    if engine is not None and engine_curve is not None:
-        found = found.with_curve(read_curve(engine, engine_curve))
+    if curve:
+        found = found.with_curve(curve)
     _show(found)
     print(f"written to {found.write(out)}")
 
@@ -68,6 +71,9 @@ def latency(
 def head_grid(forms: str, ranks: str, transition_ranks: str, horizons: str) -> list[dict[str, Any]]:
     """Keywords of heads of every form in every size it has."""
     wanted = integers("--ranks", ranks), integers("--transition-ranks", transition_ranks)
+    for option, numbers in zip(("--ranks", "--transition-ranks"), wanted, strict=True):
+        if not numbers:
+            raise ValueError(f"{option} is empty: name at least one, such as 4")
     sizes: dict[str, dict[str, tuple]] = {
         "cp": {"rank": wanted[0]},
         "markov": {"transition_rank": wanted[1]},
@@ -96,15 +102,19 @@ def read_curve(source: str, path: Path):
 
     from cpmtp.latency import StepCurve, StepTime
 
-    table = pd.read_csv(path)
-    missing = {"batch", "tokens", "seconds"} - set(table)
-    if missing:
+    names = ["batch", "tokens", "seconds"]
+    try:
+        table = pd.read_csv(path)
+        missing = set(names) - set(table)
+        if missing:
+            raise ValueError(f"no column {', '.join(sorted(missing))}")
+        rows = table[names].itertuples(index=False)
+        return StepCurve(source, tuple(StepTime(int(b), int(t), float(s)) for b, t, s in rows))
+    except ValueError as error:
         raise ValueError(
-            f"{str(path)!r} has no column {', '.join(sorted(missing))}: expected batch, tokens "
-            "(in each request) and seconds"
-        )
-    rows = table[["batch", "tokens", "seconds"]].itertuples(index=False)
-    return StepCurve(source, tuple(StepTime(int(b), int(t), float(s)) for b, t, s in rows))
+            f"--engine-curve {str(path)!r}: {error}; expected a CSV file with the columns batch, "
+            "tokens (in each request) and seconds"
+        ) from None
 
 
 def _show(found) -> None:

@@ -33,6 +33,8 @@ def models(
     """
     if check is not None and convert is not None:
         raise ValueError("--check and --convert: give one of them")
+    if length < 1:
+        raise ValueError(f"--length {length}: expected at least 1")
     if check is not None:
         _check(check, length, device, dtype)
         return

@@ -44,6 +44,8 @@ def report(
 
     if not price > 0:
         raise ValueError(f"--price {price}: expected a price above 0")
+    if not 0 < learned_share <= 1:
+        raise ValueError(f"--learned-share {learned_share}: expected a share above 0, at most 1")
     table, manifest = read_study(folder)
     extras = read_extras(folder, latency, price, learned_share, forecast)
     written = Report.of(table, manifest, extras)

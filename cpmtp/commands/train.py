@@ -39,6 +39,8 @@ def train_base_model(
 
     if steps < 1:
         raise ValueError(f"--steps {steps}: expected at least 1")
+    if threads is not None and threads < 1:
+        raise ValueError(f"--threads {threads}: expected at least 1")
     if threads:
         torch.set_num_threads(threads)
     result = train_base(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -82,8 +83,9 @@ class ForecastSettings:
     def __post_init__(self):
         for name in ("budget", "probe_budget", "minutes"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} {value}: expected a number above 0")
+        _ = self.law  # refuses what is out of range
         if not self.loads or min(self.loads) < 1:
             raise ValueError(f"loads {self.loads}: expected batch sizes of at least 1")
         if self.horizons is not None and (not self.horizons or min(self.horizons) < 2):

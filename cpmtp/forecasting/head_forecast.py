@@ -22,7 +22,7 @@ from cpmtp.forecasting.probes import MOST_PASSES, ProbePlan, train_probes
 from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.joint_distribution.habits import refuse_unknown
 from cpmtp.latency import MeasuredLatency
-from cpmtp.whole_files import write_parquet, write_text
+from cpmtp.whole_files import require_folder, write_parquet, write_text
 
 CANDIDATES: tuple[dict[str, Any], ...] = (
     {"form": "cp", "rank": 1},
@@ -206,11 +206,12 @@ def forecast_heads(
     """
     refuse_unknown("forecast_heads", changes, [f.name for f in fields(ForecastSettings)])
     settings, begun = replace(settings, **changes), time.perf_counter()
+    settings.law.check_vocabulary(lm.vocab_size)
+    folder = None if out is None else require_folder(out)
     shapes = ShapeChoice.stored() if curves is None else ShapeChoice.of(curves, losses=False)
     training, held_back = (None, None) if texts is None else split_texts(texts)
     asked = with_draft_vocabulary(lm, candidates, training, seed=settings.seed)
     work = Work(lm, candidates_of(lm, asked), settings, begun)
-    folder = None if out is None else Path(out)
     common = (latency, shapes, settings, _told_model(lm))
     plan, windows, available = work.plan(training, folder)
     if len(plan.budgets) < 2:

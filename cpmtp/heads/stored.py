@@ -148,7 +148,13 @@ class StoredHead(PyTorchModelHubMixin):
                 hf_hub_download(model_id, _WEIGHTS, local_files_only=local_files_only, **options)
             )
         shape.pop("config", None)
-        head = cls(**shape)
+        try:
+            head = cls(**shape)
+        except TypeError:
+            raise ValueError(
+                f"the folder {str(model_id)!r} holds no head: its config.json has "
+                f"{', '.join(shape) or 'nothing'} where a head's sizes are expected"
+            ) from None
         try:
             weights = load_file(file, device=str(map_location))
             head.load_state_dict(

@@ -328,6 +328,8 @@ def read_latency(path: str | Path) -> MeasuredLatency:
     """
     try:
         found = json.loads(Path(path).read_text("utf-8"))
+        if missing := [name for name in _FIELDS[:2] if name not in found]:
+            raise TypeError(f"it has no {', '.join(missing)}")
         model = LatencyModel(**{k: v for k, v in found.items() if k in _FIELDS})
         unknown = set(found) - {*_FIELDS, "format", "measured_on", "plain", "step_curves", "heads"}
         if unknown:
@@ -343,7 +345,7 @@ def read_latency(path: str | Path) -> MeasuredLatency:
             tuple(PlainTime(**time) for time in found.get("plain", [])),
             found.get("measured_on"),
         )
-    except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+    except (TypeError, KeyError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{str(path)!r}: {error}; expected JSON such as "
             '{"plain_step": 0.02, "base": 0.02, "per_position": 0.0001, "per_component": '

@@ -124,6 +124,7 @@ class StudySettings:
         )
         for rank in self.ranks:
             _require(_is_positive_integer(rank), f"rank {rank}: expected an integer of at least 1")
+            _require(rank < 2**31, f"rank {rank}: expected a number of components, below 2 ** 31")
         for horizon in self.horizons:
             _require(
                 _is_positive_integer(horizon),

@@ -22,7 +22,7 @@ from cpmtp.training.base_evaluation import accepted_line_share, bits_per_byte, x
 from cpmtp.training.loop import Batch, Run, Schedule, drawn_windows, train
 from cpmtp.training.muon import Muon
 from cpmtp.training.new_models import new_llama, train_character_tokenizer
-from cpmtp.whole_files import write_text
+from cpmtp.whole_files import require_folder, write_text
 
 
 @knows_habits
@@ -116,6 +116,7 @@ def train_base(
         If `domain` is unknown, or the checkpoint in `out` belongs to other settings or another
         corpus.
     """
+    require_folder(out)
     documents = standard_library_documents(domain)
     training, held_out = split_held_out(documents, settings.held_out)
     tokenizer = train_character_tokenizer([d.text for d in training], settings.merges)

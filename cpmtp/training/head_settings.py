@@ -92,11 +92,11 @@ class HeadTrainingSettings:
                 f"unknown precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}"
             )
         _ = self.sizes  # refuses what is out of range
-        for name in ("steps", "positions", "rows", "sequences", "vocabulary"):
+        for name in ("steps", "positions", "rows", "sequences", "vocabulary", "width"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"{name} {value}: expected at least 1")
-        if self.seconds is not None and not self.seconds > 0:
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
             raise ValueError(f"seconds {self.seconds}: expected a positive number")
         if not self.learning_rate > 0:
             raise ValueError(f"learning rate {self.learning_rate}: expected a positive number")

@@ -29,7 +29,7 @@ from cpmtp.training.kept_states import KeptStates
 from cpmtp.training.loop import Batch, Run, Schedule, train
 from cpmtp.training.muon import Muon
 from cpmtp.training.new_models import locally_seeded
-from cpmtp.whole_files import write_tensors, write_text
+from cpmtp.whole_files import require_folder, write_tensors, write_text
 
 _SAMPLED_AT_ONCE = 128
 _TRUNK = ("enter", "blocks", "step")  # whose matrices Muon trains, with the maps
@@ -120,6 +120,13 @@ def train_heads(
             f"heads trained side by side share {', '.join(shared)}: train the others apart"
         )
     _check_window(lm, plan)
+    for setting in settings:
+        if isinstance(setting.vocabulary, int) and setting.vocabulary > lm.vocab_size:
+            raise ValueError(f"vocabulary {setting.vocabulary}: {lm.vocab_size} tokens are all")
+    for folder in folders or ():
+        _check_folder(folder)
+    for setting, first in zip(settings, starts or (), strict=False):
+        _check_start(lm, setting, first)
     accelerator = Accelerator(cpu=lm.device.type == "cpu")
     for folder in folders or ():
         folder.mkdir(parents=True, exist_ok=True)
@@ -229,7 +236,13 @@ def _run_of(
     """A new head under training, or one that goes on from the folder's checkpoint."""
     head = _new_head(lm, settings)
     if start is not None:
-        head.load_state_dict(start.state_dict())
+        try:
+            head.load_state_dict(start.state_dict())
+        except RuntimeError:
+            raise ValueError(
+                f"the head to begin with, of {start.base!r}, does not go with {lm.name!r}: leave "
+                "it out"
+            ) from None
     return Run(
         head,
         _Objective(head, settings),
@@ -327,6 +340,27 @@ def _resume_key(lm, settings: HeadTrainingSettings, data: Tensor) -> str:
     return json.dumps(
         {"base": lm.fingerprint, "data": [*data.shape, first], **asdict(settings)}, sort_keys=True
     )
+
+
+def _check_folder(folder: Path) -> None:
+    """A head does not overwrite a model."""
+    config = require_folder(folder) / "config.json"
+    if config.is_file() and "model_type" in json.loads(config.read_text("utf-8")):
+        raise ValueError(f"the folder {str(folder)!r} holds a model: choose another for the head")
+
+
+def _check_start(lm, settings: HeadTrainingSettings, start: DraftHead) -> None:
+    """A head to begin with has the sizes of the one that is asked for."""
+    asked = asdict(settings.sizes) | {"anchored": settings.anchored, "vocab_size": lm.vocab_size}
+    there = {name: getattr(start, name) for name in asked}
+    asked |= {"blocks": settings.blocks, "width": settings.width or start.hidden_size}
+    there |= {"blocks": len(getattr(start, "blocks", ())), "width": start.maps.shape[-1]}
+    for name, value in asked.items():
+        if there[name] != value:
+            raise ValueError(
+                f"the head to begin with has {name} {there[name]} where {value} is asked for: give "
+                "the sizes it has, or leave it out"
+            )
 
 
 def _check_window(lm, plan: HeadTrainingSettings) -> None:

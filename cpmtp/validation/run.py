@@ -17,7 +17,7 @@ from cpmtp.pretrained.loading import usable_device
 from cpmtp.validation import checks, stages
 from cpmtp.validation.presets import Preset
 from cpmtp.validation.stages import Workplace
-from cpmtp.whole_files import write_parquet, write_text
+from cpmtp.whole_files import require_folder, write_parquet, write_text
 
 STAGES = ("base", "heads", "forecast", "decode", "report")
 
@@ -94,7 +94,10 @@ def validate(
             "docs/results_gpu.md, or give --device cpu"
         )
     usable_device(preset.device)
+    if budget_seconds is not None and not budget_seconds >= 0:
+        raise ValueError(f"budget_seconds {budget_seconds}: expected a number of at least 0")
     begun = time.monotonic()
+    require_folder(folder)
     place = Workplace(preset, Path(folder))
     _claim(place)
     wanted = [task for task in _tasks(place) if stage in (None, task.stage)]

@@ -36,12 +36,25 @@ def place(tmp_path_factory):
         "forecast.parquet": b"no table",
         "latency.json": b"{}",
         "latency.txt": b"no json",
+        "bytes.bin": bytes(range(256)),
+        "column.csv": b"batch,tokens\n1,2\n",
+        "sign.csv": b"batch,tokens,seconds\n1,2,-1\n",
+        "word.csv": b"batch,tokens,seconds\n1,two,1\n",
+        "nothing.csv": b"",
     }
     for name, content in raw.items():
         (folder / name).write_bytes(content)
     config = json.loads((folder / "model" / "config.json").read_text())
     (folder / "other").mkdir()
     (folder / "other" / "config.json").write_text(json.dumps(config))
+    (folder / "no_sizes").mkdir()
+    (folder / "no_sizes" / "config.json").write_text("{}")
+    head = cpmtp.CPHead(hidden_size=96, vocab_size=99, horizon=3, rank=2, anchored=True, blocks=1)
+    head.save_pretrained(folder / "head")
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "config.json").write_bytes((folder / "head/config.json").read_bytes())
+    (folder / "damaged" / "model.safetensors").write_bytes(b"xx")
+    (folder / "dangling.txt").symlink_to(folder / "nowhere")
     (folder / "no_json").mkdir()
     (folder / "no_json" / "config.json").write_text("{")
     return folder
@@ -51,6 +64,9 @@ STUDY = ("study", "--model", "samples:characters", "--contexts", 1, "--context-l
 STUDY += ("--methods", "em", "--workers", 1, "--horizons", 2, "--ranks", 1)
 GENERATE = ("generate", "--model", "{model}", "--max-new-tokens", 2)
 TRAIN = ("train-head", "--model", "{model}", "--steps", 1, "--rank", 1, "--horizon", 3)
+FORECAST = ("forecast", "--model", "{model}", "--budget", "20k", "--minutes", "0.2")
+LATENCY = ("latency", "--model", "{model}", "--tokens", "1,2", "--context", 8, "--seconds", 1)
+CURVE = (*LATENCY, "--engine", "one", "--engine-curve")
 COMMANDS = [
     ((*STUDY, "--corpus", "{picture.png}"), "zero bytes"),
     ((*STUDY, "--corpus", "{utf16.txt}"), "UTF-16 without its mark"),
@@ -116,6 +132,102 @@ COMMANDS = [
         "steps -1",
     ),
     ((*TRAIN, "--seconds", 0), "seconds 0"),
+    ((*STUDY, "--corpus", "{dangling.txt}"), "no such file, folder or match"),
+    ((*STUDY, "--top-p", "0"), "top_p 0.0"),
+    ((*STUDY, "--top-k", "100"), "top_k 100 over a vocabulary of 6"),
+    ((*STUDY, "--width", "nan"), "width nan"),
+    ((*STUDY, "--temperatures", "0,-0"), "holds one twice"),
+    ((*STUDY, "--max-gigabytes", "inf"), "--max-gigabytes inf"),
+    ((*STUDY, "--dtype", "bf16", "--model", "code"), "unknown dtype 'bf16'"),
+    ((*STUDY, "--ranks", "99999999999999999999"), "below 2 ** 31"),
+    ((*STUDY, "--methods", "em;als"), "unknown method 'em;als'"),
+    ((*STUDY, "--domain", "a={text.txt}", "--domain", "a={text.txt}"), "hold one twice"),
+    ((*GENERATE, "--prompt", ""), "an empty prompt"),
+    ((*GENERATE, "--eos", ""), "--eos is empty"),
+    (("generate", "{no_sizes}", *GENERATE[1:]), "holds no head: its config.json has nothing"),
+    (("generate", "{damaged}", *GENERATE[1:]), "does not hold this head's weights"),
+    (("generate", "{head}", "--rule", "luck", *GENERATE[1:]), "unknown rule 'luck'"),
+    (("generate", "{head}", "--model", "code"), "does not fit"),
+    (("generate", "{head}", *GENERATE[1:], "--expect", "{column.csv}"), "no column forecast_low"),
+    (("generate", "{head}", *GENERATE[1:], "--monitor", "{empty}"), "Is a directory"),
+    ((*TRAIN, "--out", "{model}"), "holds a model: choose another for the head"),
+    ((*TRAIN, "--out", "{text.txt}"), "is a file: choose another folder"),
+    ((*TRAIN, "--form", "hmm"), "unknown form 'hmm'"),
+    ((*TRAIN, "--form", "markov", "--rank", 3), "which has one component"),
+    ((*TRAIN, "--transition-rank", 3), "which has no transitions"),
+    ((*TRAIN, "--width", 0), "width 0"),
+    (
+        (
+            *TRAIN,
+            "--blocks=-1",
+        ),
+        "blocks -1",
+    ),
+    ((*TRAIN, "--vocabulary", 100), "vocabulary 100: 99 tokens are all"),
+    ((*TRAIN, "--vocabulary", 0), "vocabulary 0"),
+    ((*TRAIN, "--seconds", "inf"), "seconds inf"),
+    ((*TRAIN, "--positions", 0), "positions 0"),
+    ((*TRAIN, "--objective", "luck"), "unknown objective 'luck'"),
+    ((*TRAIN, "--precision", "int8"), "unknown precision 'int8'"),
+    ((*TRAIN, "--start", "{head}"), "has rank 2 where 1 is asked for"),
+    ((*TRAIN, "--rank", 2, "--start", "{head}", "--width", 7), "has width 96 where 7"),
+    ((*TRAIN, "--rank", 2, "--start", "{head}", "--model", "code"), "has vocab_size 99 where 104"),
+    ((*TRAIN, "--start", "{damaged}"), "does not hold this head's weights"),
+    ((*FORECAST, "--forms", "magic"), "--forms 'magic'"),
+    ((*FORECAST, "--forms", ","), "no candidates"),
+    ((*FORECAST, "--horizons", "1"), "horizons (1,)"),
+    ((*FORECAST, "--horizons", "2,x"), "--horizons '2,x'"),
+    ((*FORECAST, "--ranks", "0"), "rank 0 of form 'cp'"),
+    ((*FORECAST, "--ranks", ""), "--ranks is empty"),
+    ((*FORECAST, "--transition-ranks", ""), "--transition-ranks is empty"),
+    ((*FORECAST, "--budget", "lots"), "--budget 'lots'"),
+    ((*FORECAST, "--budget", "inf"), "budget inf"),
+    ((*FORECAST, "--probe-budget", "x"), "--probe-budget 'x'"),
+    ((*FORECAST, "--minutes", "nan"), "minutes nan"),
+    ((*FORECAST, "--loads", "0"), "loads (0,)"),
+    ((*FORECAST, "--temperature", "nan"), "temperature nan"),
+    ((*FORECAST, "--top-p", "0"), "top_p 0.0"),
+    ((*FORECAST, "--top-k", "1000"), "top_k 1000 over a vocabulary of 99"),
+    ((*FORECAST, "--latency", "{latency.json}"), "it has no plain_step, base"),
+    ((*FORECAST, "--latency", "{bytes.bin}"), "expected JSON such as"),
+    ((*FORECAST, "--curves", "{column.csv}"), "expected the columns group, horizon"),
+    ((*FORECAST, "--curves", "{bytes.bin}"), "is no table"),
+    ((*FORECAST, "--curves", "{forecast.parquet}"), "is no table"),
+    ((*FORECAST, "--out", "{text.txt}"), "is a file: choose another folder"),
+    ((*LATENCY, "--tokens", ""), "verified_tokens ()"),
+    ((*LATENCY, "--batches", "0"), "batches (0,)"),
+    ((*LATENCY, "--context", "64"), "no room for 1 tokens after 64"),
+    ((*LATENCY, "--seconds", "nan"), "seconds nan"),
+    ((*LATENCY, "--engine", "one"), "go together"),
+    ((*CURVE, "{column.csv}"), "no column seconds"),
+    ((*CURVE, "{sign.csv}"), "seconds -1.0"),
+    ((*CURVE, "{word.csv}"), "expected a CSV file with the columns"),
+    ((*CURVE, "{nothing.csv}"), "expected a CSV file with the columns"),
+    ((*LATENCY, "--out", "{empty}"), "is a folder: name a file"),
+    ((*LATENCY, "--out", "{text.txt}/latency.json"), "is a file"),
+    (("validate", "--preset", "huge"), "unknown preset 'huge'"),
+    (("validate", "--stage", "luck"), "unknown stage 'luck'"),
+    (("validate", "--budget-seconds", "nan"), "budget_seconds nan"),
+    (
+        (
+            "validate",
+            "--budget-seconds=-1",
+        ),
+        "budget_seconds -1",
+    ),
+    (("validate", "--out", "{text.txt}"), "is a file"),
+    (("train-base", "poetry"), "unknown domain 'poetry'"),
+    (("train-base", "code", "--threads=-2"), "--threads -2"),
+    (("train-base", "code", "--out", "{text.txt}"), "is a file"),
+    (("models", "--convert", "{model}"), "each needs the other"),
+    (("models", "--convert", "{model}", "--out", "{other}"), "is there already"),
+    (("models", "--check", "{text.txt}"), "it is a file"),
+    (("models", "--check", "{model}", "--length", "0"), "--length 0"),
+    (("report", "{empty}", "--price", "nan"), "--price nan"),
+    (("report", "{empty}", "--learned-share", "2"), "--learned-share 2"),
+    (("export", "{empty}", "--to", "vllm"), "nothing to export"),
+    (("export", "{text.txt}", "--to", "vllm"), "no folder"),
+    (("export", "{empty}", "--to", "magic"), "no format 'magic'"),
     (("report", "{empty}"), "no finished study"),
     (("compare", "{empty}", "{empty}"), "no finished study"),
 ]
@@ -127,7 +239,8 @@ def test_a_bad_command_is_one_line_and_writes_nothing(
 ):
     filled = [str(a) for a in arguments]
     filled = [_filled(a, place) for a in filled]
-    out = () if filled[0] in ("report", "compare", "generate") else ("--out", tmp_path / "out")
+    elsewhere = filled[0] in ("report", "compare", "generate", "models", "export")
+    out = () if elsewhere or "--out" in filled else ("--out", tmp_path / "out")
     monkeypatch.chdir(tmp_path)
     before = sorted(place.rglob("*"))
     status, shown, err = run(monkeypatch, capsys, *filled, *out)
@@ -137,7 +250,7 @@ def test_a_bad_command_is_one_line_and_writes_nothing(
 
 def _filled(argument: str, place) -> str:
     head, found, rest = argument.partition("{")
-    return head + str(place / rest.rstrip("}")) if found else argument
+    return head + str(place / rest.replace("}", "")) if found else argument
 
 
 TABLE = BigramTable()
