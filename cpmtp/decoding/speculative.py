@@ -28,7 +28,7 @@ from cpmtp.decoding.trials import CALLS, PREFIXES, open_target
 from cpmtp.drafts.blocks import Block, CPBlock, Drafted
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.heads.draft_head import DraftHead
-from cpmtp.heads.drafting import drafted_block
+from cpmtp.heads.drafting import drafter
 from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.language_model import LanguageModel
 from cpmtp.sampling_law import SamplingLaw
@@ -273,7 +273,8 @@ class _Run:
             return None
         if isinstance(self.draft, DraftHead):
             assert self.hidden is not None  # a head without hidden states is refused
-            return drafted_block(self.draft, self.hidden, self.known).first(longest)
+            ready = drafter(self.draft, self.hidden.dtype)
+            return ready.block(self.hidden, self.known).first(longest)
         return CPBlock.of_distributions([self.draft(text) for text in self.texts()]).first(longest)
 
     def _uniform(self, *shape: int) -> Tensor:

@@ -5,6 +5,7 @@ the tokens to come, of any form on one trunk.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -132,6 +133,7 @@ class DraftHead(nn.Module, StoredHead):
         self.register_buffer("unembedding", torch.empty(0), persistent=False)
         self.register_buffer("embedding", torch.empty(0), persistent=False)
         self._projected: tuple[tuple, Tensor] | None = None
+        self.ready: tuple[tuple, Any] | None = None  # what decoding makes of it, and of which state
 
     def __repr__(self) -> str:
         numbers = sum(p.numel() for p in self.parameters())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,38 +13,155 @@ from cpmtp.drafts.blocks import Block, CPBlock, MarkovBlock, RecurrentBlock
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.sampling_law import exact_dtype
 
+_TABLES = 1 << 20  # entries of a product of all embeddings that is kept
+_TINY = 1e-12
 
-def drafted_block(
-    head: DraftHead, hidden: Float[Tensor, "batch d"], first_token: Int[Tensor, " batch"]
-) -> Block:
-    """What a decoder draws from: the draft of x_2 … x_n in each row, unchecked.
+
+class Drafter:
+    """A head made ready to draft for a model: in the model's precision, and in few operations.
+
+    What depends on weights alone is multiplied beforehand: the weights of norms, and, of small
+    vocabularies, all tokens' embeddings with what reads them.
 
     Parameters
     ----------
     head : DraftHead
-    hidden : (batch, hidden) tensor
-        The hidden states that predicted x_1.
-    first_token : (batch,) long tensor
-        x_1.
+        Attached to its model.
+    dtype : torch.dtype
+        Of the model. Drafts are computed in it where it is narrower than the head's own: verifying
+        asks for the probabilities that were drawn from, not for those of another precision.
 
     Raises
     ------
     ValueError
         If the head's step is a layer over the text.
     """
-    hidden = hidden.to(head.maps)
-    stream = head.stream(hidden, first_token)
-    if head.form == "recurrent":
-        return _recurrent_block(head, hidden, first_token, stream)
-    z = stream if head.plain else head.norm(stream)
-    logits = head.state_logits(hidden, z, head.readout())  # (batch, drafted, rank, support)
-    scores, logits = _told(head, first_token, head.log_weights(z), logits)
-    dtype, ids = exact_dtype(logits), head.drafted_ids
-    weights = scores.softmax(-1, dtype)  # (batch, rank)
-    if not head.has_transitions:
-        return CPBlock(weights, logits.softmax(-1, dtype), ids)
-    block = MarkovBlock(weights, logits, head.left, head.right, head.gates(z), ids)
-    return block if head.anchored else block.after(first_token)
+
+    def __init__(self, head: DraftHead, dtype: torch.dtype):
+        if head.over_text:
+            raise ValueError(
+                "a head with a layer over the text is trained and forecast, not decoded with: "
+                "train one with over_text=False"
+            )
+        own = head.maps.dtype
+        if torch.promote_types(own, dtype) == own != dtype:
+            head = copy.deepcopy(head).to(dtype)
+        self.head = head
+        self._plain = head.plain
+        if not head.plain:
+            scale = head.enter.out_features**0.5
+            d = head.hidden_size
+            self._enter = head.enter.weight[:, :d].T
+            read = head.enter.weight[:, d:] if head.anchored else None
+            self._first = None if read is None else _Embedded(head, read)
+            self._blocks = [
+                ((block.up.weight * block.norm.weight * scale).T, block.down.weight.T)
+                for block in head.blocks
+            ]
+        if head.form == "recurrent":
+            step, width = head.step, head.maps.shape[-1]
+            self._up = (step.up.weight[:, :width] * step.norm.weight * scale).T
+            self._down, self._token = step.down.weight.T, _Embedded(head, step.up.weight[:, width:])
+            self._over_support = head.support_size <= head.hidden_size
+            # (maps, width, d or support)
+            self._readout = (head.readout() * head.norm.weight * scale).mT
+
+    @torch.no_grad()
+    def block(self, hidden: Float[Tensor, "batch d"], first_token: Int[Tensor, " batch"]) -> Block:
+        """What a decoder draws from: the draft of x_2 … x_n in each row, unchecked.
+
+        Parameters
+        ----------
+        hidden : (batch, hidden) tensor
+            The hidden states that predicted x_1.
+        first_token : (batch,) long tensor
+            x_1.
+        """
+        head, hidden = self.head, hidden.to(self.head.maps)
+        stream = self._stream(hidden, first_token)
+        if head.form == "recurrent":
+            return self._recurrent_block(hidden, first_token, stream)
+        z = stream if head.plain else head.norm(stream)
+        logits = head.state_logits(hidden, z, head.readout())  # (batch, drafted, rank, support)
+        scores, logits = _told(head, first_token, head.log_weights(z), logits)
+        dtype, ids = exact_dtype(logits), head.drafted_ids
+        weights = scores.softmax(-1, dtype)  # (batch, rank)
+        if not head.has_transitions:
+            return CPBlock(weights, logits.softmax(-1, dtype), ids)
+        block = MarkovBlock(weights, logits, head.left, head.right, head.gates(z), ids)
+        return block if head.anchored else block.after(first_token)
+
+    def _stream(self, hidden: Tensor, first_token: Tensor) -> Tensor:
+        """The trunk's residual stream, (batch, width)."""
+        if self._plain:
+            return hidden
+        if self._first is None:
+            stream = hidden @ self._enter  # (batch, width)
+        else:
+            stream = torch.addmm(self._first(first_token), hidden, self._enter)  # (batch, width)
+        for up, down in self._blocks:
+            stream = torch.addmm(stream, functional.silu(_unit(stream) @ up), down)
+        return stream
+
+    def _recurrent_block(
+        self, hidden: Tensor, first_token: Tensor, stream: Tensor
+    ) -> RecurrentBlock:
+        head = self.head
+        skipped = head.drafted - head.horizon + 1  # the first position, if the head models it
+        # (batch, support) or (batch, d)
+        base = functional.linear(hidden, head.unembedding) if self._over_support else hidden
+
+        def advance(state: Tensor, token: Tensor) -> Tensor:
+            read = torch.addmm(self._token(token), _unit(state), self._up)  # (batch, 2 width)
+            return torch.addmm(state, functional.silu(read), self._down)
+
+        def logits(position: int, state: Tensor) -> Tensor:
+            moved = torch.addmm(base, _unit(state), self._readout[position + skipped])
+            if self._over_support:
+                return moved
+            return functional.linear(moved, head.unembedding)  # (batch, support)
+
+        state = advance(stream, first_token) if skipped else stream
+        return RecurrentBlock(state, head.horizon - 1, logits, advance, head.drafted_ids)
+
+
+class _Embedded:
+    """Rows of normalised embeddings times a matrix: looked up where all of them are few."""
+
+    def __init__(self, head: DraftHead, weight: Float[Tensor, "out d"]):
+        self._head, self._weight, self._table = head, weight, None
+        if len(head.embedding) * len(weight) <= _TABLES:
+            every = torch.arange(len(head.embedding), device=weight.device)
+            self._table = functional.linear(head.embedded(every), weight)  # (vocab, out)
+
+    def __call__(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch out"]:
+        """Of these tokens."""
+        if self._table is not None:
+            return self._table[tokens]
+        return functional.linear(self._head.embedded(tokens), self._weight)  # (batch, out)
+
+
+def _unit(x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
+    """Of length one: the root of the width, by which a norm is longer, is in the weights."""
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_TINY)
+
+
+def drafter(head: DraftHead, dtype: torch.dtype) -> Drafter:
+    """The head made ready; once, for as long as its weights stay the same."""
+    tensors = (*head.parameters(), head.unembedding, head.embedding)
+    state = (dtype, *((t.data_ptr(), t._version, t.dtype) for t in tensors))
+    if head.ready is None or head.ready[0] != state:
+        # Of no use to a later call if they could be used in inference mode alone.
+        with torch.inference_mode(False), torch.no_grad():
+            head.ready = (state, Drafter(head, dtype))
+    return head.ready[1]
+
+
+def drafted_block(
+    head: DraftHead, hidden: Float[Tensor, "batch d"], first_token: Int[Tensor, " batch"]
+) -> Block:
+    """What a decoder draws from, in the head's own precision; see `Drafter.block`."""
+    return drafter(head, head.maps.dtype).block(hidden, first_token)
 
 
 def _told(
@@ -57,24 +176,3 @@ def _told(
     chosen = (known.gather(-1, at) - known.logsumexp(-1, keepdim=True)).squeeze(-1)  # (batch, rank)
     # A token that is never drafted says nothing of the components.
     return scores + torch.where(place[:, None] >= 0, chosen, 0.0), logits[:, 1:]
-
-
-def _recurrent_block(
-    head: DraftHead, hidden: Tensor, first_token: Tensor, stream: Tensor
-) -> RecurrentBlock:
-    if head.over_text:
-        raise ValueError(
-            "a head with a layer over the text is trained and forecast, not decoded with: train "
-            "one with over_text=False"
-        )
-    skipped = head.drafted - head.horizon + 1  # the first position, if the head models it
-
-    def advance(state: Tensor, token: Tensor) -> Tensor:
-        return head.step(state, head.embedded(token))
-
-    def logits(position: int, state: Tensor) -> Tensor:
-        moved = functional.linear(head.norm(state), head.maps[position + skipped])  # (batch, d)
-        return functional.linear(hidden + moved, head.unembedding)  # (batch, support)
-
-    state = advance(stream, first_token) if skipped else stream
-    return RecurrentBlock(state, head.horizon - 1, logits, advance, head.drafted_ids)

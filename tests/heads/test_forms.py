@@ -12,6 +12,7 @@ from rounding import rounding
 from safetensors.torch import load_file
 from torch.nn.functional import embedding, rms_norm, silu
 
+from cpmtp.heads import drafting
 from cpmtp.heads.conditionals import path_conditionals
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.heads.drafting import drafted_block
@@ -264,3 +265,37 @@ def test_a_head_over_the_text_reads_nothing_that_is_yet_to_come():
 def test_shapes_that_are_none_are_refused(bad, message):
     with pytest.raises(ValueError, match=message):
         DraftHead(hidden_size=8, vocab_size=VOCAB, anchored=True, **bad)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_what_was_made_ready_is_made_again_when_weights_change(form):
+    head, hidden, first = a_head(**form), states(3), torch.tensor([0, 1, 2])
+    law, uniform = SamplingLaw(), torch.full((3, HORIZON), 0.4, dtype=torch.float64)
+    drafter = drafting.drafter(head, head.maps.dtype)
+    drafter.block(hidden, first).sample(law, uniform)
+    assert drafting.drafter(head, head.maps.dtype) is drafter
+    with torch.no_grad():
+        head.maps.mul_(-1.5)
+    found = drafted_block(head, hidden, first).sample(law, uniform)
+    path = torch.cat([first[:, None], found.tokens], 1)
+    expected = along(head, hidden, path)
+    torch.testing.assert_close(found.over_all(VOCAB), expected, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_head_of_a_narrower_model_drafts_in_that_precision(form):
+    """Near what it says in its own; and what is said of a path is what it was drawn from."""
+    head, hidden = a_head(**form), states(400)
+    first, law = torch.arange(400) % VOCAB, SamplingLaw()
+    uniform = torch.rand(
+        400, HORIZON, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
+    ready = drafting.drafter(head, torch.bfloat16)
+    assert ready.head.maps.dtype == torch.bfloat16 and head.maps.dtype == torch.float64
+    found = ready.block(hidden.bfloat16(), first).sample(law, uniform)
+    assert found.probs.dtype == torch.float32
+    sums = found.probs.sum(-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums), atol=1e-5, rtol=0)
+    own = along(head, hidden, torch.cat([first[:, None], found.tokens], 1))
+    gap = 0.5 * (found.over_all(VOCAB) - own).abs().sum(-1)
+    assert float(gap.mean()) < 0.02
