@@ -11,7 +11,9 @@ import typer
 from cpmtp.commands.options import Device, Dtype, TopK, TopP, integers, load_head
 
 if TYPE_CHECKING:
-    from cpmtp.decoding.stats import GenerationStats
+    from tqdm import tqdm
+
+    from cpmtp.decoding.stats import GenerationStats, Progress
 
 
 def generate(
@@ -75,6 +77,7 @@ def generate(
     from cpmtp.decoding.drift import drift_report, expected_interval
     from cpmtp.decoding.endings import OWN, end_tokens
     from cpmtp.decoding.speculative import speculative_generate
+    from cpmtp.joint_distribution.progress import progress_bar
     from cpmtp.pretrained import load_language_model
     from cpmtp.sampling_law import SamplingLaw
 
@@ -100,7 +103,9 @@ def generate(
     asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "rule": rule, "seed": seed}
     asked |= sampling | {"eos_token_id": ends, "stop_strings": tuple(stop or ())}
     ids = lm.encode(prompt)
-    out = speculative_generate(lm, draft, ids, **asked, monitor=monitor, audit=audit)
+    with progress_bar(max_new_tokens, "token", desc="decoding", leave=False) as bar:
+        watching = {"monitor": monitor, "watch": lambda progress: _show(bar, progress)}
+        out = speculative_generate(lm, draft, ids, **asked, **watching, audit=audit)
     # The end of the text is no part of it.
     ended = bool(len(out.token_ids)) and int(out.token_ids[-1]) in end_tokens(lm, ends)
     text = out.sequences[0]
@@ -113,6 +118,9 @@ def generate(
         f"{1e3 * stats.latency(0.95):.1f} ms p95",
         file=sys.stderr,
     )
+    if len(out.token_ids) > 1:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in stats.stage_shares.items())
+        print(f"time of a cycle    {shares}", file=sys.stderr)
     if compare:
         plain = speculative_generate(lm, None, ids, **asked).stats
         print(_comparison(stats, plain), file=sys.stderr)
@@ -130,6 +138,12 @@ def generate(
         )
     if expected:
         print(drift_report(stats, *expected), file=sys.stderr)
+
+
+def _show(bar: tqdm, progress: Progress) -> None:
+    """What a cycle added, with tokens per call and where the time goes."""
+    bar.set_postfix_str(str(progress), refresh=False)
+    bar.update(progress.tokens + 1 - bar.n)  # the first token came with the prompt
 
 
 def _comparison(stats: GenerationStats, plain: GenerationStats) -> str:

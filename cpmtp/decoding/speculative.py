@@ -23,7 +23,7 @@ from cpmtp.acceptance.verification import VERIFIED, check_rule
 from cpmtp.decoding.audit import Audit, finished
 from cpmtp.decoding.endings import Endings
 from cpmtp.decoding.judging import judge
-from cpmtp.decoding.stats import GenerationStats, Recorder
+from cpmtp.decoding.stats import GenerationStats, Progress, Recorder
 from cpmtp.decoding.trials import CALLS, PREFIXES, open_target
 from cpmtp.drafts.blocks import Block, CPBlock, Drafted
 from cpmtp.drafts.cp_distribution import CPDistribution
@@ -83,6 +83,7 @@ def speculative_generate(
     stop_strings: Any = (),
     callback: Callable[[int, Tensor], bool | None] | None = None,
     monitor: str | Path | None = None,
+    watch: Callable[[Progress], None] | None = None,
     audit: bool = False,
 ) -> Generation:
     """Generate text whose law is the target's own, several tokens per forward pass.
@@ -112,6 +113,8 @@ def speculative_generate(
         ends the row.
     monitor : path, optional
         A file to which every cycle appends a line of JSON.
+    watch : callable, optional
+        Called after every cycle with how far the run is: tokens, tokens per call, seconds by stage.
     audit : bool
         Hold the distributions that tokens were drawn from against full forward passes, every 64
         tokens; what was found is in ``stats.audit`` and ``stats.audit_findings``.
@@ -154,7 +157,8 @@ def speculative_generate(
     plan = _Plan(law, "token" if rule == "greedy" else rule, seed, max_new_tokens, endings)
     started = time.perf_counter()
     with torch.inference_mode():
-        run = _Run(lm, draft, prompts, plan, Path(monitor) if monitor else None, audit=audit)
+        run = _Run(lm, draft, prompts, plan, audit=audit)
+        run.recorder.monitor, run.recorder.watch = Path(monitor) if monitor else None, watch
         run.read_prompts()
         while run.running:
             run.cycle()
@@ -185,7 +189,6 @@ class _Run:
         draft: DraftHead | ContextDraft | None,
         prompts: list[Tensor],
         plan: _Plan,
-        monitor: Path | None,
         *,
         audit: bool,
     ):
@@ -201,7 +204,7 @@ class _Run:
         self.new: list[list[int]] = [[] for _ in prompts]
         self.running = set(range(len(prompts))) if plan.limit else set()
         horizon = draft.horizon if isinstance(draft, DraftHead) else 1
-        self.recorder = Recorder(len(prompts), horizon, monitor)
+        self.recorder = Recorder(len(prompts), horizon)
         by_prefix = self.way in (PREFIXES, CALLS)
         self.audit = Audit(lm, plan.law, len(prompts), by_prefix=by_prefix) if audit else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,38 @@ import numpy as np
 from cpmtp.decoding.audit import AuditFindings
 
 STAGES = ("target", "draft", "verification", "rest")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, the prompts having been read.
+
+    Attributes
+    ----------
+    tokens : int
+        Emitted by cycles, of all rows.
+    tokens_per_call : float
+        Of a row.
+    stage_seconds : dict of str to float
+        Of the cycles.
+    """
+
+    tokens: int
+    tokens_per_call: float
+    stage_seconds: dict[str, float]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all rows; 0 where no time was taken."""
+        seconds = sum(self.stage_seconds.values())
+        return self.tokens / seconds if seconds else 0.0
+
+    def __str__(self) -> str:
+        shares = _shares(self.stage_seconds)
+        return (
+            f"{self.tokens_per_call:.2f} tokens per call, draft {shares['draft']:.0%}, "
+            f"verification {shares['verification']:.0%} of the time"
+        )
 
 
 @dataclass(frozen=True)
@@ -76,6 +109,11 @@ class GenerationStats:
         return {f"{name}_seconds": spent / cycles for name, spent in self.stage_seconds.items()}
 
     @property
+    def stage_shares(self) -> dict[str, float]:
+        """Share of the cycles' time, by stage; all 0 where no time was taken."""
+        return _shares(self.stage_seconds)
+
+    @property
     def accepted_per_position(self) -> tuple[int, ...]:
         """In how many cycles of a row the k-th drafted token was accepted, k = 1, 2, …."""
         return tuple(int(c) for c in np.cumsum(self.accepted_counts[::-1])[::-1][1:])
@@ -85,14 +123,24 @@ class GenerationStats:
         return float(np.quantile(self.token_latencies, quantile)) if self.token_latencies else 0.0
 
 
+def _shares(seconds: dict[str, float]) -> dict[str, float]:
+    whole = sum(seconds.values()) or 1.0
+    return {name: spent / whole for name, spent in seconds.items()}
+
+
 @dataclass
 class Recorder:
-    """Collects a run's numbers while it goes on; writes a line per cycle to `monitor`."""
+    """Collects a run's numbers while it goes on; writes a line per cycle to `monitor`, and tells
+    `watch`.
+    """
 
     rows: int
     horizon: int
     monitor: Path | None = None
+    watch: Callable[[Progress], None] | None = None
     calls: int = 1
+    emitted: int = 0
+    cycles_of_rows: int = 0
     accepted: list[list[int]] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     latencies: list[float] = field(default_factory=list)
@@ -107,6 +155,11 @@ class Recorder:
             self.stages[name] += seconds
         emitted = sum(accepted.values()) / len(accepted) + 1
         self.latencies.append(sum(stages.values()) / emitted)
+        self.emitted += sum(accepted.values()) + len(accepted)
+        self.cycles_of_rows += len(accepted)
+        if self.watch:
+            per_call = self.emitted / self.cycles_of_rows
+            self.watch(Progress(self.emitted, per_call, dict(self.stages)))
         if self.monitor:
             line = {"call": self.calls, "accepted": list(accepted.values()), "seconds": stages}
             with self.monitor.open("a", encoding="utf-8") as file:

@@ -43,7 +43,7 @@ def test_text_is_printed_and_what_it_took_beside_it(monkeypatch, capsys, tmp_pat
     status, out, err = run(monkeypatch, capsys, *SHORT, "--prompt", "import ", "--monitor", monitor)
     assert status == 0, err
     assert out.startswith("import ") and len(out) > 40
-    for said in ("tokens per call", "tokens per second", "latency per token"):
+    for said in ("tokens per call", "tokens per second", "latency per token", "target ", "draft "):
         assert said in err
     assert "forecast" not in err and "drift" not in err
     assert all("accepted" in json.loads(line) for line in monitor.read_text().splitlines())

@@ -365,3 +365,21 @@ def test_the_monitor_gets_a_line_per_cycle(tmp_path):
     assert sum(line["accepted"][0] + 1 for line in lines) >= 19
     assert set(lines[0]["seconds"]) == {"target", "draft", "verification", "rest"}
     assert out.stats.latency(0.95) >= out.stats.latency(0.5) > 0
+
+
+def test_whoever_watches_is_told_after_every_cycle():
+    """The last told is what the run comes to."""
+    lm, told = a_model(), []
+    draft = random_draft(lm.vocab_size, 2, 2, seed=1)
+    prompts = [torch.tensor([1, 2]), torch.tensor([3])]
+    out = speculative_generate(
+        lm, lambda text: draft, prompts, max_new_tokens=20, seed=0, watch=told.append
+    )
+    assert len(told) == out.stats.calls - 1
+    assert told[-1].tokens_per_call == out.stats.tokens_per_call
+    assert told[-1].stage_seconds == out.stats.stage_seconds
+    assert [p.tokens for p in told] == sorted(p.tokens for p in told)
+    # The first token of a row comes with its prompt.
+    assert told[-1].tokens == out.stats.tokens - len(prompts)
+    assert sum(out.stats.stage_shares.values()) == pytest.approx(1)
+    assert f"{out.stats.tokens_per_call:.2f} tokens per call, draft " in str(told[-1])
