@@ -40,6 +40,8 @@ from cpmtp.decomposition.mixtures import factor_match_score as factor_match_scor
 from cpmtp.decomposition.fitting import fit_path as fit_path
 from cpmtp.decomposition.forms.population import PopulationFit as PopulationFit
 from cpmtp.decomposition.forms.population import fit_population as fit_population
+from cpmtp.decomposition.trees.memory import TokenMemory as TokenMemory
+from cpmtp.decomposition.trees.memory import token_memory as token_memory
 
 # Acceptance
 from cpmtp.acceptance.best_path import TokensPerCallBounds as TokensPerCallBounds

@@ -213,6 +213,24 @@ def first_token_forest(
     trees of one token less; those tokens and their probabilities.
     """
     (first, *later), _ = _levels(tree, most)
+    return _after_first(first, later, noticeable, tree.vocab_size)
+
+
+def forest_after_first(forest: Forest) -> tuple[Forest, Float[Tensor, " trees"]]:
+    """What follows every first token of a forest of one tree, and their probabilities."""
+    support = forest.support
+    levels = [
+        Level(**(vars(level) | {"tokens": support.ids[depth][level.owners, level.tokens]}))
+        for depth, level in enumerate(forest.levels)
+    ]
+    found, _, mass = _after_first(levels[0], levels[1:], 0.0, support.vocab_size)
+    return found, mass
+
+
+def _after_first(
+    first: Level, later: Sequence[Level], noticeable: float, vocab: int
+) -> tuple[Forest, Int[Tensor, " trees"], Float[Tensor, " trees"]]:
+    """Of one tree's levels, tokens as ids."""
     grown = torch.bincount(later[0].parents, minlength=len(first)) > 0  # (first tokens,)
     noticed = first.probs > min(noticeable, float(first.probs[grown].max()) / 2)  # (first tokens,)
     chosen = (grown & noticed).nonzero().squeeze(1)  # (trees,)
@@ -234,7 +252,7 @@ def first_token_forest(
             )
         )
         place = torch.where(kept, kept.cumsum(0) - 1, -1)
-    forest = Forest.of(levels, root / mass, tree.vocab_size)
+    forest = Forest.of(levels, root / mass, vocab)
     return forest, first.tokens[chosen], mass
 
 

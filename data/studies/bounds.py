@@ -1,0 +1,230 @@
+"""What no training can buy, by form: longer blocks, drafts that are not sampled, left and right
+factors shared by contexts. Goes on where it was stopped.
+
+Run from the checkout: python data/studies/bounds.py OUT STAGE [STAGE …]
+
+horizons    anchored fits under top-k 4, 3 to 8 tokens, on complete joints
+proposals   anchored fits under top-k 16 at four temperatures, proposals sampled and argmaxes
+population  left and right factors of contexts 32 to 63, judged on contexts 0 to 31
+
+A context is a part of its own; tables hold the contexts that every model has by now.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import torch
+from anchored import SETTINGS
+
+import cpmtp
+from cpmtp.resampling import CLUSTER_KEYS, Clusters, intervals
+from cpmtp.study.models import open_language_model
+from cpmtp.study.plan import plan_study
+from cpmtp.whole_files import write_parquet, write_text
+
+REFERENCE, BEST_PATH, FULL_CHAIN = "cp 1", "best path", "full chain"
+CP = {f"cp {rank}": {"rank": rank} for rank in (1, 2, 4, 8)}
+MARKOV = {
+    "markov 16": {"rank": 1, "form": "markov", "transition_rank": 16},
+    "markov 16 gated": {"rank": 1, "form": "markov", "transition_rank": 16, "gated": True},
+}
+MIXTURE = {"rank": 2, "form": "markov_mixture", "transition_rank": 16, "gated": True}
+OF_HORIZONS = {name: CP[name] for name in ("cp 1", "cp 2", "cp 4")}
+OF_HORIZONS |= {
+    "hmm 4": {"rank": 4, "form": "hmm"},
+    **MARKOV,
+    "markov_mixture 2, 16 gated": MIXTURE,
+}
+OF_PROPOSALS = {"cp 1": CP["cp 1"], "cp 4": CP["cp 4"], **MARKOV}
+HORIZONS, TEMPERATURES = (3, 4, 6, 8), (0.0, 0.5, 0.7, 1.0)
+# Contexts that shared factors come from, and that they are judged on.
+FITTED, JUDGED = range(32, 64), range(32)
+# First tokens of less mass are left out where shared factors are fitted.
+LEAST_MASS = 1e-2
+SHARED = {"markov 16": (16, False), "markov 16 gated": (16, True), "markov 64 gated": (64, True)}
+
+
+def common(unit) -> dict:
+    """What names a context."""
+    return {key: getattr(unit, key) for key in (*CLUSTER_KEYS, "context")}
+
+
+def earned(joint, draft, **options) -> float:
+    """Tokens per call of a complete joint."""
+    found = cpmtp.implied_acceptance(joint, draft, **options)
+    return getattr(found, "tokens_per_call", None) or found.tokens_per_call_lower
+
+
+def row_of(joint, name: str, fit) -> dict:
+    """Of one draft."""
+    draft = fit.distribution
+    row = {"draft": name, "rank": draft.rank, "status": fit.status, "kl_nats": fit.objective}
+    row |= {"transition_rank": getattr(draft, "transition_rank", 0), "fit_seconds": fit.seconds}
+    row |= {"tokens_per_call": earned(joint, draft)}
+    return row | {"free_numbers": draft.free_numbers, "shared_numbers": draft.shared_numbers}
+
+
+def best_path(joint) -> dict:
+    """Of drafts that are not sampled."""
+    found = cpmtp.best_path_tokens_per_call(joint)
+    return {"draft": BEST_PATH, "tokens_per_call": getattr(found, "lower", found)}
+
+
+def full_chain(joint) -> dict:
+    """Of chains of the joint's own conditionals, and what they do not hold."""
+    memory = cpmtp.token_memory(joint)
+    row = {"draft": FULL_CHAIN, "tokens_per_call": memory.markov_tokens_per_call_anchored}
+    row |= {"kl_nats": float(memory.beyond_one_token_anchored.sum())}
+    row |= {"total_correlation": memory.total_correlation}
+    row |= {"tokens_per_call_not_told": memory.markov_tokens_per_call}
+    return row | {"beyond_one_token_not_told": float(memory.beyond_one_token.sum())}
+
+
+def horizons(unit, lm) -> pd.DataFrame:
+    """One context under top-k 4 at every length of block."""
+    rows, context = [], torch.tensor(unit.token_ids)
+    for horizon in HORIZONS:
+        joint = cpmtp.complete_joint(lm, context, horizon, top_k=4)
+        named = common(unit) | {"horizon": horizon, "top_k": 4, "temperature": 1.0}
+        for name, asked in OF_HORIZONS.items():
+            fit = cpmtp.fit(joint, anchored=True, **asked)
+            rows.append(named | row_of(joint, name, fit))
+        rows.extend([named | full_chain(joint), named | best_path(joint)])
+    return pd.DataFrame(rows)
+
+
+def proposals(unit, lm) -> pd.DataFrame:
+    """One context under top-k 16 at every temperature, drafts sampled and not."""
+    rows, context = [], torch.tensor(unit.token_ids)
+    for temperature in TEMPERATURES:
+        law = {"temperature": temperature} | ({"top_k": 16} if temperature else {})
+        joint = cpmtp.complete_joint(lm, context, 3, **law)
+        named = common(unit) | {"horizon": 3, "top_k": 16, "temperature": temperature}
+        for name, asked in OF_PROPOSALS.items():
+            fit = cpmtp.fit(joint, anchored=True, **asked)
+            row = row_of(joint, name, fit)
+            row["tokens_per_call_argmax"] = earned(joint, fit.distribution, proposal="argmax")
+            rows.append(named | row)
+        rows.append(named | best_path(joint))
+    return pd.DataFrame(rows)
+
+
+def shared_factors(units: list, lm, out: Path) -> dict:
+    """Left and right factors of one model's other contexts, kept in a file."""
+    file = out / "parts" / f"shared-{units[0].model}.pt"
+    if not file.exists():
+        contexts = [unit for unit in units if unit.context in FITTED]
+        joints = [cpmtp.exact_joint(lm, torch.tensor(unit.token_ids), 3) for unit in contexts]
+        found = {}
+        for name, (width, gated) in SHARED.items():
+            how = {"gated": gated, "anchored": True, "least_mass": LEAST_MASS}
+            population = cpmtp.fit_population(joints, 1, width, **how)
+            found[name] = {"left": population.left, "right": population.right}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(found, file)
+    return torch.load(file, weights_only=True)
+
+
+def population(unit, lm, shared: dict) -> pd.DataFrame:
+    """One context, whole distribution: forms with left and right factors of other contexts."""
+    joint = cpmtp.exact_joint(lm, torch.tensor(unit.token_ids), 3)
+    named, rows = common(unit) | {"horizon": 3, "temperature": 1.0}, []
+    asked = {name: CP[name] for name in ("cp 1", "cp 2", "cp 8")}
+    for name, (_, gated) in SHARED.items():
+        given = {"transitions": (shared[name]["left"], shared[name]["right"]), "gated": gated}
+        asked[name] = {"rank": 1, "form": "markov", **given}
+    given = {"transitions": tuple(shared["markov 16 gated"].values()), "gated": True}
+    asked["markov_mixture 2, 16 gated"] = {"rank": 2, "form": "markov_mixture", **given}
+    for name, options in asked.items():
+        fit = cpmtp.fit(joint, anchored=True, **options)
+        rows.append(named | row_of(joint, name, fit))
+    rows.append(named | best_path(joint))
+    return pd.DataFrame(rows)
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Per model, block, temperature and draft: mean tokens per call (block rule), the gain on
+    `cp 1` in the same contexts, and 95 % intervals over documents.
+    """
+    parts = []
+    for (model, horizon, temperature), rows in table.groupby(["model", "horizon", "temperature"]):
+        index = [*CLUSTER_KEYS, "context"]
+        wide = rows.pivot(index=index, columns="draft", values="tokens_per_call")
+        wide = wide[list(dict.fromkeys(rows["draft"]))]
+        part = pd.DataFrame({"draft": wide.columns, "contexts": len(wide)})
+        part.insert(0, "temperature", temperature)
+        part.insert(0, "horizon", horizon)
+        part.insert(0, "model", model)
+        gains = wide.sub(wide[REFERENCE], axis=0)
+        for name, scores in (("tokens_per_call", wide), ("gain", gains)):
+            clusters = Clusters.of(scores)
+            low, high = intervals(clusters, seed=0)
+            part[name], part[f"{name}_low"], part[f"{name}_high"] = clusters.means(), low, high
+        drafts = rows.groupby("draft")
+        for name in ("tokens_per_call_argmax", "kl_nats", "free_numbers", "shared_numbers"):
+            if name in rows:
+                part[name] = drafts[name].mean().reindex(wide.columns).to_numpy()
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def part_file(out: Path, stage: str, unit) -> Path:
+    """Where a context's rows are kept."""
+    return out / "parts" / f"{stage}-{unit.model}-{unit.context:03d}.parquet"
+
+
+def restore(out: Path, stage: str, units: list) -> None:
+    """Contexts of a stored table as parts again, so that a run goes on from the table alone."""
+    table = out / f"{stage}.parquet"
+    if table.exists():
+        rows = pd.read_parquet(table)
+        for unit in units:
+            own = rows[(rows["model"] == unit.model) & (rows["context"] == unit.context)]
+            if len(own) and not part_file(out, stage, unit).exists():
+                write_parquet(part_file(out, stage, unit), own)
+
+
+def write_tables(out: Path, stage: str, units: list) -> None:
+    """The table and its summary, of the contexts that every model has by now."""
+    done: dict[int, list[Path]] = {}
+    for unit in units:
+        file = part_file(out, stage, unit)
+        if file.exists():
+            done.setdefault(unit.context, []).append(file)
+    models = len({unit.model for unit in units})
+    files = [file for parts in done.values() if len(parts) == models for file in parts]
+    if files:
+        table = pd.concat(map(pd.read_parquet, files), ignore_index=True)
+        write_parquet(out / f"{stage}.parquet", table)
+        text = summary(table).to_csv(index=False, float_format="%.5g")
+        write_text(out / f"{stage}.csv", text)
+
+
+def main(out: Path, stages: list[str]) -> None:
+    """One part per context, then the tables."""
+    torch.set_num_threads(1)
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    units = sorted(plan_study(SETTINGS)[0], key=lambda unit: unit.context)
+    for stage in stages:
+        judged = [unit for unit in units if unit.context in JUDGED]
+        restore(out, stage, judged)
+        for unit in judged:
+            file = part_file(out, stage, unit)
+            if file.exists():
+                continue
+            lm = open_language_model(unit.model)
+            if stage == "population":
+                own = [other for other in units if other.model == unit.model]
+                rows = population(unit, lm, shared_factors(own, lm, out))
+            else:
+                rows = {"horizons": horizons, "proposals": proposals}[stage](unit, lm)
+            write_parquet(file, rows)
+            write_tables(out, stage, judged)
+        write_tables(out, stage, judged)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
