@@ -47,15 +47,16 @@ def custom_generate(
     rule: str = "block",
     seed: int = 0,
     stop_strings: str | Sequence[str] = (),
+    streamer: Any = None,
 ) -> Callable[..., Tensor]:
     """For transformers:
     ``model.generate(ids, custom_generate=custom_generate(lm, head), do_sample=True)``.
 
     Kept to: temperature, top-k, top-p, the number of new tokens, end-of-text tokens (one or a
     list), padding on the left with its attention mask, several sequences per prompt. Stop strings
-    are given here (``generate`` keeps its tokenizer to itself). Any other option that would change
-    the text, and any processor or criterion of the caller's, is refused by its name in one line.
-    A ``streamer`` is not: ``generate`` drops it before it could be seen here.
+    and a streamer are given here (``generate`` keeps its own to itself: after the prompt nothing
+    would reach that streamer). Any other option that would change the text, and any processor or
+    criterion of the caller's, is refused by its name in one line.
 
     Parameters
     ----------
@@ -63,6 +64,8 @@ def custom_generate(
         Around the model whose ``generate`` is called.
     draft, rule, seed, stop_strings
         As for `speculative_generate`.
+    streamer : transformers.generation.streamers.BaseStreamer, optional
+        Gets the prompt and then every cycle's tokens as they are there; of one text alone.
     """
 
     def decode(
@@ -86,10 +89,15 @@ def custom_generate(
         for criterion in stopping_criteria:
             stops += getattr(criterion, "stop_strings", ())
         sampled = bool(config.do_sample)
+        prompts = _unpadded(input_ids, mask)
+        if streamer is not None:
+            if len(prompts) > 1:
+                raise ValueError(f"a streamer for {len(prompts)} texts: it writes one, give one")
+            streamer.put(prompts[0])
         out = speculative_generate(
             lm,
             draft,
-            _unpadded(input_ids, mask),
+            prompts,
             max_new_tokens=config.max_length - input_ids.shape[1],
             rule=rule,
             temperature=(1.0 if config.temperature is None else config.temperature)
@@ -100,7 +108,10 @@ def custom_generate(
             seed=seed,
             eos_token_id=config.eos_token_id,
             stop_strings=stops,
+            callback=None if streamer is None else lambda _, tokens: streamer.put(tokens),
         )
+        if streamer is not None:
+            streamer.end()
         rows = [
             torch.cat([ids, new]) for ids, new in zip(input_ids.cpu(), out.token_ids, strict=True)
         ]

@@ -10,6 +10,7 @@ from cpmtp.decoding.generation_hook import custom_generate
 from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.language_model import separated_hmm
 from cpmtp.pretrained import HuggingFaceLanguageModel
+from cpmtp.training.heads import train_head
 from cpmtp.training.new_models import new_llama
 
 VOCAB = 6
@@ -185,6 +186,30 @@ def test_processors_criteria_and_inputs_of_the_callers_are_refused_by_name(lm):
         custom_generate(lm, None)(
             lm.model, PROMPT[None], generation_config=config, inputs_embeds=torch.ones(1)
         )
+
+
+class Written(list):
+    """A streamer that keeps what it gets."""
+
+    put = list.append
+
+    def end(self):
+        self.append(None)
+
+
+def test_a_streamer_gets_the_prompt_and_every_cycles_tokens_once(lm):
+    head = train_head(lm, horizon=3, rank=2, steps=1, rows=1, length=8, sequences=1)
+    for draft in (None, head):
+        written = Written()
+        hook = custom_generate(lm, draft, streamer=written)
+        asked = {"do_sample": True, "max_new_tokens": 20, "eos_token_id": 4, "pad_token_id": 0}
+        whole = lm.model.generate(PROMPT[None], custom_generate=hook, **asked)[0]
+        prompt, *cycles, end = written
+        assert end is None and torch.equal(prompt, PROMPT)
+        assert torch.equal(torch.cat([prompt, *cycles]), whole)
+        assert all(1 <= len(tokens) <= (1 if draft is None else 3) for tokens in cycles)
+        with pytest.raises(ValueError, match="a streamer for 2 texts"):
+            lm.model.generate(PROMPT.repeat(2, 1), custom_generate=hook, **asked)
 
 
 def test_drafts_of_another_model_are_refused(lm):
