@@ -152,6 +152,12 @@ def show_forecast(found, ceilings: Mapping[tuple[int, int], float] | None = None
             f"the budget reads the text {found.table['passes'].max():.0f} times: more than four "
             "passes teach less than new text would; give more text"
         )
+    if found.ahead > found.shapes.farthest:
+        print(
+            f"the budget is {found.ahead:,.0f} times the largest probe, and nobody has held a "
+            f"forecast against the truth beyond {found.shapes.farthest:.0f} times: take what lies "
+            "farther as a direction, or give --minutes or --probe-budget for longer probes"
+        )
     groups = found.shapes.groups
     print(
         f"curves continued by {found.shapes.level.words}, from {len(groups)} groups of stored "

@@ -185,7 +185,10 @@ class Work:
 
     def _affordable(self, plan: ProbePlan, texts: list[str] | None, asked: dict[str, int]) -> int:
         few, _ = training_windows(self.lm, texts, positions=plan.step, **asked)
-        spent = step_seconds(self.lm, self.candidates, plan, few)
+        seconds = _SHARE_OF_PROBES * self.left
+        # Two probes are three times the fewest steps, and warming up may double a step's time.
+        most = max(2 * seconds / (3 * FEWEST_STEPS), 0.0)
+        spent = step_seconds(self.lm, self.candidates, plan, few, most=most)
         return largest_affordable(_SHARE_OF_PROBES * self.left, spent, plan.step)
 
     def too_little(self, plan: ProbePlan) -> str:

@@ -76,6 +76,12 @@ class HeadForecast:
             f"{max(budgets):,.0f} positions, loads {self.settings.loads})"
         )
 
+    @property
+    def ahead(self) -> float:
+        """How many times the budget is the largest probe; 0 without a forecast."""
+        probed = self.probes["budget"].max() if len(self.probes) else np.inf
+        return float(self.settings.budget / probed)
+
     def choice(self, load: int | None = None, *, source: str | None = None) -> HeadChoice:
         """The option of most predicted tokens per second at the budget.
 
@@ -141,6 +147,7 @@ class HeadForecast:
         told: dict[str, Any] = {"model": self.model, "settings": asdict(self.settings)}
         told["status"] = self.status
         told["shapes"] = {"level": self.shapes.level.words, "groups": list(self.shapes.groups)}
+        told["shapes"] |= {"farthest": self.shapes.farthest, "ahead": self.ahead}
         if not self.status:
             told["choices"] = [asdict(self.choice(load)) for load in self.settings.loads]
             told["schedule"] = self.schedule().to_dict("records")

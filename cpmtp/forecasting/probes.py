@@ -115,18 +115,37 @@ def training_windows(
     return torch.cat(parts), 0  # (count, length)
 
 
+class _Hopeless(Exception):
+    """The first step alone says that there is no time for probes."""
+
+
 def step_seconds(
-    lm: Any, candidates: Sequence[Candidate], plan: ProbePlan, windows: Tensor
+    lm: Any,
+    candidates: Sequence[Candidate],
+    plan: ProbePlan,
+    windows: Tensor,
+    *,
+    most: float = math.inf,
 ) -> float:
-    """Seconds of a step of all candidates, the base model's pass with it."""
+    """Seconds of a step of all candidates, the base model's pass with it.
+
+    The first step, which warms up, is not counted, unless it takes more than `most` seconds: then
+    no other is timed.
+    """
     ends: list[float] = []
 
     def noted(index: int, *_: Any) -> None:
         if index == len(candidates) - 1:
             ends.append(time.perf_counter())
+            if ends[0] - begun > most:
+                raise _Hopeless
 
     settings = _settings(candidates, plan, _TIMED_STEPS * plan.step)
-    train_heads(lm, settings, tokens=windows, callback=noted)
+    begun = time.perf_counter()
+    try:
+        train_heads(lm, settings, tokens=windows, callback=noted)
+    except _Hopeless:
+        return ends[0] - begun
     return (ends[-1] - ends[0]) / (len(ends) - 1)
 
 

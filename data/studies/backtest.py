@@ -15,12 +15,12 @@ default both embedded models, each on its own samples and on what Python carries
 probes of one, two and four units, and two seeds of targets of sixteen and thirty-two units on other
 windows and other held-out texts. A unit is 8,192 positions, a step 256. First seeds of all groups
 come first. `latency` times what every candidate's cycle takes, alone on the machine. `adopt` takes
-the table
-that `data/studies/curves.py` makes in the place of the groups of own samples: its budgets up to
-128k are probes, the larger ones targets (of the same seeds and documents, which flatters forecasts
-a little). `commit` writes down, from the groups that are trained, what will be said of one that is
-not. `judge` leaves one group out after another, of three at least: families, shapes and the
-interval's scale come from the others. `store` puts the curves where forecasts borrow shapes from.
+the table that `data/studies/curves.py` makes in the place of the groups of own samples: its budgets
+up to --largest-probe are probes, the larger ones targets (of the same seeds and documents, which
+flatters forecasts a little). `commit` writes down, from the groups that are trained, what will be
+said of one that is not. `judge` leaves one group out after another, of three at least: families,
+shapes and the interval's scale come from the others. `store` puts the curves where forecasts borrow
+shapes from.
 
 A training is kept as soon as it is done; an hour of one core for the four groups by default.
 """
@@ -63,7 +63,6 @@ PROBES, TARGETS = (1, 2, 4), (16, 32)
 SEEDS = {"probe": (0, 1), "target": (100, 101)}
 LIBRARY = {"python-code": "code", "python-prose": "prose"}
 TEXTS, START, DRAWN = 64, 32, 48
-LARGEST_PROBE = 128  # of the grid, in thousands of positions
 STAGES = ("curves", "latency", "adopt", "commit", "judge", "store")
 TRUNK = ("width", "blocks")
 COLUMNS = ["group", "role", "seed", "budget", "form", "horizon", "rank", "transition_rank"]
@@ -203,14 +202,14 @@ def read_curves(out: Path) -> pd.DataFrame:
     return pd.concat(map(pd.read_parquet, files), ignore_index=True)
 
 
-def adopt(out: Path, file: Path) -> None:
+def adopt(out: Path, file: Path, largest: int) -> None:
     """The grid of curves as groups: a base model's own samples each."""
     table = pd.read_parquet(file)
     table = table[table["tokens_per_call"].notna() & ~table["over_text"].astype(bool)]
     half = (table["tokens_per_call_high"] - table["tokens_per_call_low"]) / 2
     table = table.assign(
         group=table["model"] + ", own samples",
-        role=np.where(table["budget"] <= LARGEST_PROBE, "probe", "target"),
+        role=np.where(table["budget"] <= largest, "probe", "target"),
         budget=table["positions"],
         s_doc=half / stats.norm.ppf(0.975) / table["tokens_per_call"],
         seconds_per_position=table["training_seconds"] / table["positions"],
@@ -237,9 +236,15 @@ def commit(out: Path, groups: list[Group]) -> None:
 
 
 def store(out: Path) -> None:
-    kept = [name for name in COLUMNS if name != "seconds_per_position"]
+    """The curves, and those stored already that are not among them."""
     file = Path(__file__).parents[1] / "curves" / "stored.csv"
-    write_text(file, read_curves(out)[kept].round(6).to_csv(index=False))
+    kept = [name for name in COLUMNS if name != "seconds_per_position"]
+    found, before = read_curves(out)[kept].round(6), pd.read_csv(file)
+    keys = [*kept[:8], "width"]
+    known = set(found[keys].itertuples(index=False, name=None))
+    others = [row not in known for row in before[keys].itertuples(index=False, name=None)]
+    whole = pd.concat([before[others], found]).sort_values(keys, kind="stable")
+    write_text(file, whole[kept].to_csv(index=False))
 
 
 def main() -> None:
@@ -249,6 +254,7 @@ def main() -> None:
     parser.add_argument("--group", action="append", help="NAME=MODEL or NAME=MODEL:CORPUS")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--table", type=Path, help="of data/studies/curves.py, to adopt")
+    parser.add_argument("--largest-probe", type=int, default=128, help="of --table, in thousands")
     parser.add_argument("--ceilings", type=Path, help="JSON: group to the candidate they choose")
     parser.add_argument("--unit", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=4)
@@ -270,7 +276,7 @@ def main() -> None:
     stages: dict[str, Callable[[], None]] = {
         "curves": lambda: curves(given.out, groups, size, deadline),
         "latency": lambda: time_heads(given.out, groups, size, given.seconds),
-        "adopt": lambda: adopt(given.out, given.table),
+        "adopt": lambda: adopt(given.out, given.table, given.largest_probe),
         "commit": lambda: commit(given.out, groups),
         "judge": lambda: judge(given.out, read_curves(given.out), ceilings),
         "store": lambda: store(given.out),

@@ -29,7 +29,9 @@ def judge(out: Path, table: pd.DataFrame, ceilings: dict[str, str]) -> None:
     groups = sorted(table["group"].unique())
     if len(groups) < 3:
         raise SystemExit(f"{len(groups)} groups: at least three are needed to leave one out")
-    kinds = {"all probes": table, "eight times ahead": eightfold(table)}
+    kinds = {"all probes": table}
+    if eightfold(table)["group"].nunique() == len(groups):
+        kinds["eight times ahead"] = eightfold(table)
     rows, losses = [], []
     for kind, part in kinds.items():
         rows += [forecast_rows(part, g, None).assign(probes=kind) for g in groups]
@@ -43,14 +45,17 @@ def judge(out: Path, table: pd.DataFrame, ceilings: dict[str, str]) -> None:
         print(f"== {kind}")
         for left_out, part in told[told["probes"] == kind].groupby("left_out", sort=False):
             report(left_out, part)
-        report_choices(chosen[chosen["probes"] == kind])
+        if len(chosen):
+            report_choices(chosen[chosen["probes"] == kind])
 
 
 def eightfold(table: pd.DataFrame) -> pd.DataFrame:
     """Every group's largest target, and its probes of at most an eighth of that."""
     largest = table.groupby("group")["budget"].transform("max")
     probes = (table["role"] == "probe") & (table["budget"] <= largest / EIGHT)
-    return table[probes | (table["budget"] == largest)]
+    found = table[probes | (table["budget"] == largest)]
+    enough = found[found["role"] == "probe"].groupby("group")["budget"].nunique() >= 2
+    return found[found["group"].isin(enough.index[enough])]
 
 
 def forms(table: pd.DataFrame) -> list[str]:
@@ -113,7 +118,10 @@ def choice_losses(
     for group in groups:
         others, mine = table[table["group"] != group], table[table["group"] == group]
         shapes = ShapeChoice.of(others, losses=False)
-        latency = read_latency(out / "groups" / group / "latency.json")
+        file = out / "groups" / group / "latency.json"
+        if not file.exists():
+            continue  # nothing is known of its tokens per second
+        latency = read_latency(file)
         named = checked_curves(mine).drop_duplicates("candidate").set_index("candidate")
         for whole in tasks_of(checked_curves(mine)):
             for seed in sorted(set(whole.seeds)):

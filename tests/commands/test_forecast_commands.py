@@ -76,6 +76,7 @@ def test_the_answer_says_what_it_rests_on_with_ceilings_and_loads_beside(
     assert of_cp.endswith("; ceiling 1.70")
     assert sum(line.startswith("  lookup ") for line in lines) == 1
     assert "by load:" in lines and sum("while requests end from here" in x for x in lines) == 2
+    assert "times the largest probe" not in out  # stored curves go farther than this
     told = json.loads((tmp_path / "f" / "forecast.json").read_text())
     assert told["model"]["name"] == larger.name
 

@@ -12,7 +12,7 @@ from curve_tables import damped_curves
 from reference import verify
 
 from cpmtp.forecasting import probes
-from cpmtp.forecasting.candidates import LEARNING_RATE
+from cpmtp.forecasting.candidates import LEARNING_RATE, candidates_of
 from cpmtp.forecasting.cycles import forecast_cycles
 from cpmtp.forecasting.forecast_plan import ForecastSettings
 from cpmtp.forecasting.head_forecast import forecast_heads
@@ -117,6 +117,7 @@ def test_the_same_folder_trains_nothing_again(lm, curves, found, folder, monkeyp
     told = json.loads((folder / "forecast.json").read_text())
     assert told["choices"][0]["name"] == found.choice().name
     assert told["model"]["name"] == lm.name and told["model"]["fingerprint"] == lm.fingerprint
+    assert told["shapes"]["ahead"] == pytest.approx(1_000_000 / (64 * STEP))
     assert told["schedule"][0]["option"] == told["choices"][0]["name"]
     with pytest.raises(ValueError, match="another model, text or plan"):
         forecast_heads(
@@ -141,6 +142,24 @@ def test_a_report_reads_what_was_written(found, folder):
     assert lines[0] in ("Train", "Pilot first", "Do not train") and len(lines) == 4
     best = next(iter(forecast_sections(stored))).blocks[1]
     assert len(best.rows) == found.table["option"].nunique()
+
+
+def test_a_first_step_that_takes_too_long_is_the_last_one(lm, monkeypatch):
+    clock = [0.0]
+
+    def ticking() -> float:
+        clock[0] += 1.0
+        return clock[0]
+
+    monkeypatch.setattr(probes.time, "perf_counter", ticking)
+    candidates = candidates_of(lm, CANDIDATES)
+    plan = probes.ProbePlan((), rows=2, length=16)
+    windows, _ = probes.training_windows(lm, None, length=16, positions=STEP, seed=0)
+    # A look at the clock before the first step and one after each takes a second.
+    assert probes.step_seconds(lm, candidates, plan, windows, most=0.0) > 0
+    looks = clock[0]
+    assert probes.step_seconds(lm, candidates, plan, windows) > 0
+    assert clock[0] - looks > looks
 
 
 def test_too_little_time_or_budget_is_said_and_nothing_is_chosen(lm, curves):

@@ -75,8 +75,9 @@ class ShapeChoice:
     errors : pandas.DataFrame
         `what`, `family`, `scale`, and the mean absolute `error` (of logarithms) on left-out groups.
     residuals : pandas.DataFrame
-        A row per task: `group`, `candidate`, `seed`, `at`, `forecast`, `truth` and `gain`, of
-        logarithms; the shapes had not seen the group.
+        A row per task: `group`, `candidate`, `seed`, `at`, how many times that is `ahead` of the
+        last probe, and `forecast`, `truth` and `gain`, of logarithms; the shapes had not seen the
+        group.
     """
 
     level: Shape
@@ -87,6 +88,11 @@ class ShapeChoice:
     groups: tuple[str, ...]
     errors: pd.DataFrame = field(repr=False)
     residuals: pd.DataFrame = field(repr=False)
+
+    @property
+    def farthest(self) -> float:
+        """How many times beyond its last probe a forecast was ever held against the truth."""
+        return float(self.residuals["ahead"].max())
 
     @classmethod
     def stored(cls) -> ShapeChoice:
@@ -244,6 +250,7 @@ def _columns(level: Shape, difference: Shape, tasks: Tasks, reference: str) -> d
         "candidate": tasks.candidates,
         "seed": tasks.seeds,
         "at": np.full(len(tasks), tasks.at),
+        "ahead": np.full(len(tasks), tasks.at / tasks.budgets[-1]),
         "horizon": np.full(len(tasks), tasks.most),
         "forecast": found,
         "truth": tasks.truths,
