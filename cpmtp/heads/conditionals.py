@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from cpmtp.heads.draft_head import DraftHead
 
@@ -63,51 +64,69 @@ def path_conditionals(
     inside = None if head.vocabulary is None else places >= 0
     places = places.clamp_min(0)
     modelled = slice(int(head.anchored), None)
-    # (*batch, drafted, rank)
-    log_path, probs = _TokenProbs.apply(logits, places[..., modelled])
-    if inside is not None:
-        log_path = torch.where(inside[..., modelled, None], log_path, 0.0)
-    before = log_weights.unsqueeze(-2)  # (*batch, 1, rank)
-    scores = torch.cat([before, before + log_path.cumsum(-2)], -2)  # (*batch, drafted + 1, rank)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and mixed):
-        if head.rank == 1:
-            along = probs.squeeze(-2)  # (*batch, drafted, support)
-        else:
-            posterior = scores[..., :-1, :].softmax(-1)  # (*batch, drafted, rank)
-            along = (posterior.unsqueeze(-2) @ probs).squeeze(-2)  # (*batch, drafted, support)
+    there = None if inside is None else inside[..., modelled, None]
+    # (*batch, drafted + 1, rank) and (*batch, drafted, support)
+    scores, along = _Along.apply(logits, log_weights, places[..., modelled], there)
+    along = along if mixed else along.detach()
     drafted = along[..., head.drafted - head.horizon + 1 :, :]  # (*batch, horizon - 1, support)
     later = None if inside is None else inside[..., 1:]
     return PathConditionals(scores, drafted, places[..., 1:], later)
 
 
-class _TokenProbs(torch.autograd.Function):
-    """Logits (…, rank, support) to the given tokens' log-probabilities (…, rank) and to all
-    probabilities.
+class _Along(torch.autograd.Function):
+    """Logits (*batch, drafted, rank, support) and log-weights (*batch, rank) to the scores along
+    the given tokens, and to the conditionals that these scores mix.
 
-    What autograd would keep of a log-softmax, a gather and a softmax is here one tensor of the
-    logits' size.
+    What autograd would keep of it all is here one tensor of the logits' size, and the way back
+    makes one more: the conditionals' gradient reaches logits and posterior weights in one pass.
     """
 
     @staticmethod
-    def forward(ctx, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, logits: Tensor, log_weights: Tensor, tokens: Tensor, inside: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        at = tokens[..., None, None].expand(*logits.shape[:-1], 1)  # (…, rank, 1)
+        at = tokens[..., None, None].expand(*logits.shape[:-1], 1)  # (*batch, drafted, rank, 1)
         log_probs = logits.log_softmax(-1)
-        chosen = log_probs.gather(-1, at).squeeze(-1)  # (…, rank)
+        log_path = log_probs.gather(-1, at).squeeze(-1)  # (*batch, drafted, rank)
+        if inside is not None:
+            log_path = torch.where(inside, log_path, 0.0)
+        before = log_weights.unsqueeze(-2)  # (*batch, 1, rank)
+        scores = torch.cat([before, before + log_path.cumsum(-2)], -2)
+        posterior = scores[..., :-1, :].softmax(-1)  # (*batch, drafted, rank)
+
         probs = log_probs.exp_()
-        ctx.save_for_backward(probs, at)
-        return chosen, probs
+        if probs.shape[-2] == 1:
+            along = probs.squeeze(-2).clone()  # (*batch, drafted, support)
+        else:
+            along = (posterior.unsqueeze(-2) @ probs).squeeze(-2)  # (*batch, drafted, support)
+        ctx.save_for_backward(probs, posterior, at, inside)
+        return scores, along
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        of_chosen, of_probs = gradients
-        probs, at = ctx.saved_tensors
-        if of_probs is None and of_chosen is None:
-            return None, None
-        of_chosen = probs.new_zeros(probs.shape[:-1]) if of_chosen is None else of_chosen
-        if of_probs is None:
-            logits = probs * -of_chosen[..., None]  # (…, rank, support)
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        of_scores, of_along = gradients
+        probs, posterior, at, inside = ctx.saved_tensors
+        if of_along is None and of_scores is None:
+            return None, None, None, None
+        if of_scores is None:
+            of_scores = posterior.new_zeros((*at.shape[:-3], at.shape[-3] + 1, at.shape[-2]))
+        own = torch.zeros_like(posterior)
+        if of_along is not None:
+            each = (probs @ of_along.unsqueeze(-1)).squeeze(-1)  # (*batch, drafted, rank)
+            own = posterior * each
+            moved = own - posterior * own.sum(-1, keepdim=True)
+            of_scores = of_scores + functional.pad(moved, (0, 0, 0, 1))  # of all but the last
+
+        # A token's log-probability is in every score after it.
+        of_path = of_scores[..., 1:, :].flip(-2).cumsum(-2).flip(-2)  # (*batch, drafted, rank)
+        if inside is not None:
+            of_path = torch.where(inside, of_path, 0.0)
+        less = (own + of_path).unsqueeze(-1)  # (*batch, drafted, rank, 1)
+        if of_along is None:
+            logits = probs * -less
         else:
-            inner = torch.linalg.vecdot(probs, of_probs)  # (…, rank)
-            logits = (of_probs - (inner + of_chosen)[..., None]).mul_(probs)  # (…, rank, support)
-        return logits.scatter_add_(-1, at, of_chosen[..., None]), None  # (…, rank, support)
+            logits = posterior.unsqueeze(-1) * of_along.unsqueeze(-2)  # (*batch, drafted, …)
+            logits.sub_(less).mul_(probs)
+        logits.scatter_add_(-1, at, of_path.unsqueeze(-1))
+        return logits, of_scores.sum(-2), None, None

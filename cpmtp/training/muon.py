@@ -49,18 +49,18 @@ class Muon(torch.optim.Optimizer):
             for parameter in (p for p in group["params"] if p.grad is not None):
                 by_shape.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in by_shape.items():
+                each = [self._nesterov(p, group["momentum"]).to(self._dtype) for p in parameters]
                 # (parameters, *shape)
-                updates = torch.stack([self._nesterov(p, group["momentum"]) for p in parameters])
-                updates = updates.to(self._dtype)
+                updates = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
                 if group["members"] > 1:
                     updates = self._shared_and_own(updates, group["members"])
                 else:
                     updates = orthogonalise(updates, self._iterations)
-                updates = updates * (0.2 * max(shape[-2:]) ** 0.5)
+                rate = group["lr"] * 0.2 * max(shape[-2:]) ** 0.5
                 for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(
-                        update, alpha=group["lr"]
-                    )
+                    if group["weight_decay"]:
+                        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.sub_(update, alpha=rate)
 
     def _shared_and_own(self, updates: torch.Tensor, members: int) -> torch.Tensor:
         """Of stacks of families: what a family's matrices have in common, and more slowly what each
@@ -70,7 +70,8 @@ class Muon(torch.optim.Optimizer):
         common = families.mean(-3, keepdim=True)  # (…, families, 1, rows, columns)
         own = orthogonalise(families - common, self._iterations)
         # (…, families * members, rows, columns)
-        return (orthogonalise(common, self._iterations) + OWN * own).flatten(-4, -3)
+        shared = orthogonalise(common, self._iterations)
+        return torch.add(shared, own, alpha=OWN).flatten(-4, -3)
 
     def _nesterov(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
         gradient = parameter.grad
@@ -85,7 +86,11 @@ def orthogonalise(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    # Sums inside of products: a pass over memory for each of them costs as much as the product.
+    x = x.reshape(-1, *x.shape[-2:])  # (matrices, rows, columns)
     for _ in range(iterations):
-        gram = x @ x.mT  # (…, rows, rows)
-        x = _A * x + (_B * gram + _C * gram @ gram) @ x  # (…, rows, columns)
-    return x.mT if tall else x
+        gram = x @ x.mT  # (matrices, rows, rows)
+        square = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)  # (matrices, rows, rows)
+        x = torch.baddbmm(x, square, x, beta=_A)  # (matrices, rows, columns)
+    x = x.mT if tall else x
+    return x.reshape(matrices.shape)
