@@ -97,6 +97,7 @@ from cpmtp.latency import Throughput as Throughput
 from cpmtp.latency import memory_bound_latency as memory_bound_latency
 from cpmtp.latency import predicted_speedup as predicted_speedup
 from cpmtp.ranking.comparison import compare_studies as compare_studies
+from cpmtp.ranking.forms import form_summary as form_summary
 from cpmtp.ranking.parts import best_fits as best_fits
 from cpmtp.ranking.selection import RankChoice as RankChoice
 from cpmtp.ranking.selection import compare_criteria as compare_criteria

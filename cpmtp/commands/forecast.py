@@ -128,7 +128,7 @@ def study_ceilings(folder: Path) -> dict[tuple[int, int], float]:
     from cpmtp.study.running import read_study
 
     table = read_study(folder)[0]
-    anchored = table[table["anchored"]]
+    anchored = table[table["anchored"] & (table["form"] == "cp")]
     if anchored.empty:
         raise ValueError(
             f"--study {str(folder)!r} has no anchored drafts, which heads are: run `cpmtp study "

@@ -47,6 +47,12 @@ def study(
         str,
         typer.Option(help="als, hals, mu, em, gradient, acceptance, separated by commas."),
     ] = "als,em,gradient,acceptance",
+    forms: Annotated[
+        str, typer.Option(help="cp, markov, markov_mixture, hmm, separated by commas.")
+    ] = "cp",
+    transition_ranks: Annotated[
+        str, typer.Option(help="Transition ranks of the Markov forms, separated by commas.")
+    ] = "16",
     contexts: Annotated[int, typer.Option(help="Contexts per model.")] = 8,
     context_length: Annotated[int, typer.Option(help="Tokens in a context.")] = 64,
     domain: Annotated[
@@ -127,6 +133,8 @@ def study(
         horizons=integers("--horizons", horizons),
         ranks=integers("--ranks", ranks),
         methods=tuple(part.strip() for part in methods.split(",") if part.strip()),
+        forms=tuple(part.strip() for part in forms.split(",") if part.strip()),
+        transition_ranks=integers("--transition-ranks", transition_ranks),
         contexts=contexts,
         context_length=context_length,
         anchored=anchored_choices(anchored),  # type: ignore[arg-type]  # None: the default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from cpmtp.ranking.parts import reference_form
 from cpmtp.ranking.scores import sampled_rows
 from cpmtp.resampling import Clusters, difference_interval, intervals, seeded
 
@@ -23,11 +24,11 @@ def compare_studies(
 ) -> pd.DataFrame:
     """Tokens per call of two studies with the difference's 95 % bootstrap interval (BCa).
 
-    Parts of the tables are compared where model, domain, temperature and kind of draft agree. What
-    only one value of is in each table may differ: two models on one corpus, one model on two
-    corpora. A context's value at a rank is that of its best fit; contexts that both tables have are
-    compared one by one (then the others are left out), otherwise means are. Documents are what is
-    resampled.
+    Parts of the tables are compared where model, domain, temperature and kind of draft agree; of
+    several forms ``cp`` is. What only one value of is in each table may differ: two models on one
+    corpus, one model on two corpora. A context's value at a rank is that of its best fit;
+    contexts that both tables have are compared one by one (then the others are left out), otherwise
+    means are. Documents are what is resampled.
 
     Parameters
     ----------
@@ -75,6 +76,8 @@ def compare_studies(
                 "this version"
             )
     rows = []
+    # Of several forms cp is compared.
+    first, second = reference_form(first), reference_form(second)
     for name, part, other in _matching_parts(first, second):
         values = [_values(table, column) for table in (part, other)]
         for horizon, rank in sorted(set(values[0].columns) & set(values[1].columns)):

@@ -14,7 +14,10 @@ PARTS = {
     "domain": "domains",
     "temperature": "temperatures",
     "anchored": "kinds of draft (anchored True and False)",
+    "form": "forms",
+    "transition_rank": "transition ranks",
 }
+_KINDS = ("temperature", "anchored", "form", "transition_rank")
 
 
 def best_fits(table: pd.DataFrame, *, column: str = OUTCOME) -> pd.DataFrame:
@@ -33,9 +36,9 @@ def best_fits(table: pd.DataFrame, *, column: str = OUTCOME) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        One row per model, domain, document, context, temperature, kind of draft (anchored or not),
-        horizon and rank, in the table's order. Failed fits are never among them; where methods tie,
-        the first is taken.
+        One row per model, domain, document, context, temperature, kind of draft (anchored or not,
+        form, transition rank), horizon and rank, in the table's order. Failed fits are never among
+        them; where methods tie, the first is taken.
 
     Raises
     ------
@@ -51,7 +54,7 @@ def best_fits(table: pd.DataFrame, *, column: str = OUTCOME) -> pd.DataFrame:
     ['em']
     """
     usable = usable_rows(table, column)
-    kinds = [name for name in ("temperature", "anchored") if name in table]
+    kinds = [name for name in _KINDS if name in table]
     groups = usable.reset_index(drop=True).groupby(
         [*CONTEXT_KEYS, *kinds, "horizon", "rank"], sort=False, dropna=False
     )
@@ -98,6 +101,24 @@ def require_one_part(table: pd.DataFrame, *, pooled: bool) -> None:
             )
 
 
+def several_kinds(table: pd.DataFrame) -> list[str]:
+    """Columns beside model and domain that the table has several values of."""
+    return [name for name in _KINDS if name in table and table[name].nunique() > 1]
+
+
+def reference_form(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``cp`` where there are any, else those of the first form and transition rank:
+    forms side by side are `form_summary`'s.
+    """
+    if not several_kinds(table[[n for n in ("form", "transition_rank") if n in table]]):
+        return table
+    if (table["form"] == "cp").any():
+        return table[table["form"] == "cp"]
+    first = table.iloc[0]
+    same = (table["form"] == first["form"]) & (table["transition_rank"] == first["transition_rank"])
+    return table[same]
+
+
 def table_parts(table: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame]]:
     """The parts of a table that a rank is chosen for, each with its name.
 
@@ -106,9 +127,7 @@ def table_parts(table: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame
     list of ((model, domain), table)
         The domain with the temperature and kind of draft where the table has several.
     """
-    keys = [
-        name for name in ("temperature", "anchored") if name in table and table[name].nunique() > 1
-    ]
+    keys = several_kinds(table)
     found = []
     for (model, domain, *others), part in table.groupby(["model", "domain", *keys], sort=False):
         told = dict(zip(keys, others, strict=True))
@@ -117,6 +136,10 @@ def table_parts(table: pd.DataFrame) -> list[tuple[tuple[str, str], pd.DataFrame
             [("anchored" if told["anchored"] else "unanchored") + " drafts"]
             if "anchored" in told
             else []
+        )
+        notes += [str(told["form"])] if "form" in told else []
+        notes += (
+            [f"transition rank {told['transition_rank']}"] if told.get("transition_rank") else []
         )
         found.append(((model, ", ".join([domain, *notes])), part))
     return found

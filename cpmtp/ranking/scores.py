@@ -19,7 +19,7 @@ import pandas as pd
 
 from cpmtp.latency import LatencyModel
 from cpmtp.ranking.criteria import tolerated
-from cpmtp.ranking.parts import CONTEXT_KEYS, usable_rows
+from cpmtp.ranking.parts import CONTEXT_KEYS, several_kinds, usable_rows
 from cpmtp.resampling import Clusters, intervals, shortfalls
 
 _PREFIX, _LOWER, _UPPER = (f"tokens_per_call_{end}" for end in ("", "lower_", "upper_"))
@@ -70,10 +70,7 @@ def context_values(table: pd.DataFrame, column: str) -> pd.DataFrame:
 
 def context_keys(table: pd.DataFrame) -> list[str]:
     """What identifies a row of `context_values`."""
-    kinds = [
-        name for name in ("temperature", "anchored") if name in table and table[name].nunique() > 1
-    ]
-    return [*CONTEXT_KEYS, *kinds, "horizon"]
+    return [*CONTEXT_KEYS, *several_kinds(table), "horizon"]
 
 
 def scores_of(table: pd.DataFrame, column: str, *, complete: bool = False) -> list[Scores]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from cpmtp.ranking.parts import OUTCOME, best_fits, require_one_part
+from cpmtp.ranking.parts import OUTCOME, best_fits, reference_form, require_one_part
 
 
 def method_summary(
@@ -70,6 +70,7 @@ def objective_gap(table: pd.DataFrame, column: str = OUTCOME) -> pd.DataFrame:
         Empty where a method is missing.
     """
     keys = ["model", "domain", "horizon", "rank"]
+    table = reference_form(table)  # of several forms that of cp
     usable = table[(table["status"] != "failed") & table["method"].isin(["acceptance", "em"])]
     wide = usable.pivot_table(index=[*keys, "document", "context"], columns="method", values=column)
     if set(wide.columns) != {"acceptance", "em"}:

@@ -22,7 +22,7 @@ from cpmtp.report.first_screen.forecast import (
     forecast_answer,
     forecast_sections,
 )
-from cpmtp.report.learned import LEARNED_SHARE, learned_sections
+from cpmtp.report.learned import LEARNED_SHARE, form_sections, learned_sections
 from cpmtp.report.pilot import pilot, pilot_of_forecast
 from cpmtp.report.plots import figure_svg
 from cpmtp.report.plots.theme import theme_css, themed_svg
@@ -209,6 +209,7 @@ def _sections(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) 
     sections.append(Section("How to read this", tuple(Text(text) for text in reading)))
     for subject in subjects:
         sections += findings(subject)
+    sections += form_sections(table)
     sections += learned_sections(extras.waterfall, extras.decoding, extras.step_times)
     sections.append(Section("Set-up", (_setup(table, manifest),)))
     if (table["status"] == "failed").any():

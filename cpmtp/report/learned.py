@@ -1,5 +1,5 @@
 """What trained heads reached, and what one will earn as long as nobody has trained it: a share of
-its rank's ceiling.
+its rank's ceiling; and what forms beside cp can reach.
 
 A ceiling is what the best draft of a rank does at each single context. Trained heads stay below it,
 and by more than ranks differ, so that costs, throughput and alarms rest on what heads reach. Until
@@ -16,8 +16,10 @@ from functools import partial
 
 import pandas as pd
 
+from cpmtp.ranking.forms import form_summary
+from cpmtp.ranking.parts import table_parts
 from cpmtp.report import plots
-from cpmtp.report.blocks import Figure, Section
+from cpmtp.report.blocks import Figure, Section, Table, Text
 from cpmtp.report.words import readable
 
 # Tokens per call of a trained head over those of its ceiling. The trained anchored heads of rank 8
@@ -237,3 +239,70 @@ def _waterfall_figures(waterfall: pd.DataFrame) -> Iterator[Figure]:
             partial(plots.plot_waterfall, row),
             str(row["model"]),
         )
+
+
+# Forms side by side.
+_FORMS_HEAD = (
+    "draft",
+    "tokens per call",
+    "95 % interval",
+    "gain on the cheapest",
+    "free numbers",
+    "shared numbers",
+    "serial steps",
+    "nothing as cheap earns more",
+)
+_FORMS_READING = (
+    "Every draft's left and right factors are a context's own here: what a head that stores them "
+    "once for all contexts can reach is less. Free numbers are what a head would have to output, "
+    "shared ones what it would store; serial steps are draws that must follow each other. Marked "
+    "rows: where the form's ceiling saturates (tolerance)."
+)
+_COSTS = {"free_numbers": "free", "shared_numbers": "shared", "serial_steps": "steps"}
+
+
+def form_sections(table: pd.DataFrame) -> Iterator[Section]:
+    """A table per horizon of every part of a study; nothing where only one form was studied."""
+    kinds = table[["form", "transition_rank"]].drop_duplicates() if "form" in table else ()
+    if len(kinds) < 2:
+        return
+    whole = table.drop(columns=["form", "transition_rank"])
+    for (model, domain), part in table_parts(whole):
+        rows = table.loc[part.index]
+        if (rows["status"] == "failed").all():
+            continue
+        found = form_summary(rows)
+        blocks: list[Text | Table] = [Text(_FORMS_READING, "note")]
+        for horizon, one in found.groupby("horizon"):
+            blocks += [
+                Text(f"{horizon} tokens, {one['contexts'].iloc[0]} contexts."),
+                _table_of_forms(one),
+            ]
+        yield Section(f"Forms: {model} · contexts from {domain}", tuple(blocks))
+
+
+def _table_of_forms(rows: pd.DataFrame) -> Table:
+    cells = tuple(_cells_of_form(row) for _, row in rows.iterrows())
+    marked = frozenset(place for place, own in enumerate(rows["saturated"]) if own)
+    return Table(_FORMS_HEAD, cells, marked)
+
+
+def _cells_of_form(row: pd.Series) -> tuple[str, ...]:
+    name = f"{row['form']} {row['rank']}" if row["form"] != "markov" else "markov"
+    name += f", transition rank {row['transition_rank']}" if row["transition_rank"] else ""
+    at = [word for cost, word in _COSTS.items() if row[f"best_at_{cost}"]]
+    return (
+        name,
+        f"{row['tokens_per_call']:.2f}",
+        _ends(row, "tokens_per_call"),
+        f"{row['gain']:+.2f} ({_ends(row, 'gain')})" if row["gain"] else "",
+        f"{row['free_numbers']:,.0f}",
+        f"{row['shared_numbers']:,.0f}",
+        f"{row['serial_steps']:.0f}",
+        ", ".join(at),
+    )
+
+
+def _ends(row: pd.Series, name: str) -> str:
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return "" if pd.isna(low) or pd.isna(high) else f"{low:.2f} to {high:.2f}"

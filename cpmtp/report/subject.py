@@ -14,7 +14,7 @@ import pandas as pd
 
 from cpmtp.latency import LatencyModel, cost_per_million_tokens, memory_bound_latency
 from cpmtp.ranking.criteria import throughput_choice
-from cpmtp.ranking.parts import table_parts
+from cpmtp.ranking.parts import reference_form, table_parts
 from cpmtp.ranking.scores import sampled_rows
 from cpmtp.ranking.selection import RankChoice, compare_criteria
 from cpmtp.report.first_screen.forecast import HeadsForecast
@@ -277,7 +277,7 @@ def subjects_of(table: pd.DataFrame, extras: ReportExtras) -> list[Subject]:
     ValueError
         If none has.
     """
-    parts = table_parts(table)
+    parts = table_parts(reference_form(table))
     usable = [named for named in parts if (named[1]["status"] != "failed").any()] or parts
     return [
         Subject.of(f"{model} · contexts from {domain}", part, extras)

@@ -20,6 +20,16 @@ _IMPLIED = {
     "joint": "dense",
     "kept_mass": 1.0,
     "kl_floor_nats": math.nan,
+    "form": "cp",
+    "transition_rank": 0,
+    "gated": False,
+    "free_numbers": math.nan,
+    "shared_numbers": 0.0,
+    "serial_steps": 1.0,
+    "beyond_one_token_nats": math.nan,
+    "beyond_one_token_nats_anchored": math.nan,
+    "markov_tokens_per_call": math.nan,
+    "markov_tokens_per_call_anchored": math.nan,
 }
 _ENDS = ("tokens_per_call_lower_", "tokens_per_call_upper_")
 _SURVIVAL = "survival_block_target_"
@@ -28,8 +38,8 @@ _SURVIVAL = "survival_block_target_"
 def completed(table: pd.DataFrame) -> pd.DataFrame:
     """The table with this version's columns in their order; one that has them stays as it is.
 
-    Earlier studies knew dense joints and unanchored drafts only, and did not mark the best method.
-    `schema_version` still says which version wrote the rows.
+    Earlier studies knew dense joints, unanchored drafts and the form ``cp`` only, and did not mark
+    the best method. `schema_version` still says which version wrote the rows.
     """
     horizons = [int(name.removeprefix(_SURVIVAL)) for name in table if name.startswith(_SURVIVAL)]
     columns = list(column_descriptions(max(horizons, default=1)))

@@ -31,6 +31,8 @@ class StudyCell:
     rank: int
     method: str
     anchored: bool = False
+    form: str = "cp"
+    transition_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,22 @@ def study_cells(settings: StudySettings, trees: tuple[int, ...] = ()) -> list[St
     joint is one.
     """
     return [
-        StudyCell(n, r, m, a)
+        StudyCell(n, r, m, a, form, k)
         for n in settings.horizons
-        for r in settings.ranks
+        for form in settings.forms
+        for k in (settings.transition_ranks if form.startswith("markov") else (0,))
+        for r in _ranks_of(form, settings)
         for m in settings.methods
         for a in settings.anchored
-        if (n >= 3 or not a) and (n not in trees or m in KL_METHODS)
+        if (n >= 3 or not a) and ((n not in trees and form == "cp") or m in KL_METHODS)
     ]
+
+
+def _ranks_of(form: str, settings: StudySettings) -> list[int]:
+    """One chain has one component, and a mixture several."""
+    if form == "markov":
+        return [1]
+    return [rank for rank in settings.ranks if rank > 1 or form != "markov_mixture"]
 
 
 def tree_horizons(vocab_size: int, settings: StudySettings) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -15,6 +16,8 @@ from threadpoolctl import threadpool_limits
 from cpmtp.decomposition.fit_result import FitResult
 from cpmtp.decomposition.fitting import KL_METHODS, fit, fit_path
 from cpmtp.decomposition.floors import rank_floors
+from cpmtp.decomposition.trees.memory import token_memory
+from cpmtp.drafts.markov_mixture import MarkovMixture
 from cpmtp.joint_distribution import JointDistribution, check_context, exact_joint
 from cpmtp.language_model import LanguageModel
 from cpmtp.prefix_tree import PrefixTree, complete_joint, truncated_joint
@@ -60,11 +63,15 @@ def study_unit_rows(settings: StudySettings, unit: StudyUnit) -> list[dict]:
             if isinstance(joint, JointDistribution):
                 joint = joint.marginal(horizon)
             known = facts | {"joint_seconds": seconds} | _joint_facts(joint)
+            if set(settings.forms) != {"cp"}:
+                known |= memory_facts(joint)
             fits = _fits(settings, joint, here, unit.seed(settings.seed) % 2**31)
             floors = _kl_floors(joint, here)
             found, computed = qualities(joint, fits, shared)
             for cell in here:
-                floor = floors.get((cell.rank, cell.anchored), math.nan)
+                # The floors are of mixtures that do not look at the token before.
+                plain = cell.transition_rank == 0
+                floor = floors.get((cell.rank, cell.anchored), math.nan) if plain else math.nan
                 row = _fit_row(settings, unit, cell, fits[cell], found[cell])
                 rows.append(row | known | {"kl_floor_nats": floor} | computed)
         return rows
@@ -166,15 +173,27 @@ def _fits(
     # Fits by tokens per call come last: they begin from those by em.
     for method in sorted(settings.methods, key=lambda name: name == "acceptance"):
         for anchored in settings.anchored:
-            path = [c for c in cells if (c.method, c.anchored) == (method, anchored)]
-            path.sort(key=lambda cell: cell.rank)
-            near = [found.get(replace(cell, method="em")) for cell in path]
-            starts = [start for start in near if isinstance(start, FitResult)]
-            options: dict = {"restarts": settings.restarts, "seed": seed, "anchored": anchored}
-            if method == "acceptance" and len(starts) == len(path):
-                options["starts"] = starts
-            found |= _fits_along_ranks(joint, path, options)
+            here = [c for c in cells if (c.method, c.anchored) == (method, anchored)]
+            for form, width in dict.fromkeys((c.form, c.transition_rank) for c in here):
+                path = [c for c in here if (c.form, c.transition_rank) == (form, width)]
+                path.sort(key=lambda cell: cell.rank)
+                options: dict = {"restarts": settings.restarts, "seed": seed, "anchored": anchored}
+                if form != "cp":
+                    options |= {"form": form, "transition_rank": width}
+                    options["gated"] = is_gated(path[0], joint.vocab_size)
+                near = [found.get(replace(cell, method="em")) for cell in path]
+                starts = [start for start in near if isinstance(start, FitResult)]
+                if method == "acceptance" and form == "cp" and len(starts) == len(path):
+                    options["starts"] = starts
+                found |= _fits_along_ranks(joint, path, options)
     return found
+
+
+def is_gated(cell: StudyCell, vocab_size: int) -> bool:
+    """Whether first tokens have gates of their own: where they share left and right factors that
+    are no full matrices.
+    """
+    return cell.anchored and 0 < cell.transition_rank < vocab_size
 
 
 def _fits_along_ranks(
@@ -248,7 +267,8 @@ def _row(settings, unit: StudyUnit, cell: StudyCell) -> dict:
         "top_k": math.nan if settings.top_k is None else float(settings.top_k),
         "top_p": math.nan if settings.top_p is None else float(settings.top_p),
     }
-    row |= asdict(cell) | {"restarts": settings.restarts, "status": "ok", "message": ""}
+    row |= asdict(cell) | {"gated": cell.anchored and cell.transition_rank > 0}
+    row |= {"restarts": settings.restarts, "status": "ok", "message": ""}
     return row | _way(cell.horizon in unit.trees, is_completed(settings, cell.horizon))
 
 
@@ -279,20 +299,52 @@ def _joint_facts(joint: JointDistribution | PrefixTree) -> dict:
     }
 
 
+def memory_facts(joint: JointDistribution | PrefixTree) -> dict:
+    """What one token of memory can do; of a truncated tree nothing is known."""
+    if isinstance(joint, PrefixTree) and not joint.is_complete:
+        return {}
+    memory = token_memory(joint)
+    return {
+        "total_correlation_nats": memory.total_correlation,
+        "beyond_one_token_nats": float(memory.beyond_one_token.sum()),
+        "beyond_one_token_nats_anchored": float(memory.beyond_one_token_anchored.sum()),
+        "markov_tokens_per_call": memory.markov_tokens_per_call,
+        "markov_tokens_per_call_anchored": memory.markov_tokens_per_call_anchored,
+    }
+
+
 def _fit_facts(result: FitResult) -> dict:
     draft = result.distribution
+    free, shared = numbers_of(draft)
     return {
         "status": result.status,
         "message": result.message,
         "converged": float(result.converged),
         "iterations": float(result.iterations),
-        "parameters": float(draft.free_numbers * math.prod(draft.batch_shape)),
+        "parameters": float(free * math.prod(draft.batch_shape) + shared),
+        "free_numbers": float(free),
+        "shared_numbers": float(shared),
+        "serial_steps": float(draft.serial_steps()),
         "objective": float(result.objective),
         "raw_relative_error": float(result.raw_relative_error),
         "negative_mass": float(result.negative_mass),
         "mass_deficit": float(result.mass_deficit),
         "fit_seconds": result.seconds,
     }
+
+
+def numbers_of(draft: Any) -> tuple[int, int]:
+    """Numbers that a draft has for every context (anchored: and first token), and numbers that its
+    first tokens share.
+    """
+    if not isinstance(draft, MarkovMixture) or not draft.batch_shape:
+        return draft.free_numbers, draft.shared_numbers
+    # A context's own left and right factors, written once for every first token.
+    one = draft[(0,) * len(draft.batch_shape)]
+    plain = replace(one, gate=None)
+    gated = draft.gate is not None and bool((draft.gate != 1).any())
+    gates = gated * (draft.horizon - 1) * draft.transition_rank
+    return plain.free_numbers + gates, plain.shared_numbers
 
 
 def domain_bits_per_byte(nats: float, text_bytes: int) -> float:

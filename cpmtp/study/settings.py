@@ -8,13 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import no_type_check
 
-from cpmtp.decomposition.restarts import METHODS
+from cpmtp.decomposition.forms.entrance import FORMS
+from cpmtp.decomposition.restarts import KL_METHODS, METHODS
 from cpmtp.joint_distribution.habits import knows_habits
 from cpmtp.sampling_law import SamplingLaw
 
 OWN_SAMPLES, CORPUS, TEXTS = "own samples", "corpus", "texts"
 LONGEST_HORIZON = 16
-_AXES = ("models", "corpus", "horizons", "ranks", "methods", "temperatures", "anchored")
+_AXES = (
+    "models",
+    "corpus",
+    "horizons",
+    "ranks",
+    "methods",
+    "forms",
+    "transition_ranks",
+    "temperatures",
+    "anchored",
+)
 
 
 # Fields take one value or any sequence and refuse the rest themselves; then they hold tuples.
@@ -41,6 +52,13 @@ class StudySettings:
     methods : sequence of str
         Methods of `cpmtp.fit`; ``em``, ``gradient`` and ``acceptance`` are fitted along the ranks
         (`cpmtp.fit_path`), ``acceptance`` from the fits by ``em`` where both are asked for.
+    forms : sequence of str
+        Forms of `cpmtp.fit`: ``cp``, ``markov`` (one component, whatever the ranks are),
+        ``markov_mixture`` (the ranks above 1), ``hmm``. All but ``cp`` are fitted by ``em``,
+        ``gradient`` and ``acceptance`` only.
+    transition_ranks : sequence of int
+        Of the Markov forms. Left and right factors are a context's own; anchored, its first tokens
+        share them and have gates of their own.
     anchored : sequence of bool, optional
         Whether drafts are told the first token; both values to compare. Default: they are, as the
         heads of `train_head` are; but not in a study with a horizon of 2, where a draft that is
@@ -87,6 +105,8 @@ class StudySettings:
     horizons: tuple[int, ...] = (3,)
     ranks: tuple[int, ...] = (1, 2, 4, 8)
     methods: tuple[str, ...] = ("als", "em", "gradient", "acceptance")
+    forms: tuple[str, ...] = ("cp",)
+    transition_ranks: tuple[int, ...] = (16,)
     anchored: tuple[bool, ...] = None  # type: ignore[assignment]  # chosen below
     temperatures: tuple[float, ...] = (1.0,)
     top_k: int = None  # type: ignore[assignment]  # all tokens
@@ -144,6 +164,18 @@ class StudySettings:
                 method in METHODS,
                 f"unknown method {method!r}: expected one of {', '.join(METHODS)}",
             )
+        for form in self.forms:
+            _require(form in FORMS, f"form {form!r}: expected one of {', '.join(FORMS)}")
+        for width in self.transition_ranks:
+            _require(
+                _is_positive_integer(width),
+                f"transition_rank {width}: expected an integer of at least 1",
+            )
+        _require(
+            set(self.forms) == {"cp"} or bool(set(self.methods) & set(KL_METHODS)),
+            f"forms {', '.join(self.forms)} by {', '.join(self.methods)}: all but cp need one of "
+            f"the methods {', '.join(KL_METHODS)}",
+        )
         for name in ("contexts", "context_length", "restarts", "max_bytes", "tree_nodes"):
             _require(
                 _is_positive_integer(getattr(self, name)),

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from cpmtp.study.settings import StudySettings
 from cpmtp.whole_files import write_parquet
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 RULES = ("token", "block", "coupling")
 FIRST_TOKENS = ("target", "draft")
 TIMING_COLUMNS = ("joint_seconds", "fit_seconds")
@@ -32,6 +32,8 @@ KEY_COLUMNS = (
     "rank",
     "method",
     "anchored",
+    "form",
+    "transition_rank",
 )
 
 # Of methods that share all of these, one is the best.
@@ -69,17 +71,30 @@ _FIXED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "rank": (pa.int64(), "number of components of the draft, r"),
     "method": (pa.string(), "of the fit"),
     "anchored": (pa.bool_(), "whether the draft is told the first token"),
+    "form": (pa.string(), "family of the draft: cp, markov, markov_mixture or hmm"),
+    "transition_rank": (pa.int64(), "rank of the token-to-token correction, k; 0: none"),
+    "gated": (pa.bool_(), "whether every first token scales the correction by gates of its own"),
     "restarts": (pa.int64(), "random starts; the best is kept"),
     "status": (pa.string(), "ok, not_converged or failed"),
     "message": (pa.string(), "why it is not ok"),
     "best": (
         pa.bool_(),
         "whether this method gives the most tokens per call (block rule, first token from the "
-        "target) of its context, temperature, horizon, rank and kind of draft; one row of each",
+        "target) of its context, temperature, horizon, rank, form and kind of draft; one row of "
+        "each",
     ),
     "converged": (pa.float64(), "1 if the fit met its tolerance, else 0"),
     "iterations": (pa.float64(), "passes over the joint"),
     "parameters": (pa.float64(), "free parameters of the draft"),
+    "free_numbers": (
+        pa.float64(),
+        "what a head would have to output for one context (anchored: and first token)",
+    ),
+    "shared_numbers": (
+        pa.float64(),
+        "left and right factors: what a head would store",
+    ),
+    "serial_steps": (pa.float64(), "draws that must follow each other to draft a block"),
     "objective": (pa.float64(), "what the method minimises, in its own unit"),
     "kl_nats": (
         pa.float64(),
@@ -122,6 +137,17 @@ _FIXED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
         pa.float64(),
         "sum of the marginals' entropies minus the joint's; the KL floor of rank 1",
     ),
+    "beyond_one_token_nats": (
+        pa.float64(),
+        "sum of I(x_i; x_<i-1 | x_{i-1}), nats: divergence of the chain of the joint's own "
+        "conditionals, which no Markov draft goes below; absent where only cp was studied",
+    ),
+    "beyond_one_token_nats_anchored": (pa.float64(), "the same where the first token is told"),
+    "markov_tokens_per_call": (
+        pa.float64(),
+        "what that chain earns (block rule, first token from the target)",
+    ),
+    "markov_tokens_per_call_anchored": (pa.float64(), "the same where the first token is told"),
     "joint_seconds": (pa.float64(), "time for the exact joint or tree of this context"),
     "fit_seconds": (
         pa.float64(),

@@ -1,7 +1,9 @@
 """What no training can buy, by form: longer blocks, drafts that are not sampled, left and right
 factors shared by contexts. Goes on where it was stopped.
 
-Run from the checkout: python data/studies/bounds.py OUT STAGE [STAGE …]
+Run from the checkout: python data/studies/bounds.py OUT STAGE [STAGE …] [MODEL]
+
+MODEL (code or prose) leaves a process that model's contexts, for two side by side.
 
 horizons    anchored fits under top-k 4, 3 to 8 tokens, on complete joints
 proposals   anchored fits under top-k 16 at four temperatures, proposals sampled and argmaxes
@@ -31,15 +33,11 @@ MARKOV = {
     "markov 16": {"rank": 1, "form": "markov", "transition_rank": 16},
     "markov 16 gated": {"rank": 1, "form": "markov", "transition_rank": 16, "gated": True},
 }
-MIXTURE = {"rank": 2, "form": "markov_mixture", "transition_rank": 16, "gated": True}
-OF_HORIZONS = {name: CP[name] for name in ("cp 1", "cp 2", "cp 4")}
-OF_HORIZONS |= {
-    "hmm 4": {"rank": 4, "form": "hmm"},
-    **MARKOV,
-    "markov_mixture 2, 16 gated": MIXTURE,
-}
+OF_HORIZONS = {**CP, "hmm 4": {"rank": 4, "form": "hmm"}, "markov 16": MARKOV["markov 16"]}
 OF_PROPOSALS = {"cp 1": CP["cp 1"], "cp 4": CP["cp 4"], **MARKOV}
 HORIZONS, TEMPERATURES = (3, 4, 6, 8), (0.0, 0.5, 0.7, 1.0)
+# Contexts that are studied at every length before the next ones.
+AT_ONCE = 8
 # Contexts that shared factors come from, and that they are judged on.
 FITTED, JUDGED = range(32, 64), range(32)
 # First tokens of less mass are left out where shared factors are fitted.
@@ -83,26 +81,24 @@ def full_chain(joint) -> dict:
     return row | {"beyond_one_token_not_told": float(memory.beyond_one_token.sum())}
 
 
-def horizons(unit, lm) -> pd.DataFrame:
-    """One context under top-k 4 at every length of block."""
-    rows, context = [], torch.tensor(unit.token_ids)
-    for horizon in HORIZONS:
-        joint = cpmtp.complete_joint(lm, context, horizon, top_k=4)
-        named = common(unit) | {"horizon": horizon, "top_k": 4, "temperature": 1.0}
-        for name, asked in OF_HORIZONS.items():
-            fit = cpmtp.fit(joint, anchored=True, **asked)
-            rows.append(named | row_of(joint, name, fit))
-        rows.extend([named | full_chain(joint), named | best_path(joint)])
-    return pd.DataFrame(rows)
+def horizons(unit, lm, horizon: int) -> pd.DataFrame:
+    """One context under top-k 4 at one length of block."""
+    joint = cpmtp.complete_joint(lm, torch.tensor(unit.token_ids), horizon, top_k=4)
+    named = common(unit) | {"horizon": horizon, "top_k": 4, "temperature": 1.0}
+    rows = [
+        named | row_of(joint, name, cpmtp.fit(joint, anchored=True, **asked))
+        for name, asked in OF_HORIZONS.items()
+    ]
+    return pd.DataFrame([*rows, named | full_chain(joint), named | best_path(joint)])
 
 
-def proposals(unit, lm) -> pd.DataFrame:
+def proposals(unit, lm, horizon: int) -> pd.DataFrame:
     """One context under top-k 16 at every temperature, drafts sampled and not."""
     rows, context = [], torch.tensor(unit.token_ids)
     for temperature in TEMPERATURES:
         law = {"temperature": temperature} | ({"top_k": 16} if temperature else {})
-        joint = cpmtp.complete_joint(lm, context, 3, **law)
-        named = common(unit) | {"horizon": 3, "top_k": 16, "temperature": temperature}
+        joint = cpmtp.complete_joint(lm, context, horizon, **law)
+        named = common(unit) | {"horizon": horizon, "top_k": 16, "temperature": temperature}
         for name, asked in OF_PROPOSALS.items():
             fit = cpmtp.fit(joint, anchored=True, **asked)
             row = row_of(joint, name, fit)
@@ -171,31 +167,32 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def part_file(out: Path, stage: str, unit) -> Path:
+def part_file(out: Path, stage: str, unit, horizon: int) -> Path:
     """Where a context's rows are kept."""
-    return out / "parts" / f"{stage}-{unit.model}-{unit.context:03d}.parquet"
+    return out / "parts" / f"{stage}-{horizon}-{unit.model}-{unit.context:03d}.parquet"
 
 
-def restore(out: Path, stage: str, units: list) -> None:
+def restore(out: Path, stage: str, tasks: list) -> None:
     """Contexts of a stored table as parts again, so that a run goes on from the table alone."""
     table = out / f"{stage}.parquet"
     if table.exists():
         rows = pd.read_parquet(table)
-        for unit in units:
+        for unit, horizon in tasks:
             own = rows[(rows["model"] == unit.model) & (rows["context"] == unit.context)]
-            if len(own) and not part_file(out, stage, unit).exists():
-                write_parquet(part_file(out, stage, unit), own)
+            own, file = own[own["horizon"] == horizon], part_file(out, stage, unit, horizon)
+            if len(own) and not file.exists():
+                write_parquet(file, own)
 
 
-def write_tables(out: Path, stage: str, units: list) -> None:
+def write_tables(out: Path, stage: str, tasks: list) -> None:
     """The table and its summary, of the contexts that every model has by now."""
-    done: dict[int, list[Path]] = {}
-    for unit in units:
-        file = part_file(out, stage, unit)
+    done: dict[tuple[int, int], list[Path]] = {}
+    for unit, horizon in tasks:
+        file = part_file(out, stage, unit, horizon)
         if file.exists():
-            done.setdefault(unit.context, []).append(file)
-    models = len({unit.model for unit in units})
-    files = [file for parts in done.values() if len(parts) == models for file in parts]
+            done.setdefault((horizon, unit.context), []).append(file)
+    models = len({unit.model for unit, _ in tasks})
+    files = [file for _, parts in sorted(done.items()) if len(parts) == models for file in parts]
     if files:
         table = pd.concat(map(pd.read_parquet, files), ignore_index=True)
         write_parquet(out / f"{stage}.parquet", table)
@@ -203,27 +200,32 @@ def write_tables(out: Path, stage: str, units: list) -> None:
         write_text(out / f"{stage}.csv", text)
 
 
-def main(out: Path, stages: list[str]) -> None:
+def main(out: Path, asked: list[str]) -> None:
     """One part per context, then the tables."""
+    only = set(asked) & set(SETTINGS.models)
     torch.set_num_threads(1)
     (out / "parts").mkdir(parents=True, exist_ok=True)
     units = sorted(plan_study(SETTINGS)[0], key=lambda unit: unit.context)
-    for stage in stages:
-        judged = [unit for unit in units if unit.context in JUDGED]
-        restore(out, stage, judged)
-        for unit in judged:
-            file = part_file(out, stage, unit)
-            if file.exists():
+    judged = [unit for unit in units if unit.context in JUDGED]
+    for stage in [name for name in asked if name not in only]:
+        lengths = HORIZONS if stage == "horizons" else (3,)
+        tasks = [(unit, horizon) for horizon in lengths for unit in judged]
+        # The longest blocks of some contexts come after all others of theirs.
+        tasks.sort(key=lambda task: (task[0].context // AT_ONCE, task[1] == 8, task[0].context))
+        restore(out, stage, tasks)
+        for unit, horizon in tasks:
+            file = part_file(out, stage, unit, horizon)
+            if file.exists() or (only and unit.model not in only):
                 continue
             lm = open_language_model(unit.model)
             if stage == "population":
                 own = [other for other in units if other.model == unit.model]
                 rows = population(unit, lm, shared_factors(own, lm, out))
             else:
-                rows = {"horizons": horizons, "proposals": proposals}[stage](unit, lm)
+                rows = {"horizons": horizons, "proposals": proposals}[stage](unit, lm, horizon)
             write_parquet(file, rows)
-            write_tables(out, stage, judged)
-        write_tables(out, stage, judged)
+            write_tables(out, stage, tasks)
+        write_tables(out, stage, tasks)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from cpmtp.ranking.parts import table_parts
+from cpmtp.ranking.parts import reference_form, table_parts
 from cpmtp.report.blocks import Text
 from cpmtp.report.first_screen.answer import does_not_pay, earned, training_command
 from cpmtp.report.first_screen.forecast import HeadsForecast, forecast_answer
@@ -52,7 +52,7 @@ def _corpora(manifest: dict) -> Iterator[str]:
 
 
 def _hopeless(table: pd.DataFrame) -> Iterator[str]:
-    for (model, domain), part in table_parts(table):
+    for (model, domain), part in table_parts(reference_form(table)):
         if (part["status"] == "failed").all():
             yield f"{model} · contexts from {domain}: every fit failed"
 
