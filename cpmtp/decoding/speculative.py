@@ -28,7 +28,7 @@ from cpmtp.decoding.trials import CALLS, PREFIXES, open_target
 from cpmtp.drafts.blocks import Block, CPBlock, Drafted
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.heads.draft_head import DraftHead
-from cpmtp.heads.drafting import drafter
+from cpmtp.heads.drafting import Drafter, drafter
 from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.language_model import LanguageModel
 from cpmtp.sampling_law import SamplingLaw
@@ -201,6 +201,7 @@ class _Run:
         self.generator = torch.Generator().manual_seed(plan.seed)
         self.known = torch.empty(0)
         self.hidden: Tensor | None = None
+        self.ready: Drafter | None = None
         self.new: list[list[int]] = [[] for _ in prompts]
         self.running = set(range(len(prompts))) if plan.limit else set()
         horizon = draft.horizon if isinstance(draft, DraftHead) else 1
@@ -276,8 +277,9 @@ class _Run:
             return None
         if isinstance(self.draft, DraftHead):
             assert self.hidden is not None  # a head without hidden states is refused
-            ready = drafter(self.draft, self.hidden.dtype)
-            return ready.block(self.hidden, self.known).first(longest)
+            if self.ready is None:
+                self.ready = drafter(self.draft, self.hidden.dtype)
+            return self.ready.block(self.hidden, self.known).first(longest)
         return CPBlock.of_distributions([self.draft(text) for text in self.texts()]).first(longest)
 
     def _uniform(self, *shape: int) -> Tensor:

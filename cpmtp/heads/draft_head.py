@@ -133,6 +133,7 @@ class DraftHead(nn.Module, StoredHead):
         self.register_buffer("unembedding", torch.empty(0), persistent=False)
         self.register_buffer("embedding", torch.empty(0), persistent=False)
         self._projected: tuple[tuple, Tensor] | None = None
+        self.attached: tuple[tuple, tuple] | None = None  # what the embeddings were made of
         self.ready: tuple[tuple, Any] | None = None  # what decoding makes of it, and of which state
 
     def __repr__(self) -> str:
