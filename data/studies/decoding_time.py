@@ -1,7 +1,8 @@
 """What decoding with heads takes and earns, cycle by cycle, beside plain decoding.
 
 Run from the checkout: python data/studies/decoding_time.py OUT MODEL HEADS... [--dtype D] with
-options for what is measured: --domains, --temperatures, --batches, --tokens, --rounds, --threads.
+options for what is measured: --domains, --temperatures, --batches, --horizons, --tokens, --rounds,
+--threads.
 MODEL is an embedded model or a folder; HEADS are folders, or `recommended` and `baseline`.
 
 Prompts are of held-out documents (sources of the standard library, or their docstrings). Every
@@ -48,6 +49,19 @@ def prompts_of(lm, domain: str, count: int) -> list[torch.Tensor]:
         start = int(torch.randint(len(ids) - PROMPT, (1,), generator=generator))
         found.append(ids[start : start + PROMPT])
     return found
+
+
+def shortened(head: DraftHead, horizon: int) -> DraftHead:
+    """The same head, which drafts fewer tokens: the leading rows of what it has per position."""
+    own = {"form": head.form, "rank": head.rank, "gated": head.gated, "anchored": head.anchored}
+    own |= {"hidden_size": head.hidden_size, "vocab_size": head.vocab_size}
+    own |= {"transition_rank": head.transition_rank, "vocabulary": head.vocabulary}
+    own |= {"width": head.maps.shape[-1], "blocks": len(getattr(head, "blocks", ()))}
+    short = DraftHead(horizon=horizon, base_sha256=head.base_sha256, **own)
+    sizes = {name: len(weight) for name, weight in short.state_dict().items()}
+    weights = head.state_dict()
+    short.load_state_dict({name: weights[name][:size] for name, size in sizes.items()})
+    return short.eval().requires_grad_(False)
 
 
 def rows_of(table: list[dict], key: dict, threads: int) -> list[dict]:
@@ -99,6 +113,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,4")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--horizons", type=int, nargs="*", help="shorter ones of each head")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -107,7 +122,11 @@ def main() -> None:
     heads = {}
     for name in given.heads:
         folder = stored.get(name, Path(name))
-        heads[folder.name] = DraftHead.from_pretrained(folder).attach(lm).requires_grad_(False)
+        head = DraftHead.from_pretrained(folder).attach(lm).requires_grad_(False)
+        for horizon in given.horizons or (head.horizon,):
+            if horizon <= head.horizon:
+                name = folder.name if horizon == head.horizon else f"{folder.name} to {horizon}"
+                heads[name] = shortened(head, horizon).attach(lm)
     for domain in given.domains.split(","):
         for batch in map(int, given.batches.split(",")):
             prompts = prompts_of(lm, domain, batch * (given.rounds + 1))
