@@ -1,10 +1,10 @@
-"""The heads that come with the embedded models: recurrent, by the clock; goes on where it was
-stopped.
+"""Recurrent heads for the embedded models; goes on where it was stopped.
 
-Run from the checkout: python data/studies/best_heads.py OUT MODEL [--seconds S] [--learning-rate R]
-[--windows FILE ...]. Windows of 256 tokens are the base model's own samples: 4,096 of them are
-drawn, or those of files that were drawn before are read. `OUT/MODEL` holds the head, what it earned
-step by step, and its recipe; `OUT/MODEL.csv` what it earns beside the stored one on other samples.
+Run from the checkout: python data/studies/best_heads.py OUT MODEL [--positions N]
+[--learning-rate R] [--windows FILE ...]. Windows of 256 tokens are the base model's own samples:
+4,096 of them are drawn, or those of files that were drawn before are read. `OUT/MODEL` holds the
+head, what it earned step by step, and its recipe; `OUT/MODEL.csv` what it earns beside the stored
+ones on other samples.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("model", choices=cpmtp.embedded_models())
-    parser.add_argument("--seconds", type=float, default=3600.0)
+    parser.add_argument("--positions", type=int, default=2 * 1024 * 1024)
     parser.add_argument("--learning-rate", type=float, default=1.2e-2)
     parser.add_argument("--windows", type=Path, nargs="*")
     parser.add_argument("--threads", type=int, default=1)
@@ -56,7 +56,7 @@ def main() -> None:
             SETTINGS,
             out=folder,
             tokens=torch.cat(parts) if parts else None,
-            seconds=given.seconds,
+            positions=given.positions,
             learning_rate=given.learning_rate,
         )
     texts = cpmtp.sample_sequences(lm, JUDGED_BY, SETTINGS.length, seed=90_210)

@@ -11,6 +11,7 @@ STAGE one of
 * ``rates``: a recurrent head at three learning rates, for 32k positions each.
 * ``forms``: four candidates side by side on the same windows and kept hidden states.
 * ``long``: the best of them for longer.
+* ``judge``: what heads earn on held-out documents, and what prompt lookup does.
 
 Every head drafts the 4,096 most frequent tokens of the windows. `heads/NAME` holds a head, its
 recipe and what it earned step by step; `heads.csv` says of all of them what they earn on windows
@@ -31,7 +32,8 @@ from torch import Tensor
 
 import cpmtp
 from cpmtp.corpora import split_held_out, standard_library_documents
-from cpmtp.forecasting.cycles import forecast_cycles
+from cpmtp.forecasting.cycles import forecast_cycles, forecast_from_ratios
+from cpmtp.forecasting.held_out import lookup_matches
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.training.head_settings import HeadTrainingSettings
 from cpmtp.training.heads import train_heads, windows_of_text
@@ -65,9 +67,9 @@ STAGES = {
         for rate in (4e-3, 8e-3, 1.6e-2)
     },
     "forms": {name: {"positions": 128 * 1024} | form for name, form in FORMS.items()},
-    # Goes on from what the forms' training made of it; by the clock.
+    # Goes on from what the training of the forms made of it.
     "long": {
-        "recurrent-long": {"learning_rate": 4e-3, "seconds": 1800.0} | FORMS["recurrent"],
+        "recurrent-long": {"learning_rate": 4e-3, "positions": 1024 * 1024} | FORMS["recurrent"],
     },
 }
 STARTS = {"recurrent-long": "recurrent"}
@@ -135,28 +137,49 @@ def trained(lm, out: Path, stage: str) -> None:
     train_heads(lm, settings, folders, tokens=tokens, starts=starts or None, callback=told)
 
 
-def judged(lm, out: Path) -> pd.DataFrame:
-    """What every head earns after prompts of held-out documents, by domain and temperature."""
+def judged(lm, out: Path, names: list[str] | None, measured: int) -> pd.DataFrame:
+    """What heads earn after prompts of held-out documents, by domain and temperature; decoded as
+    well where so many tokens after each prompt are asked for.
+    """
     tokens = windows_of(lm, out, "held_out").view(len(DOMAINS), len(TEMPERATURES), -1, LENGTH)
+    found = sorted(path.parent.name for path in (out / "heads").glob("*/config.json"))
     rows = []
-    for folder in sorted(path.parent for path in (out / "heads").glob("*/config.json")):
-        head = DraftHead.from_pretrained(folder).attach(lm).requires_grad_(False)
+    for name in names or found:
+        head = DraftHead.from_pretrained(out / "heads" / name).attach(lm).requires_grad_(False)
         for domain, texts_of_domain in zip(DOMAINS, tokens, strict=True):
             for temperature, texts in zip(TEMPERATURES, texts_of_domain, strict=True):
-                how = {"start": PROMPT, "temperature": temperature}
-                found = forecast_cycles(lm, head, texts, **how)
-                key = {"head": folder.name, "form": head.form, "horizon": head.horizon}
-                key |= {"domain": domain, "temperature": temperature}
-                sums = {"tokens_per_call": found.tokens_per_call}
-                sums |= dict(zip(("low", "high"), found.interval, strict=True))
-                rows.append(
-                    key
-                    | sums
-                    | {f"survival_{k + 1}": s for k, s in enumerate(found.survival.tolist())}
-                )
+                row = {"head": name, "form": head.form, "horizon": head.horizon}
+                row |= {"domain": domain, "temperature": temperature}
+                rows.append(row | earned(lm, head, texts, temperature, measured))
+                print(pd.DataFrame(rows[-1:]).round(3).to_string(index=False), flush=True)
     table = pd.DataFrame(rows)
+    if (out / "heads.csv").exists():
+        table = pd.concat([pd.read_csv(out / "heads.csv"), table])
+    table = table.drop_duplicates(["head", "domain", "temperature"], keep="last")
     write_text(out / "heads.csv", table.round(4).to_csv(index=False))
     return table
+
+
+def earned(lm, head: DraftHead, texts: Tensor, temperature: float, measured: int) -> dict:
+    """Forecast of a head and of prompt lookup on texts, and what decoding from their prompts
+    gives, with its audit.
+    """
+    found = forecast_cycles(lm, head, texts, start=PROMPT, temperature=temperature)
+    row = {"tokens_per_call": found.tokens_per_call}
+    row |= dict(zip(("low", "high"), found.interval, strict=True))
+    row |= {f"survival_{k + 1}": s for k, s in enumerate(found.survival.tolist())}
+    matches = torch.stack([lookup_matches(text, PROMPT, head.horizon) for text in texts])
+    row["lookup"] = forecast_from_ratios(matches).tokens_per_call
+    if measured:
+        how = {"max_new_tokens": measured, "temperature": temperature, "audit": True, "seed": 3}
+        stats = cpmtp.speculative_generate(lm, head, list(texts[:, :PROMPT]), **how).stats
+        by_row = torch.tensor(stats.tokens_per_call_by_row)
+        error = float(by_row.std()) / len(by_row) ** 0.5
+        row |= {"measured": stats.tokens_per_call, "measured_error": error}
+        audit = stats.audit_findings
+        row |= {"total_variation": audit.largest, "rounding": audit.rounding}
+        row |= {"distance": audit.distance, "allowed": audit.allowed}
+    return row
 
 
 def main() -> None:
@@ -165,6 +188,8 @@ def main() -> None:
     parser.add_argument("stage", choices=("samples", *STAGES, "judge"))
     parser.add_argument("out", type=Path)
     parser.add_argument("model")
+    parser.add_argument("--heads", nargs="*", help="whom to judge; default: all")
+    parser.add_argument("--measured", type=int, default=0, help="tokens decoded after each prompt")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -174,7 +199,7 @@ def main() -> None:
         windows_of(lm, given.out, "training")
         windows_of(lm, given.out, "held_out")
     elif given.stage == "judge":
-        print(judged(lm, given.out).to_string())
+        judged(lm, given.out, given.heads, given.measured)
     else:
         trained(lm, given.out, given.stage)
 
