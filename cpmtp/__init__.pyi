@@ -72,6 +72,7 @@ from cpmtp.training.heads import train_head as train_head
 
 # Decoding and its forecast
 from cpmtp.decoding.audit import AuditFindings as AuditFindings
+from cpmtp.decoding.prompt_lookup import PromptLookup as PromptLookup
 from cpmtp.decoding.speculative import Generation as Generation
 from cpmtp.decoding.generation_hook import custom_generate as custom_generate
 from cpmtp.decoding.speculative import speculative_generate as speculative_generate

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from cpmtp.decoding.stats import GenerationStats, Progress
 
 
+LOOKUP = "lookup"
+
+
 def generate(
     head: Annotated[
         str | None,
         typer.Argument(
-            help="Folder of a trained head, or recommended or baseline (embedded models); "
-            "without: plain decoding."
+            help="Folder of a trained head, recommended or baseline (embedded models), or lookup: "
+            "what the text said before. Without: plain decoding."
         ),
     ] = None,
     model: Annotated[
@@ -76,6 +79,7 @@ def generate(
     """
     from cpmtp.decoding.drift import drift_report, expected_interval
     from cpmtp.decoding.endings import OWN, end_tokens
+    from cpmtp.decoding.prompt_lookup import PromptLookup
     from cpmtp.decoding.speculative import speculative_generate
     from cpmtp.joint_distribution.progress import progress_bar
     from cpmtp.pretrained import load_language_model
@@ -93,7 +97,10 @@ def generate(
             raise ValueError(f"{option} without a head: plain decoding has nothing to differ from")
     lm = load_language_model(model, device=device, dtype=dtype)
     SamplingLaw(temperature, top_k, top_p).check_vocabulary(lm.vocab_size)
-    draft = None if head is None else load_head(head, model, device)
+    looks_up = head == LOOKUP
+    if expect and looks_up:
+        raise ValueError("--expect with lookup: its table is of heads; leave one of them out")
+    draft: Any = PromptLookup() if looks_up else head and load_head(head, model, device)
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     expected = None
     if expect and draft is not None:

@@ -23,6 +23,7 @@ from cpmtp.acceptance.verification import VERIFIED, check_rule
 from cpmtp.decoding.audit import Audit, finished
 from cpmtp.decoding.endings import Endings
 from cpmtp.decoding.judging import judge
+from cpmtp.decoding.prompt_lookup import PromptLookup
 from cpmtp.decoding.stats import GenerationStats, Progress, Recorder
 from cpmtp.decoding.trials import CALLS, PREFIXES, open_target
 from cpmtp.drafts.blocks import Block, CPBlock, Drafted
@@ -92,9 +93,10 @@ def speculative_generate(
     ----------
     lm : HuggingFaceLanguageModel or LanguageModel
         The target.
-    draft : DraftHead, callable or None
-        A head of this target; or, for any target, a function of the text so far (time,), the known
-        token being its last, to the CP distribution of the tokens after it. None: plain decoding,
+    draft : DraftHead, PromptLookup, callable or None
+        A head of this target; or what looks drafts up in the text; or, for any target, a function
+        of the text so far (time,), the known token being its last, to the CP distribution of the
+        tokens after it. None: plain decoding,
         one token per call, through the same loop.
     token_ids : (time,) long tensor, list, array or text, or several
         A prompt of at least one token, or a batch of prompts, whose lengths may differ.
@@ -186,7 +188,7 @@ class _Run:
     def __init__(
         self,
         lm: Any,
-        draft: DraftHead | ContextDraft | None,
+        draft: DraftHead | PromptLookup | ContextDraft | None,
         prompts: list[Tensor],
         plan: _Plan,
         *,
@@ -204,7 +206,7 @@ class _Run:
         self.ready: Drafter | None = None
         self.new: list[list[int]] = [[] for _ in prompts]
         self.running = set(range(len(prompts))) if plan.limit else set()
-        horizon = draft.horizon if isinstance(draft, DraftHead) else 1
+        horizon = draft.horizon if isinstance(draft, DraftHead | PromptLookup) else 1
         self.recorder = Recorder(len(prompts), horizon)
         by_prefix = self.way in (PREFIXES, CALLS)
         self.audit = Audit(lm, plan.law, len(prompts), by_prefix=by_prefix) if audit else None
@@ -280,6 +282,8 @@ class _Run:
             if self.ready is None:
                 self.ready = drafter(self.draft, self.hidden.dtype)
             return self.ready.block(self.hidden, self.known).first(longest)
+        if isinstance(self.draft, PromptLookup):
+            return self.draft.block(self.texts()).first(longest)
         return CPBlock.of_distributions([self.draft(text) for text in self.texts()]).first(longest)
 
     def _uniform(self, *shape: int) -> Tensor:
