@@ -335,4 +335,4 @@ def draw(
     # Strictly below the total, so that the first entry whose sum exceeds it has mass.
     # (*batch,)
     found = torch.searchsorted(totals, uniform.unsqueeze(-1) * total, right=True).squeeze(-1)
-    return torch.minimum(found, (totals < total).sum(-1))
+    return torch.minimum(found, torch.searchsorted(totals, total.contiguous()).squeeze(-1))

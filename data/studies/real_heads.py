@@ -137,27 +137,30 @@ def trained(lm, out: Path, stage: str) -> None:
     train_heads(lm, settings, folders, tokens=tokens, starts=starts or None, callback=told)
 
 
-def judged(lm, out: Path, names: list[str] | None, measured: int) -> pd.DataFrame:
+def judged(lm, out: Path, names: list[str] | None, measured: int) -> None:
     """What heads earn after prompts of held-out documents, by domain and temperature; decoded as
     well where so many tokens after each prompt are asked for.
     """
     tokens = windows_of(lm, out, "held_out").view(len(DOMAINS), len(TEMPERATURES), -1, LENGTH)
     found = sorted(path.parent.name for path in (out / "heads").glob("*/config.json"))
-    rows = []
     for name in names or found:
         head = DraftHead.from_pretrained(out / "heads" / name).attach(lm).requires_grad_(False)
         for domain, texts_of_domain in zip(DOMAINS, tokens, strict=True):
             for temperature, texts in zip(TEMPERATURES, texts_of_domain, strict=True):
                 row = {"head": name, "form": head.form, "horizon": head.horizon}
                 row |= {"domain": domain, "temperature": temperature}
-                rows.append(row | earned(lm, head, texts, temperature, measured))
-                print(pd.DataFrame(rows[-1:]).round(3).to_string(index=False), flush=True)
-    table = pd.DataFrame(rows)
-    if (out / "heads.csv").exists():
-        table = pd.concat([pd.read_csv(out / "heads.csv"), table])
+                row |= earned(lm, head, texts, temperature, measured)
+                print(pd.DataFrame([row]).round(3).to_string(index=False), flush=True)
+                written(out / "heads.csv", row)
+
+
+def written(file: Path, row: dict) -> None:
+    """The table with this row, in the place of an older one of the same head and texts."""
+    table = pd.DataFrame([row])
+    if file.exists():
+        table = pd.concat([pd.read_csv(file), table])
     table = table.drop_duplicates(["head", "domain", "temperature"], keep="last")
-    write_text(out / "heads.csv", table.round(4).to_csv(index=False))
-    return table
+    write_text(file, table.round(4).to_csv(index=False))
 
 
 def earned(lm, head: DraftHead, texts: Tensor, temperature: float, measured: int) -> dict:
