@@ -100,7 +100,9 @@ def generate(
     looks_up = head == LOOKUP
     if expect and looks_up:
         raise ValueError("--expect with lookup: its table is of heads; leave one of them out")
-    draft: Any = PromptLookup() if looks_up else head and load_head(head, model, device)
+    draft: Any = PromptLookup() if looks_up else None
+    if head is not None and not looks_up:
+        draft = load_head(head, model, device)
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     expected = None
     if expect and draft is not None:

@@ -45,7 +45,9 @@ class Drafter:
             )
         own = head.maps.dtype
         if torch.promote_types(own, dtype) == own != dtype:
-            head = copy.deepcopy(head).to(dtype)
+            # Without what it was attached to: the model is not copied.
+            without = {id(part): None for part in (head.attached, head.ready)}
+            head = copy.deepcopy(head, without).to(dtype)
         self.head = head
         self._plain = head.plain
         if not head.plain:
