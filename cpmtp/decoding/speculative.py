@@ -150,7 +150,9 @@ def speculative_generate(
     _check(lm, prompts, rule, law, max_new_tokens)
     if isinstance(draft, DraftHead):
         draft.attach(lm)
-    elif draft is not None and (isinstance(draft, LanguageModel) or not callable(draft)):
+    elif not (draft is None or isinstance(draft, PromptLookup)) and (
+        isinstance(draft, LanguageModel) or not callable(draft)
+    ):
         raise ValueError(
             f"a {type(draft).__name__} as draft: expected a head, or a function from the text so "
             "far to the distribution of the tokens after its last one"
