@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -56,12 +57,14 @@ class Drafter:
             self._enter = head.enter.weight[:, :d]
             read = head.enter.weight[:, d:] if head.anchored else None
             self._first = None if read is None else _Embedded(head, read)
+            blocks: list[Any] = list(head.blocks)
             self._blocks = [
                 (block.up.weight * block.norm.weight * scale, block.down.weight)
-                for block in head.blocks
+                for block in blocks
             ]
         if head.form == "recurrent":
-            step, width = head.step, head.maps.shape[-1]
+            step: Any = head.step
+            width = head.maps.shape[-1]
             self._up = step.up.weight[:, :width] * step.norm.weight * scale
             self._down, self._token = step.down.weight, _Embedded(head, step.up.weight[:, width:])
             self._over_support = head.support_size <= head.hidden_size
