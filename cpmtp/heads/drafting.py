@@ -59,8 +59,7 @@ class Drafter:
             self._first = None if read is None else _Embedded(head, read)
             blocks: list[Any] = list(head.blocks)
             self._blocks = [
-                (block.up.weight * block.norm.weight * scale, block.down.weight)
-                for block in blocks
+                (block.up.weight * block.norm.weight * scale, block.down.weight) for block in blocks
             ]
         if head.form == "recurrent":
             step: Any = head.step
