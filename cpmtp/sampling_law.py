@@ -329,7 +329,7 @@ def draw(
     >>> draw(torch.tensor([[0.0, 0.5, 0.5]]), torch.tensor([0.0]))
     tensor([1])
     """
-    # Summed in double precision: over a large vocabulary single sums would be off by 1e-5.
+    # In double precision: a single sum rounds at 1e-7, where tokens of a large vocabulary lie close.
     totals = probs.cumsum(-1, dtype=torch.float64)
     total = totals[..., -1:]  # (*batch, 1)
     # Strictly below the total, so that the first entry whose sum exceeds it has mass.
