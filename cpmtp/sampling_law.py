@@ -329,7 +329,7 @@ def draw(
     >>> draw(torch.tensor([[0.0, 0.5, 0.5]]), torch.tensor([0.0]))
     tensor([1])
     """
-    # In double precision: a single sum rounds at 1e-7, where tokens of a large vocabulary lie close.
+    # In double precision: single sums round at 1e-7, more than many tokens have.
     totals = probs.cumsum(-1, dtype=torch.float64)
     total = totals[..., -1:]  # (*batch, 1)
     # Strictly below the total, so that the first entry whose sum exceeds it has mass.
