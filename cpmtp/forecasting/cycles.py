@@ -34,6 +34,9 @@ from cpmtp.resampling import normal_half_width
 from cpmtp.sampling_law import SamplingLaw
 
 _ENTRIES_AT_ONCE = 1 << 24
+# Of the least probability that a law keeps: what rounding may leave of it in another pass (half-
+# precision scores of 20 are off by up to 0.1).
+_NEAR_EDGE = 0.5
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,8 +108,8 @@ def forecast_cycles(
     Raises
     ------
     ValueError
-        If the rule is unknown, there are fewer than two texts, or nothing comes after the first
-        known token.
+        If the rule is unknown, there are fewer than two texts, nothing comes after the first known
+        token, or the target's law cannot have written a text.
     """
     law = SamplingLaw(temperature, top_k, top_p)
     if not 1 <= start < tokens.shape[1] - 1:
@@ -143,9 +146,24 @@ class ReadText:
         """One pass of the base model."""
         row = row.to(lm.device)
         hidden = lm.hidden_states(row)[:, :-1]  # (1, time - 1, d)
-        target = law.process(lm.unembed(hidden[0]).double().softmax(-1))  # (time - 1, vocab)
-        probs = target.gather(-1, row[0, 1:, None]).squeeze(-1)  # (time - 1,)
-        return cls(row, hidden, probs, law)
+        plain = lm.unembed(hidden[0]).double().softmax(-1)  # (time - 1, vocab)
+        return cls(row, hidden, _text_probs(plain, row[0, 1:], law), law)
+
+
+def _text_probs(
+    plain: Float[Tensor, "steps vocab"], tokens: Int[Tensor, " steps"], law: SamplingLaw
+) -> Float[Tensor, " steps"]:
+    """The law's probability of each token of a text that was drawn from it.
+
+    Another pass of the same model rounds differently: a token at the law's edge when it was drawn
+    (the best of two at temperature 0) may be just outside now. It counts as the edge.
+    """
+    target = law.process(plain)  # (steps, vocab)
+    own, before = (of.gather(-1, tokens[:, None]).squeeze(-1) for of in (target, plain))  # (steps,)
+    edge, edge_before = (
+        of.masked_fill(target == 0, torch.inf).amin(-1) for of in (target, plain)
+    )  # (steps,)
+    return torch.where((own == 0) & (before >= _NEAR_EDGE * edge_before), edge, own)
 
 
 def head_ratios(
@@ -219,6 +237,13 @@ def _text_ratios(head: DraftHead, text: ReadText, start: int) -> Tensor:
     """``q / p`` (1, starts, drafted) of one text; what lies beyond its end is 0."""
     row, hidden, law = text.tokens, text.hidden, text.law
     time, drafted = row.shape[1], head.horizon - 1
+    outside = (text.probs[start:] == 0).nonzero()
+    if len(outside):
+        at = start + 1 + int(outside[0])
+        raise ValueError(
+            f"token {int(row[0, at])} at position {at} of a text has no probability under {law}: "
+            "expected texts drawn from the target under the same temperature, top-k and top-p"
+        )
     # Beyond the end stand copies of the last token: read by nobody, but the shapes stay.
     padded = torch.cat([row, row[:, -1:].expand(-1, drafted)], 1)  # (1, time + drafted)
     of_text = torch.cat([text.probs, text.probs.new_ones(drafted)])  # (time - 1 + drafted,)

@@ -5,6 +5,7 @@ decoding then measures.
 from __future__ import annotations
 
 import itertools
+import math
 from functools import cache
 
 import pytest
@@ -16,6 +17,7 @@ from unchecked import unchecked
 
 from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.forecasting.cycles import (
+    ReadText,
     forecast_cycles,
     forecast_from_ratios,
     kept_along_text,
@@ -24,6 +26,7 @@ from cpmtp.forecasting.cycles import (
 from cpmtp.heads.cp_head import CPHead
 from cpmtp.language_model import MarkovLanguageModel, sample_sequences
 from cpmtp.pretrained import HuggingFaceLanguageModel
+from cpmtp.sampling_law import SamplingLaw
 from cpmtp.training.new_models import new_llama
 
 VOCAB, DRAFTED = 3, 2
@@ -201,3 +204,54 @@ def test_a_perfect_draft_always_earns_the_horizon_but_for_the_texts_end():
 def test_bad_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+class _Written:
+    """A base model whose hidden states are its scores."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *scores: list[float]):
+        self.scores = torch.tensor([scores])
+
+    def hidden_states(self, tokens):
+        return self.scores[:, : tokens.shape[1]]
+
+    def unembed(self, hidden):
+        return hidden
+
+
+@pytest.mark.parametrize(
+    ("law", "expected"),
+    [
+        (SamplingLaw(0.0), [1.0, 1.0]),
+        (SamplingLaw(1.0, top_k=1), [1.0, 1.0]),
+        (SamplingLaw(1.0), [0.5 / 1.1, 0.3]),
+    ],
+)
+def test_a_token_that_another_pass_puts_just_outside_the_law_counts_as_its_edge(law, expected):
+    first = [math.log(p) for p in (0.6 / 1.1, 0.5 / 1.1, 1e-9)]
+    second = [math.log(p) for p in (0.3, 0.3 - 1e-4, 0.4 + 1e-4)]
+    lm = _Written(first, second, [0.0, 0.0, 0.0])
+    # Second best of 0.6 and 0.5; then 0.3, with 0.4 the best.
+    text = ReadText.of(lm, torch.tensor([[2, 1, 0]]), law)
+    torch.testing.assert_close(
+        text.probs, torch.tensor(expected, dtype=torch.float64), rtol=1e-3, atol=0
+    )
+
+
+def test_a_text_that_the_law_cannot_write_is_refused_by_its_token():
+    model = new_llama(5, width=96, layers=2, window=64, seed=0)
+    lm = HuggingFaceLanguageModel(model)
+    head = CPHead(hidden_size=96, vocab_size=5, horizon=3, rank=2).attach(lm)
+    model.lm_head.weight = torch.nn.Parameter(3 * model.lm_head.weight)
+    greedy = speculative_generate(
+        lm, None, [torch.tensor([1, 2])] * 2, max_new_tokens=8, temperature=0.0
+    )
+    texts = torch.stack(greedy.sequences)
+    found = forecast_cycles(lm, head, texts, start=2, temperature=0.0)
+    assert 1 <= found.tokens_per_call <= 3
+    last = lm.next_token_log_probs(texts[:1, :7])
+    texts[0, 7] = last.flatten().argmin()
+    with pytest.raises(ValueError, match="at position 7 of a text has no probability"):
+        forecast_cycles(lm, head, texts, start=2, temperature=0.0)
