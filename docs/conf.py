@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
+
+from sphinx.domains.python import PyObject
 
 import cpmtp
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
 
 project = "cpmtp"
 version = release = cpmtp.__version__
@@ -17,11 +21,15 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "sphinxcontrib.bibtex",
+    "mathml",
 ]
+html_math_renderer = "mathml"
+templates_path = ["_templates"]
 html_theme = "furo"
 html_title = "cpmtp"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 exclude_patterns = ["_build", "make_results.py"]
 bibtex_bibfiles = ["references.bib"]
 autosummary_generate = True
@@ -62,6 +70,11 @@ def escape_stars(app, what, name, obj, options, lines: list[str]) -> None:
 
 
 def setup(app) -> None:
-    """Before and after napoleon, which runs at the default priority."""
+    """Before and after napoleon, which runs at the default priority; the words of a shape
+    are no links, since many classes have a horizon.
+    """
+    for field in PyObject.doc_field_types:
+        if field.name in ("parameter", "variable"):
+            field.typerolename = ""
     app.connect("autodoc-process-docstring", escape_stars, priority=100)
     app.connect("autodoc-process-docstring", cite_references, priority=900)

@@ -14,6 +14,12 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 _LINK = re.compile(r"(?<!`)\[[^\]`]*\]\(([^)\s]+)\)")
+# What a browser fetches by itself: scripts, style sheets, pictures, frames; not links to follow.
+_FETCHED = re.compile(
+    r"""<(?:script|img|iframe|source)[^>]*\ssrc=["'](?:https?:)?//[^"']*"""
+    r"""|<link[^>]*rel=["'](?:stylesheet|preload|icon)["'][^>]*href=["'](?:https?:)?//[^"']*"""
+    r"""|@import[^;]*//[^;]*|url\(["']?(?:https?:)?//[^)]*"""
+)
 _ROLE = re.compile(r"\{doc\}`(?:[^`<]*<)?([\w/.-]+)>?`")
 
 
@@ -65,6 +71,17 @@ def test_the_tutorial_runs(root):
     assert space["choices"]["tolerance"].rank[2] == 4
 
 
+def test_what_is_added_by_the_page_for_contributors_runs(root):
+    space = run_examples(root / "docs" / "extending.md")
+    fitted, smoothed = space["earned"]
+    assert smoothed != fitted and abs(smoothed - fitted) < 0.05
+    mine, em = space["divergence"]
+    assert abs(mine - em) < 1e-9  # rank 1 in closed form is what em finds
+    emitted = space["first"].sum() + space["second"].sum()
+    assert abs(float(emitted) - 11 / 9) < 1e-12
+    assert space["half_of_the_gain"](space["np"].array([[2.0, 2.3, 2.4]])).tolist() == [1]
+
+
 def test_the_page_on_heads_runs(root, monkeypatch):
     monkeypatch.chdir(root)
     space = run_examples(root / "docs" / "heads.md")
@@ -114,6 +131,13 @@ def test_the_documentation_builds_without_a_warning_and_no_link_in_it_is_dead(ro
         [*command, str(root / "docs"), str(tmp_path / "html")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    asked = [
+        f"{file.name}: {text}"
+        for file in (tmp_path / "html").rglob("*")
+        if file.suffix in (".html", ".css")
+        for text in _FETCHED.findall(file.read_text("utf-8"))
+    ]
+    assert not asked  # a reader without a network sees all of it
     found = {}
     for file in (tmp_path / "html").rglob("*.html"):
         found[file] = _Links()
@@ -137,6 +161,7 @@ def test_the_interface_page_is_made_from_the_list_of_public_names(root):
 
 def test_readers_are_shown_public_names_only(root):
     shown = [root / "README.md", *(root / "docs").glob("*.md"), *(root / "notebooks").glob("*.py")]
+    shown.remove(root / "docs" / "extending.md")  # for those who change what is inside
     inside = [
         f"{path.name}: {line}"
         for path in shown

@@ -31,7 +31,8 @@ def test_the_python_in_the_readme_runs(root, capsys, monkeypatch):
 
 
 def test_the_two_commands_are_what_the_continuous_integration_runs(root):
-    first, second = _blocks(root, "console")[0].strip().splitlines()
+    clone, first, second = _blocks(root, "console")[0].strip().splitlines()
+    assert clone.startswith("git clone ") and clone.endswith(" && cd cpmtp")
     assert re.sub(" +", " ", first) == "pip install -e . && cpmtp study"
     assert re.sub(" +", " ", second) == 'pip install -e ".[test]" && pytest'
     assert re.sub(" +", " ", second) in (root / ".ci" / "run").read_text()

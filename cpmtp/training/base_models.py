@@ -46,7 +46,7 @@ class BaseTrainingSettings:
         AdamW's size, AdamW for the rest); linear warm-up, constant, then linear decay to zero over
         the last `decay` of the steps.
     seconds : float, optional
-        Train for so long instead of for `steps`.
+        Train for this many seconds instead of `steps`.
     bfloat16, compiled : bool
         Forward and backward pass in mixed precision, through `torch.compile`: what a GPU wants.
     """

@@ -43,7 +43,7 @@ class HeadTrainingSettings:
     steps : int
         Optimiser steps.
     positions : int, optional
-        Train on so many positions (windows times tokens) instead of for `steps`.
+        Train on this many positions (windows times tokens) instead of `steps`.
     seconds : float, optional
         Train for this long instead.
     rows, length : int

@@ -44,7 +44,7 @@ class Schedule:
         Share of the training, its last, over which the rate falls linearly to zero; it is constant
         between.
     seconds : float, optional
-        Train for so long instead of for `steps`.
+        Train for this many seconds instead of `steps`.
 
     Examples
     --------
