@@ -11,6 +11,8 @@ from cpmtp.heads.cp_head import CPHead
 from cpmtp.heads.evaluation import held_out_survival
 from cpmtp.language_model import sample_sequences
 from cpmtp.pretrained import embedded_heads, embedded_models, load_language_model
+from cpmtp.report.document import Report
+from cpmtp.study.running import read_study
 
 
 def _blocks(root, language: str) -> list[str]:
@@ -36,6 +38,22 @@ def test_the_two_commands_are_what_the_continuous_integration_runs(root):
     assert re.sub(" +", " ", first) == "pip install -e . && cpmtp study"
     assert re.sub(" +", " ", second) == 'pip install -e ".[test]" && pytest'
     assert re.sub(" +", " ", second) in (root / ".ci" / "run").read_text()
+
+
+def test_what_the_readme_says_was_found_is_what_the_results_say(root):
+    text = (root / "README.md").read_text("utf-8")
+    found = text.split("**What was found**")[1].split("\n## ")[0]
+    lines = [line for line in found.splitlines() if line.startswith("* ")]
+    results = (root / "docs" / "results.md").read_text("utf-8").splitlines()
+    assert len(lines) == 3 and set(lines) <= set(results)
+
+
+def test_the_sample_in_the_readme_is_what_the_stored_study_prints(root):
+    (sample,) = _blocks(root, "text")
+    table, manifest = read_study(root / "data" / "studies" / "reference")
+    code = table[table["model"] == "code"]
+    printed = Report.of(code, manifest).summary.splitlines()
+    assert set(sample.strip().splitlines()) <= set(printed)
 
 
 @pytest.mark.parametrize("name", ["code", "prose"])

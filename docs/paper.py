@@ -1,0 +1,553 @@
+"""What was found, as a short paper: the answer first, every figure from a stored table."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import pandas as pd
+from page import Page
+
+from cpmtp.latency import memory_bound_latency
+from cpmtp.ranking.parts import OUTCOME
+from cpmtp.ranking.selection import compare_criteria, needed_ranks
+from cpmtp.ranking.summary import method_summary, objective_gap
+from cpmtp.report.plots import plot_forecast, plot_lines_over_rank, plot_losses_over_rank
+
+MODELS = ("code", "prose")
+LATENCY = memory_bound_latency(plain_step=0.02, layers=32)
+REFERENCE, ANCHORED, METHODS = "reference", "anchored/table.parquet", "methods"
+FORMS, LEVELS = "forms/summary.csv", "curves/levels.csv"
+FIRST, WINNERS = "curves/first_position.csv", "curves/winners.csv"
+WATERFALL, DECODING = "head/waterfall.parquet", "head/decoding.parquet"
+
+
+def both(values: dict[str, float], form: str = "{:.2f}") -> str:
+    """A figure of each model, as `2.31 (code) and 2.60 (prose)`."""
+    return " and ".join(f"{form.format(values[model])} ({model})" for model in MODELS)
+
+
+def by_model(table: pd.DataFrame, column: str) -> dict[str, float]:
+    """A column of a table with one row per model."""
+    rows = table.set_index("model")[column]
+    return {model: float(rows[model]) for model in MODELS}
+
+
+def candidate(table: pd.DataFrame, name: str, column: str) -> dict[str, float]:
+    """A candidate's column at the largest budget."""
+    rows = table[(table["candidate"] == name) & (table["budget"] == table["budget"].max())]
+    return by_model(rows, column)
+
+
+def draft(table: pd.DataFrame, name: str, column: str) -> dict[str, float]:
+    """A draft's column in the study of forms."""
+    return by_model(table[table["draft"] == name], column)
+
+
+def every(first: dict[str, float], second: dict[str, float]) -> bool:
+    """Whether the first is above the second for each model."""
+    return all(first[model] > second[model] for model in MODELS)
+
+
+def best_heads(page: Page) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The head of most tokens per call of each model, and the best of those trained alike."""
+    table = page.stored(WATERFALL)
+    alike = table[table["head"] != "recommended"]
+    top = [part.loc[part.groupby("model")["learned"].idxmax()] for part in (table, alike)]
+    return top[0], top[1]
+
+
+def abstract(page: Page) -> None:
+    """Ten lines, the strongest findings first."""
+    levels, forms, table = page.stored(LEVELS), page.stored(FORMS), page.stored(WATERFALL)
+    best, alike = best_heads(page)
+    ceilings = page.stored(ANCHORED).groupby(["model", "rank"])["tokens_per_call_token_target"]
+    ceilings = ceilings.mean().unstack("rank")
+    told = table[table["anchored"] & (table["head"] != "recommended")]
+    told = told.set_index(["model", "rank"])["learned"].unstack("rank")
+    over = {m: float(ceilings.loc[m, 16] - ceilings.loc[m, 1]) for m in MODELS}
+    learned = {m: float(told.loc[m, 16] - told.loc[m, 1]) for m in MODELS}
+    page.say("# Which draft head, and what it earns")
+    page.say(
+        f"* **Training and trunk matter most.** More training and a larger trunk moved a head of rank 8 from {both(_of_rank(table, 8))} to "
+        f"{both(by_model(best, 'learned'))} of three tokens per call; no change of rank at equal training "
+        f"moved it by more than {max(abs(v) for v in _spread(told).values()):.2f}.",
+        WATERFALL,
+        holds=every(by_model(best, "learned"), by_model(alike, "learned")),
+    )
+    page.add(
+        "* **The rank that a ceiling asks for is not the rank that pays.** For drafts that are told the "
+        f"first token, ceilings rise by {both(over)} from rank 1 to 16, heads trained alike by "
+        f"{both(learned, '{:+.2f}')}.",
+        ANCHORED,
+        WATERFALL,
+        holds=every(over, learned),
+    )
+    markov, cp8, cp16 = (candidate(levels, n, "gain") for n in ("markov 64", "cp 8", "cp 16"))
+    recurrent = candidate(levels, "recurrent", "gain")
+    budget = int(levels["budget"].max())
+    page.add(
+        "* **The form matters more than the rank.** After "
+        f"{budget} thousand positions a correction from token to token (Markov, transition rank 64) earns "
+        f"{both(markov)} of four tokens per call more than rank 1, eight components {both(cp8)}, "
+        f"sixteen {both(cp16)}; a small recurrent step {both(recurrent)}.",
+        LEVELS,
+        holds=every(markov, cp16) and every(recurrent, markov),
+    )
+    gated, mixture = (
+        draft(forms, name, "gain") for name in ("markov 16 gated", "markov_mixture 4, 16 gated")
+    )
+    page.add(
+        f"* The ceilings agree: one gated chain of transition rank 16 adds {both(gated)} to rank 1, and "
+        f"four such chains together no more than {max(mixture[m] - gated[m] for m in MODELS):.2f} beyond it.",
+        FORMS,
+        holds=every(mixture, {m: 0.0 for m in MODELS}),
+    )
+    first = candidate(page.stored(FIRST), "cp 16", "difference")
+    page.add(
+        f"* A higher rank learns its first position more slowly: S₂ of rank 16 is {both(first, '{:+.3f}')} "
+        "beside that of rank 1 after the same training.",
+        FIRST,
+        holds=max(first.values()) < 0,
+    )
+    path = draft(forms, "best path", "gain")
+    page.add(
+        f"* A draft that is not sampled loses {both({m: -v for m, v in path.items()})} tokens per call to the "
+        "plainest sampled draft at temperature 1, whatever its form: without sampling, forms differ by learning only.",
+        FORMS,
+        holds=max(path.values()) < 0,
+    )
+    cells = page.stored(DECODING)
+    error = (cells["forecast"] / cells["measured"] - 1).abs()
+    page.add(
+        f"* What a head will earn in decoding is known before decoding: over {len(cells)} runs the forecast is "
+        f"off by {error.mean():.1%} on average and {error.max():.1%} at most.",
+        DECODING,
+    )
+    page.add(
+        "* All of this is of two models of 1.6 million parameters over 104 tokens unless it says otherwise; "
+        "the last section lists what it does not show."
+    )
+
+
+def _of_rank(table: pd.DataFrame, rank: int) -> dict[str, float]:
+    rows = table[(table["rank"] == rank) & table["anchored"] & (table["head"] != "recommended")]
+    return by_model(rows, "learned")
+
+
+def _spread(told: pd.DataFrame) -> dict[str, float]:
+    return {m: float(told.loc[m].max() - told.loc[m].min()) for m in MODELS}
+
+
+def setting(page: Page) -> None:
+    """What was computed, and how to read a figure."""
+    reference = page.study(REFERENCE)
+    contexts = reference.groupby("model")["context"].nunique()
+    ranks = ", ".join(map(str, sorted(reference["rank"].unique())))
+    page.heading("What was computed")
+    page.say(
+        f"For each of two small models (Python code, English prose) the joint distribution of the next two and three tokens "
+        f"was computed exactly at {contexts.iloc[0]} contexts sampled from the model itself, and fitted at "
+        f"ranks {ranks}.",
+        REFERENCE,
+    )
+    page.add(
+        "*Tokens per call* are those that one forward pass of the model emits under lossless block verification, the "
+        "first token from the model itself ({doc}`definitions`). A *ceiling* is what the best draft of a form and rank earns when it is "
+        "fitted to each single context; a trained head has to find such drafts from a hidden state. "
+        "*Told the first token* (anchored) is said of drafts that know the token just emitted, as all recent drafters do."
+    )
+    page.add(
+        "Every number here is computed by `docs/make_results.py` from tables in `data/studies`; a test changes those "
+        "tables and requires every sentence to change with them, or to fail. Intervals are 95 %, over documents."
+    )
+
+
+def rank_section(page: Page) -> None:
+    """Ceilings of a rank: where they saturate, what the throughput of a call would choose."""
+    reference, rows, found = page.study(REFERENCE), [], []
+    for model in MODELS:
+        choices = compare_criteria(reference[reference["model"] == model], latency=LATENCY)
+        best = choices["throughput"]
+        cell = best.row(best.horizon)
+        found.append(
+            f"horizon {best.horizon} with rank {best.rank[best.horizon]} for {model} "
+            f"(ceiling {cell.tokens_per_call:.2f})"
+        )
+        for name, choice in choices.items():
+            for n in choice.rank:
+                cell = choice.row(n)
+                edge = "at least " if choice.at_grid_edge[n] else ""
+                low, high = cell.tokens_per_call_low, cell.tokens_per_call_high
+                rows.append(
+                    {
+                        "model": model,
+                        "criterion": _CRITERIA[name],
+                        "horizon": n,
+                        "rank": f"{edge}{choice.rank[n]}",
+                        "chosen in": f"{choice.frequency[n][choice.rank[n]]:.0%}",
+                        "tokens per call": f"{cell.tokens_per_call:.2f} ({low:.2f} to {high:.2f})",
+                    }
+                )
+    page.heading("What a rank could bring")
+    page.say(
+        "Drafts that are not told the first token, calls assumed to cost what a device pays that only reads weights: most tokens per second at "
+        f"{' and '.join(found)}.",
+        REFERENCE,
+    )
+    edges = [row for row in rows if row["horizon"] == 3 and row["rank"].startswith("at least")]
+    page.add(
+        "Which rank is best depends on what a component costs: at three tokens the ceiling of "
+        f"{' and '.join(dict.fromkeys(r['model'] for r in edges))} still rises at the largest rank tried, so that criteria "
+        "without costs end there.",
+        REFERENCE,
+        holds=edges,
+    )
+    page.table(pd.DataFrame(rows), REFERENCE)
+    needed = needed_ranks(reference, pooled=True)
+    three = needed[needed["horizon"] == 3]
+    medians = three.groupby("model")["needed_rank"].median()
+    ranked = {
+        m: part[["needed_rank", "joint_entropy_nats"]].rank().corr().iloc[0, 1]
+        for m, part in three.groupby("model")
+    }
+    page.say(
+        "Single contexts differ: the rank that one needs for 1 % of its best is, in the median, "
+        f"{both(medians, '{:.0f}')}, and grows with the uncertainty of the next tokens (Spearman correlation with the entropy of the joint "
+        f"{both(ranked)}).",
+        REFERENCE,
+        holds=min(ranked.values()) > 0,
+    )
+    summary = method_summary(page.study(METHODS), pooled=True)
+    three = summary[summary["horizon"] == 3]
+    wide = three.pivot(index="rank", columns="method", values="tokens_per_call")
+    gap = objective_gap(page.study(METHODS))
+    gap = gap[gap["horizon"] == 3].groupby("rank")["lost_to_objective"].mean()
+    page.say(
+        f"What is fitted matters most at small ranks: fitting tokens per call itself instead of the divergence adds {gap[1]:.2f} at rank 1 and "
+        f"{gap[32]:.3f} at rank 32.",
+        METHODS,
+        holds=gap[1] > gap[32],
+    )
+    page.add(
+        f"Least squares (`als`) earns {wide.loc[4, 'als']:.2f} at rank 4 and {wide.loc[32, 'als']:.2f} at rank 32: it gives no mass to sequences that "
+        "the model can emit.",
+        METHODS,
+        holds=wide.loc[32, "als"] < wide.loc[4, "als"],
+    )
+    page.table(wide.map("{:.3f}".format).reset_index(), METHODS)
+    page.figure(
+        "methods",
+        "Tokens per call by method, n = 3",
+        "Mean of both models.",
+        partial(
+            plot_lines_over_rank,
+            three,
+            by="method",
+            value="tokens_per_call",
+            label="tokens per call",
+        ),
+    )
+
+
+_CRITERIA = {
+    "throughput": "**most tokens per second (the recommendation)**",
+    "tolerance": "where the ceiling saturates",
+    "marginal_gain": "last doubling that gains 1 %",
+    "convex_hull": "elbow of the hull",
+}
+
+
+def told_section(page: Page) -> None:
+    """What knowing the first token is worth."""
+    told, reference = page.stored(ANCHORED), page.study(REFERENCE)
+    keys = told[["model", "context", "horizon"]].drop_duplicates()
+    means = [
+        table.groupby(["model", "rank"])[OUTCOME].mean().unstack("model")
+        for table in (told, reference.merge(keys))
+    ]
+    rows = []
+    for model in MODELS:
+        for rank, value in means[0][model].items():
+            enough = means[1].index[means[1][model] >= value]
+            rows.append(
+                {
+                    "model": model,
+                    "rank": rank,
+                    "told the first token": f"{value:.3f}",
+                    "not told, same rank": f"{means[1].loc[rank, model]:.3f}",
+                    "not told, rank that reaches it": str(min(enough)) if len(enough) else "none",
+                }
+            )
+    reached = {m: next(r for r in rows if r["model"] == m and r["rank"] == 1) for m in MODELS}
+    page.heading("What knowing the first token is worth")
+    page.say(
+        "Rank 1 that is told the first token earns as much as rank "
+        + both({m: r["not told, rank that reaches it"] for m, r in reached.items()}, "{}")
+        + " that is not.",
+        ANCHORED,
+        REFERENCE,
+    )
+    page.add(
+        "It is free: decoding keeps the correction token of a cycle, and the next draft begins after it. All heads below are told."
+    )
+    page.table(pd.DataFrame(rows), ANCHORED, REFERENCE)
+
+
+def forms_section(page: Page) -> None:
+    """Ceilings of every form."""
+    forms = page.stored(FORMS)
+    shown = pd.DataFrame(
+        {
+            "model": forms["model"],
+            "draft": forms["draft"].str.replace("_", " "),
+            "tokens per call": [
+                f"{r.tokens_per_call:.3f} ({r.tokens_per_call_low:.3f} to {r.tokens_per_call_high:.3f})"
+                for r in forms.itertuples()
+            ],
+            "more than cp 1, same contexts": [
+                ""
+                if r.draft == "cp 1"
+                else f"{r.gain:+.3f} ({r.gain_low:+.3f} to {r.gain_high:+.3f})"
+                for r in forms.itertuples()
+            ],
+        }
+    )
+    count = int(forms["contexts"].min())
+    page.heading("What a form could bring")
+    gated, shared, eight = (
+        draft(forms, n, "tokens_per_call") for n in ("markov 16 gated", "markov full", "cp 8")
+    )
+    page.say(
+        f"Drafts of three tokens told the first, fitted by divergence to {count} contexts of each model. "
+        f"A chain whose correction is gated by the context, transition rank 16, stands at {both(gated, '{:.3f}')}, eight components at "
+        f"{both(eight, '{:.3f}')}; without gates even a full table of corrections stays at {both(shared, '{:.3f}')}.",
+        FORMS,
+        holds=every(gated, eight) and every(gated, shared),
+    )
+    wide, narrow = draft(forms, "markov 64 gated", "gain"), draft(forms, "markov 16 gated", "gain")
+    page.add(
+        f"A transition rank of 64 instead of 16 adds {both({m: wide[m] - narrow[m] for m in MODELS}, '{:+.3f}')}.",
+        FORMS,
+    )
+    page.table(shown, FORMS)
+
+
+def learning_section(page: Page) -> None:
+    """What trained heads reach of it."""
+    levels, table = page.stored(LEVELS), page.stored(WATERFALL)
+    best, _ = best_heads(page)
+    page.heading("What training reaches of it")
+    share = {m: float(v) for m, v in by_model(best, "share_of_ceiling").items()}
+    lost = {m: by_model(best, "em_fit")[m] - by_model(best, "learned")[m] for m in MODELS}
+    page.say(
+        f"The best stored heads reach {both(share, '{:.0%}')} of their ceiling over three tokens (token verification); learning loses "
+        f"{both(lost)} tokens per call, more than any rank or objective does.",
+        WATERFALL,
+        holds=all(
+            lost[m]
+            > max(
+                3 - by_model(best, "acceptance_fit")[m],
+                by_model(best, "acceptance_fit")[m] - by_model(best, "em_fit")[m],
+            )
+            for m in MODELS
+        ),
+    )
+    for model, rows in table[table["anchored"]].groupby("model"):
+        page.figure(
+            f"losses-{model}-anchored",
+            f"{model}: what heads told the first token have learned, and what is lost",
+            "To learning, to the objective, to the rank. The second bar of rank 8 is the stored head, trained longer on a larger trunk.",
+            partial(plot_losses_over_rank, rows),
+        )
+    last = levels[levels["budget"] == levels["budget"].max()]
+    shown = pd.DataFrame(
+        {
+            "model": last["model"],
+            "head": last["candidate"],
+            "tokens per call": [
+                f"{r.tokens_per_call:.3f} ({r.tokens_per_call_low:.3f} to {r.tokens_per_call_high:.3f})"
+                for r in last.itertuples()
+            ],
+            "more than cp 1, same texts": [
+                ""
+                if r.candidate == "cp 1"
+                else f"{r.gain:+.3f} ({r.gain_low:+.3f} to {r.gain_high:+.3f})"
+                for r in last.itertuples()
+            ],
+            "parameters": last["parameters"].map("{:,}".format),
+            "training, s": last["training_seconds"].map("{:.0f}".format),
+            "a draft, ms": last["draft_milliseconds"].map(lambda v: "" if v != v else f"{v:.2f}"),
+        }
+    )
+    budget, seeds = int(last["budget"].max()), int(last["seeds"].min())
+    page.say(
+        f"The grid: heads of four tokens, every form on the same trunk, at equal training ({budget} thousand positions of own samples, mean of "
+        f"{seeds} seeds, the learning rate of each form chosen on the smallest budget).",
+        LEVELS,
+    )
+    page.table(shown, LEVELS)
+    winners = page.stored(WINNERS)
+    for equal, words in _EQUAL.items():
+        parts = []
+        for model in MODELS:
+            rows = winners[(winners["model"] == model) & (winners["equal"] == equal)]
+            names = list(dict.fromkeys(rows.sort_values("value")["best"]))
+            parts.append(f"{', then '.join(names)} ({model})")
+        if equal == "positions":
+            page.say(
+                f"Who wins depends on what is held equal. {words} {'; '.join(parts)}.", WINNERS
+            )
+        else:
+            page.add(f"{words} {'; '.join(parts)}.", WINNERS)
+    wide = {m: candidate(levels, "recurrent, wide", "gain")[m] for m in MODELS}
+    small = candidate(levels, "recurrent", "gain")
+    page.add(
+        f"A wider trunk adds {both({m: wide[m] - small[m] for m in MODELS})} to the recurrent head, more than any doubling of a rank does.",
+        LEVELS,
+        holds=all(wide[m] - small[m] > step for m in MODELS for step in _doublings(levels, m)),
+    )
+    for model in MODELS:
+        page.figure(
+            f"curves-{model}",
+            f"{model}: tokens per call by training",
+            "Mean of the seeds; bands are 95 % intervals over documents.",
+            None,
+        )
+
+
+def _doublings(levels: pd.DataFrame, model: str) -> list[float]:
+    """What each doubling of the rank of form cp adds at the largest budget."""
+    earned = [
+        candidate(levels, f"cp {rank}", "tokens_per_call")[model] for rank in (1, 2, 4, 8, 16)
+    ]
+    return [b - a for a, b in itertools.pairwise(earned)]
+
+
+_EQUAL = {
+    "positions": "At equal positions, from few to many:",
+    "training seconds": "At equal training time on this machine:",
+    "draft milliseconds": "At equal draft time, largest budget:",
+}
+
+
+def decoding_section(page: Page) -> None:
+    """Forecast against decoding."""
+    cells = page.stored(DECODING)
+    block = cells[cells["rule"] == "block"]
+    inside = (
+        (cells["forecast_low"] <= cells["measured_high"])
+        & (cells["measured_low"] <= cells["forecast_high"])
+    ).mean()
+    plain = cells["plain_forecast"] / cells["measured"] - 1
+    gains = cells.pivot(index=["model", "head"], columns="rule", values="measured")
+    over = gains["block"] / gains["token"] - 1
+    page.heading("Forecast and decoding")
+    page.say(
+        f"{len(block)} heads in lossless decoding by both rules: the intervals of forecast and measurement overlap in {inside:.0%} of cells.",
+        DECODING,
+    )
+    page.add(
+        f"Counting all positions alike, as a study over contexts does, promises {plain.mean():.1%} too much on average: a cycle ends where drafting is "
+        "hard, and the next one begins there.",
+        DECODING,
+        holds=plain.mean() > 0,
+    )
+    page.add(
+        f"Block verification earns {over.min():.1%} to {over.max():.1%} more than token verification with the same head.",
+        DECODING,
+    )
+    page.figure(
+        "decoding",
+        "Tokens per call, forecast and measured",
+        "Every head of both models, block verification, four tokens at most.",
+        partial(plot_forecast, block),
+    )
+    best = block.loc[block.groupby("model")["measured"].idxmax()]
+    rows = pd.concat([block[block["head"].isin(["r1-anchored", "r16-anchored"])], best])
+    page.table(
+        pd.DataFrame(
+            {
+                "model": rows["model"],
+                "head": [
+                    f"cp {r}{', trained longer' if h == 'recommended' else ''}"
+                    for r, h in zip(rows["rank"], rows["head"], strict=True)
+                ],
+                "forecast": rows["forecast"].map("{:.3f}".format),
+                "measured": [
+                    f"{r.measured:.3f} ({r.measured_low:.3f} to {r.measured_high:.3f})"
+                    for r in rows.itertuples()
+                ],
+            }
+        ).sort_values("model", kind="stable"),
+        DECODING,
+    )
+
+
+def puzzles_section(page: Page) -> None:
+    """What published observations are explained by."""
+    forms, first, levels = page.stored(FORMS), page.stored(FIRST), page.stored(LEVELS)
+    reference = page.study(REFERENCE)
+    three = reference[reference["horizon"] == 3].groupby("rank")[OUTCOME].mean()
+    page.heading("Published puzzles")
+    later = first[first["budget"] == first["budget"].max()]
+    lost = -later["difference"]
+    page.say(
+        "**Rank up, acceptance flat** (an independent re-run of the CP paper on a frozen base). Two causes are seen here. The first position suffers: at the "
+        f"largest budget S₂ of every higher rank is {lost.min():.3f} to {lost.max():.3f} below that of rank 1.",
+        FIRST,
+        holds=later["difference_high"].max() < 0,
+    )
+    gain = candidate(levels, "cp 16", "gain")
+    page.add(
+        f"And where the first token is the target's own, which takes that loss away from token one, rank 16 gains {both(gain)}: small, not zero.",
+        LEVELS,
+        holds=min(gain.values()) > 0,
+    )
+    steps = [f"{three[b] - three[a]:.2f}" for a, b in ((1, 2), (4, 8), (16, 32))]
+    page.say(
+        "**CP saturates in its rank** (MTPC: accepted tokens rise little beyond rank 32). Ceilings do so too: from rank 1 to 2, 4 to 8 and 16 to 32 they gain "
+        f"{', '.join(steps[:2])} and {steps[2]} tokens per call, not told the first token.",
+        REFERENCE,
+        holds=three[2] - three[1] > three[8] - three[4] > three[32] - three[16],
+    )
+    wide, narrow = draft(forms, "markov 64 gated", "gain"), draft(forms, "markov 16 gated", "gain")
+    most = max(wide[m] - narrow[m] for m in MODELS)
+    page.say(
+        "**A transition rank of 256 that nobody chose** (DSpark, DFlash 2). Over 104 tokens and three positions a gated correction of rank 64 adds at most "
+        f"{most:.3f} to one of rank 16. At V = 150,000 that is not shown: see the page on forms for what was measured at V = 49,152, if it is there.",
+        FORMS,
+    )
+    path = draft(forms, "best path", "tokens_per_call")
+    plainest = draft(forms, "cp 1", "tokens_per_call")
+    page.say(
+        "**More gain at temperature 1 than at 0, and joint drafts that lose under greedy decoding.** A draft that proposes one path can be the best path "
+        f"in every form and rank, which earns {both(path)} here at temperature 1, where rank 1, sampled, has a ceiling of {both(plainest)}: components and corrections "
+        "pay through sampling. At temperature 0 the target is one path, and what is left is how well a head learns it.",
+        FORMS,
+        holds=every(plainest, path),
+    )
+
+
+LIMITS = """## What this does not show
+
+* **Scale.** Two models of 1.6 million parameters over 104 tokens, mostly characters. A word-piece model's contexts are more peaked and its vocabulary does
+  not fit a dense joint; orders of forms may hold, sizes need not.
+* **Engines.** Times are of this library's loop on a CPU. A serving engine's kernels, batching and drafters are its own: measure its step curve.
+* **Trees and adaptive lengths.** One path of a fixed length is drafted and verified. Trees of drafts, and stopping by confidence, change what a position is worth.
+* **Long horizons.** Three tokens in ceilings, four in heads. Published blocks have 7 to 16, where memory beyond one token may pay.
+* **Training at scale.** The grid ends far below what one trains for use; curves still rise there, and a candidate may overtake another later.
+
+## Five objections
+
+1. *"Your models are toys; nothing carries over."* Admitted for sizes. What carries the argument is exactness: the joint, the ceilings and the law of what
+   decoding emits are computed, not estimated, which no large model allows. The claims to test at scale are orders (form before rank, trunk before both), and
+   `cpmtp forecast` tests them on your model in minutes.
+2. *"A ceiling per context is meaningless: no head has a free draft for every context."* It is an upper bound and is called one. The page shows how far heads stay below it, and that
+   choosing by it recommends too high a rank; that is why the recommendation comes from probes where there are any.
+3. *"The comparison of forms is unfair: sizes, learning rates and costs differ."* Sizes, seconds and milliseconds stand in the table, and winners are given at equal positions, equal training
+   time and equal draft time. Each form has its own learning rate, chosen at the smallest budget only; at larger ones a better rate may exist for any of them.
+4. *"Contexts and training text are the model's own samples; real prompts differ."* True of these tables. Lossless decoding does meet the model's own text after the prompt; prompts of
+   another domain change the mix of contexts. `--corpus` studies yours.
+5. *"Intervals over documents ignore seeds, and many cells are compared."* Seeds are few and their scatter stands beside the levels (`between_seeds` in `levels.csv`). No correction for
+   many comparisons is made: single cells near zero should not be read as findings; the orders claimed above hold for both models, and in most cells of the grid."""
