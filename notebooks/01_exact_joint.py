@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -9,10 +14,15 @@
 # ---
 
 # %% [markdown]
-# # 01 The exact joint and its structure
+# # 01 The exact joint, and forms of drafts
 #
-# What a multi-token head has to model: the joint distribution of the next three tokens of a
-# language model, here computed exactly.
+# **Question.** What does a multi-token head have to model, and how much of it can a simple form
+# hold?
+#
+# **Guess first.** After `return ` a small code model could go on with 104³, more than a million,
+# sequences of three tokens. How many of them hold half of the probability? And if the three
+# tokens were drafted independently, how many of three would survive on average: one, two, almost
+# three?
 
 # %%
 import matplotlib.pyplot as plt
@@ -28,8 +38,8 @@ joint = cpmtp.exact_joint(lm, ids, horizon=3)
 print(tuple(joint.probs.shape), float(joint.probs.sum()))
 
 # %% [markdown]
-# Most of the mass lies on few sequences, yet the tail is long: how many sequences hold half, nine
-# tenths, 99 % of it?
+# **How to read it.** Most of the mass lies on few sequences, yet the tail is long: how many hold
+# half, nine tenths, 99 % of it?
 
 # %%
 mass = joint.probs.flatten().sort(descending=True).values.cumsum(0)
@@ -47,7 +57,7 @@ pd.DataFrame(
 # %% [markdown]
 # Tokens depend on each other. The total correlation says by how much a product of the three
 # marginals (rank 1) misses the joint, in nats; the singular values of an unfolding bound what any
-# rank can reach.
+# rank can reach: where they fall slowly, a mixture of few products must miss something.
 
 # %%
 entropies = [float(-torch.special.xlogy(m, m).sum()) for m in joint.marginals()]
@@ -69,3 +79,35 @@ with house_style():
     ax.set_xlabel("index")
     ax.set_ylabel("singular value of the unfolding")
     ax.legend()
+
+# %% [markdown]
+# ## Forms of drafts
+#
+# A draft may be a mixture of products (`cp`), a chain in which every token corrects the next
+# (`markov`), or both. Each earns so many of three tokens per call:
+
+# %%
+forms = {
+    "cp, rank 1": dict(rank=1),
+    "cp, rank 4": dict(rank=4),
+    "markov, transition rank 4": dict(rank=1, form="markov", transition_rank=4),
+    "both": dict(rank=4, form="markov_mixture", transition_rank=4),
+}
+drafts = {name: cpmtp.fit(joint, method="em", seed=0, **how) for name, how in forms.items()}
+pd.DataFrame(
+    [
+        {
+            "draft": name,
+            "KL, nats": cpmtp.divergences(joint, draft.distribution).kl_nats,
+            "tokens per call": cpmtp.implied_acceptance(joint, draft.distribution).tokens_per_call,
+        }
+        for name, draft in drafts.items()
+    ]
+).round(3)
+
+# %% [markdown]
+# **How to read it.** The divergence says how far a draft is from the joint; tokens per call what
+# that costs in decoding. A chain of few numbers can be worth several components.
+#
+# **Exercise.** Take a context of your own, one where you are sure what comes next and one where
+# you are not. For which does the form matter?

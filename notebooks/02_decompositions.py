@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -9,9 +14,12 @@
 # ---
 
 # %% [markdown]
-# # 02 Decompositions side by side
+# # 02 Fits side by side
 #
-# The same joint, the same rank, every method: what each loses in divergence and in tokens per call.
+# **Question.** A draft of rank 4 can be fitted in several ways: least squares (what tensor
+# libraries do), divergence, or tokens per call themselves. Does the way matter?
+#
+# **Guess first.** Which one earns most, and does a smaller divergence always mean more tokens?
 
 # %%
 from pathlib import Path
@@ -48,8 +56,10 @@ for method in ("als", "hals", "em", "acceptance"):
 pd.DataFrame(rows).round(3)
 
 # %% [markdown]
-# Least squares projected to a distribution gives zero to sequences that the target can emit, so its
-# divergence is infinite. One context proves little; the stored study has twelve of each domain.
+# **How to read it.** Least squares projected to a distribution gives zero to sequences that the
+# target can emit, so its divergence is infinite: a few impossible sequences cost nothing in a sum
+# of squares and everything in a ratio. `acceptance` is not the closest by divergence and earns
+# most. One context proves little; the stored study has twelve of each domain.
 
 # %%
 table, manifest = read_study(STUDIES / "methods")
@@ -64,3 +74,11 @@ with house_style():
     plot_lines_over_rank(
         three, right, by="method", value="tokens_per_call", label="tokens per call (mean)"
     )
+
+# %% [markdown]
+# **How to read it.** Left the divergence, right what it is worth. The lines of `em`, `gradient`
+# and `acceptance` draw together as the rank grows: what is fitted matters at small ranks, which
+# are the ones that a head can afford.
+#
+# **Exercise.** Replace `"tokens_per_call"` in the pivot by `"kl_nats"`. At which rank does `hals`
+# stop being a good choice by divergence, and does tokens per call notice?

@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -9,10 +14,16 @@
 # ---
 
 # %% [markdown]
-# # 03 Choosing the rank
+# # 03 Ceilings, and the rank they ask for
 #
-# From the stored reference study: 64 contexts per domain, ranks 1 to 64, horizons 2 and 3. A study
-# of several models has a choice for each; here it is made for the code model.
+# **Question.** Which rank should a head have, if all we know is what the best possible drafts
+# earn?
+#
+# **Guess first.** Ceilings rise with every rank and every rank costs time. Of ranks 1 to 64,
+# which would you take?
+#
+# From the stored reference study: 64 contexts per domain, ranks 1 to 64, horizons 2 and 3. A
+# study of several models has a choice for each; here it is made for the code model.
 
 # %%
 from pathlib import Path
@@ -41,9 +52,9 @@ code = table[table["model"] == "code"]
 # %% [markdown]
 # ## Where the ceiling saturates
 #
-# A rank's ceiling is the best draft of that rank, fitted to each context's own exact joint. A table
-# has a row per method; `best_fits` keeps the best one's of every context, horizon and rank. The
-# ceiling saturates at the smallest rank within 1 % (or one standard error) of the best.
+# A rank's ceiling is the best draft of that rank, fitted to each context's own exact joint. A
+# table has a row per method; `best_fits` keeps the best one's of every context, horizon and rank.
+# The ceiling saturates at the smallest rank within 1 % (or one standard error) of the best.
 
 # %%
 ceilings = cpmtp.best_fits(code).groupby(["horizon", "rank"])["tokens_per_call_block_target"]
@@ -55,10 +66,11 @@ for horizon in saturation.rank:
 # %% [markdown]
 # ## Which rank to take
 #
-# Tokens per call rise with every rank; what they are worth depends on what a call costs. Here calls
-# are assumed to cost what reading the weights of a 32-layer model costs, each component one more
-# matrix of d × d per position. Replace it by a measurement. The recommendation is the horizon and
-# rank of most tokens per second; the other criteria stand beside it and answer other questions.
+# Tokens per call rise with every rank; what they are worth depends on what a call costs. Here
+# calls are assumed to cost what reading the weights of a 32-layer model costs, each component one
+# more matrix of d × d per position. Replace it by a measurement. The recommendation is the
+# horizon and rank of most tokens per second; the other criteria stand beside it and answer other
+# questions.
 
 # %%
 latency = memory_bound_latency(plain_step=0.02, layers=32)
@@ -86,9 +98,10 @@ with house_style():
     plot_speedup(recommended.table, right)
 
 # %% [markdown]
-# Left the ceilings with the recommended rank marked; right their speedups, the fastest cells of at
-# least 5 % of resamples outlined. What each doubling gains on the same contexts, and the smallest
-# gain these contexts could have shown:
+# **How to read it.** Left the ceilings with the recommended rank marked: it lies where the curve
+# bends, far below its end. Right their speedups, the fastest cells of at least 5 % of resamples
+# outlined. What each doubling gains on the same contexts, and the smallest gain these contexts
+# could have shown:
 
 # %%
 paired_gains(code).round(4)
@@ -101,3 +114,11 @@ needed = needed_ranks(code)
 needed.groupby("horizon")[["needed_rank", "joint_entropy_nats", "total_correlation_nats"]].corr(
     method="spearman"
 )["needed_rank"]
+
+# %% [markdown]
+# **What to take.** The recommended rank, by these ceilings and these costs; not the one at which
+# ceilings saturate. And trained heads keep less of a high rank than of a low one: the next
+# notebook.
+#
+# **Exercise.** Call `memory_bound_latency(plain_step=0.02, layers=8)`: in a shallow model a
+# component costs more beside a step. Which rank is recommended then?

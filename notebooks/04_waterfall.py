@@ -14,11 +14,13 @@
 # ---
 
 # %% [markdown]
-# # 04 Where tokens per call are lost: the waterfall
+# # 04 What training reaches: losses, probes, forecast
 #
-# An exact draft of n tokens earns n tokens per call. A rank-r draft earns less (rank), a fit by
-# divergence less than one by tokens per call (objective), and a learned head less than a fit to
-# every context (learning).
+# **Question.** A ceiling says what no training can exceed. What does a trained head earn, and can
+# it be told before it is trained?
+#
+# **Guess first.** An exact draft of three tokens earns three tokens per call. What costs a
+# trained head more: its rank, what it was fitted for, or learning?
 
 # %%
 from pathlib import Path
@@ -36,7 +38,7 @@ gap = objective_gap(table)
 gap[gap["horizon"] == 3].round(3)
 
 # %% [markdown]
-# The last step needs a trained head. Where its table has been stored, the whole waterfall is drawn.
+# The last step, learning, needs trained heads.
 
 # %%
 stored = STUDIES / "head" / "waterfall.parquet"
@@ -62,3 +64,36 @@ if stored.is_file():
             )
 else:
     print("no table of a learned head is stored: the waterfall ends at the objective")
+
+# %% [markdown]
+# **How to read it.** A rank-r draft earns less than three (rank), a fit by divergence less than
+# one by tokens per call (objective), and a learned head less than a fit to every context
+# (learning). Learning is the largest part by far, and it grows with the rank.
+#
+# ## Probes
+#
+# So heads are compared by what they *learn*: all forms side by side on the same windows, at
+# several budgets. This is the stored grid; `cpmtp forecast` makes a small one for your model and
+# continues it.
+
+# %%
+levels = pd.read_csv(STUDIES / "curves" / "levels.csv")
+code = levels[levels["model"] == "code"]
+shown = ["cp 1", "cp 8", "markov 64", "recurrent"]
+with house_style():
+    figure, ax = plt.subplots(figsize=(4.8, 3.3), layout="constrained")
+    for name in shown:
+        rows = code[code["candidate"] == name].sort_values("budget")
+        ax.plot(rows["budget"], rows["tokens_per_call"], marker="o", label=name)
+    ax.set_xscale("log", base=2)
+    ax.set_xlabel("thousand positions of training")
+    ax.set_ylabel("tokens per call, at most 4")
+    ax.legend()
+
+# %% [markdown]
+# **How to read it.** The order of the forms is there from the first budget, and the distances
+# grow. Curves are still rising at the end: a forecast continues each by a shape that other
+# models' curves had, with an interval that says how wrong such continuations were.
+#
+# **Exercise.** Continue the lines by eye to 1,024 thousand positions, then draw the straight line
+# through the last two points. By how much do the two differ, and which would you pay for?
