@@ -18,6 +18,7 @@ SECTIONS = (
     paper.forms_section,
     paper.rank_section,
     paper.told_section,
+    paper.backtest_section,
     paper.decoding_section,
     paper.puzzles_section,
 )

@@ -66,6 +66,9 @@ def fewer(table: pd.DataFrame) -> pd.DataFrame:
     if "seeds" in table:
         last = table["budget"].max()
         return table.assign(budget=table["budget"].where(table["budget"] < last, last + 1))
+    if "left_out" in table:
+        last = table["group"].iloc[-1]
+        return table[table["group"] != last].assign(inside=lambda rows: rows.index % 2 > 0)
     if "equal" in table:
         return table.assign(best=table["second"].fillna(table["best"]) + ", other")
     return table
@@ -87,7 +90,7 @@ def with_changed(studies, folder, source: str, change):
 SOURCES = (
     *("reference", "methods", "anchored/table.parquet", "forms/summary.csv"),
     *("curves/levels.csv", "curves/first_position.csv", "curves/winners.csv"),
-    *("head/waterfall.parquet", "head/decoding.parquet"),
+    *("head/waterfall.parquet", "head/decoding.parquet", "backtest/backtest.parquet"),
 )
 
 
