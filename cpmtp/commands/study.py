@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +20,7 @@ from cpmtp.commands.options import (
     numbers,
     pair,
 )
+from cpmtp.commands.studying.timing import TimeFor, show_plan, watched_study
 
 
 def study(
@@ -42,18 +43,30 @@ def study(
     horizons: Annotated[
         str, typer.Option(help="Numbers of future tokens, separated by commas.")
     ] = "3",
-    ranks: Annotated[str, typer.Option(help="Ranks, separated by commas.")] = "1,2,4,8",
+    ranks: Annotated[
+        str | None,
+        typer.Option(help="Ranks, separated by commas; default 1,2,4,8, with --minutes 16 too."),
+    ] = None,
     methods: Annotated[
-        str,
-        typer.Option(help="als, hals, mu, em, gradient, acceptance, separated by commas."),
-    ] = "als,em,gradient,acceptance",
+        str | None,
+        typer.Option(
+            help="als, hals, mu, em, gradient, acceptance, separated by commas; default all but "
+            "hals and mu, with --minutes em, and acceptance on the first six contexts."
+        ),
+    ] = None,
     forms: Annotated[
         str, typer.Option(help="cp, markov, markov_mixture, hmm, separated by commas.")
     ] = "cp",
     transition_ranks: Annotated[
         str, typer.Option(help="Transition ranks of the Markov forms, separated by commas.")
     ] = "16",
-    contexts: Annotated[int, typer.Option(help="Contexts per model.")] = 8,
+    contexts: Annotated[
+        int | None,
+        typer.Option(
+            help="Contexts per model and domain; default 8, with --minutes as many as there is "
+            "time for, up to 32."
+        ),
+    ] = None,
     context_length: Annotated[int, typer.Option(help="Tokens in a context.")] = 64,
     domain: Annotated[
         list[str] | None,
@@ -80,7 +93,7 @@ def study(
         str | None,
         typer.Option(
             help="no, yes or both: whether drafts are told the first token. Default: yes, as "
-            "those of trained heads; no where a horizon is 2."
+            "those of trained heads, with --minutes both; no where a horizon is 2."
         ),
     ] = None,
     restarts: Annotated[int, typer.Option(help="Random starts per fit; the best is kept.")] = 1,
@@ -107,6 +120,29 @@ def study(
         ),
     ] = 0.05,
     samples: Annotated[int, typer.Option(help="Texts sampled per context for that.")] = 2000,
+    cheapest: Annotated[
+        bool | None,
+        typer.Option(
+            "--cheapest/--exact",
+            help="Where joints are trees: no larger than --width needs, or complete where --top-k "
+            "lets them be. Default: exact, with --minutes cheapest.",
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Time for everything: as many contexts as a trial says there is room for, then "
+            "probes, forecast and report."
+        ),
+    ] = None,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe/--no-probe",
+            help="Whether heads are probed for a forecast: about a minute per model, or half of "
+            "--minutes.",
+        ),
+    ] = True,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     quiet: Annotated[
@@ -122,22 +158,29 @@ def study(
     Example: cpmtp study --model ./my-model --corpus docs/ --horizons 3 --ranks 1,2,4,8 --out
     runs/mine
     """
-    from cpmtp.study.running import run_study
     from cpmtp.study.settings import StudySettings
 
+    usual = _USUAL if minutes is None else _WITHIN_MINUTES
+    kinds = usual["anchored"] if 2 not in integers("--horizons", horizons) else None
+    chosen = {
+        "ranks": integers("--ranks", ranks or usual["ranks"]),
+        "methods": tuple(
+            part.strip() for part in (methods or usual["methods"]).split(",") if part.strip()
+        ),
+        "contexts": usual["contexts"] if contexts is None else contexts,
+        "anchored": anchored_choices(anchored or kinds),
+        "cheapest": usual["cheapest"] if cheapest is None else cheapest,
+        "acceptance_contexts": usual["acceptance_contexts"],
+    }
     settings = StudySettings(
         models=tuple(model),
         corpus=tuple(corpus or ()),
         domains=tuple(pair("--domain", text) for text in domain or ()),
         text_field=text_field,
         horizons=integers("--horizons", horizons),
-        ranks=integers("--ranks", ranks),
-        methods=tuple(part.strip() for part in methods.split(",") if part.strip()),
         forms=tuple(part.strip() for part in forms.split(",") if part.strip()),
         transition_ranks=integers("--transition-ranks", transition_ranks),
-        contexts=contexts,
         context_length=context_length,
-        anchored=anchored_choices(anchored),  # type: ignore[arg-type]  # None: the default
         temperatures=numbers("--temperatures", temperatures, float, "numbers", "1.0,0.7"),
         top_k=top_k,  # type: ignore[arg-type]  # None: all tokens
         top_p=top_p,  # type: ignore[arg-type]
@@ -148,46 +191,45 @@ def study(
         width=width,
         samples=samples,
         seed=seed,
+        **chosen,  # type: ignore[arg-type]
     )
     if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers}: expected at least 1")
+    if minutes is not None and not (0 < minutes < float("inf")):
+        raise ValueError(f"--minutes {minutes}: expected a number above 0")
+    time_for = TimeFor(minutes, probe)
     if dry_run:
-        _show_plan(settings, workers)
+        show_plan(settings, workers, time_for)
         return
     with executor_at(dask, workers) as executor:
-        table = run_study(
-            settings, out, executor, workers=workers, progress=False if quiet else None
-        )
-    _finish(table, out, quiet)
+        watched_study(settings, out, executor, workers, time_for, quiet=quiet)
+    _finish(out, quiet)
 
 
-def _show_plan(settings, workers: int | None) -> None:
-    from cpmtp.study.estimate import estimate_study
-
-    estimate = estimate_study(settings, workers)
-    print(f"cells           {estimate.cells:,}")
-    print(f"largest joint   {estimate.joint_bytes / 1e6:,.1f} MB")
-    for what in estimate.truncated:
-        print(
-            f"truncated       {what}: tokens per call will be lower and upper bounds, or estimates "
-            f"where these are more than {settings.width:g} apart"
-        )
-    print(
-        f"memory          about {estimate.memory_bytes / 1e9:.1f} GB with {estimate.workers} "
-        "worker(s)"
-    )
-    print(
-        f"time            about {max(estimate.seconds / 60, 0.1):.1f} minutes (a rough guide: "
-        "machines differ)"
-    )
+_USUAL: dict[str, Any] = {
+    "ranks": "1,2,4,8",
+    "methods": "als,em,gradient,acceptance",
+    "contexts": 8,
+    "anchored": None,
+    "cheapest": False,
+    "acceptance_contexts": None,
+}
+_WITHIN_MINUTES: dict[str, Any] = {
+    "ranks": "1,2,4,8,16",
+    "methods": "em,acceptance",
+    "contexts": 32,
+    "anchored": "both",
+    "cheapest": True,
+    "acceptance_contexts": 6,
+}
 
 
-def _finish(table, out: Path, quiet: bool) -> None:
+def _finish(out: Path, quiet: bool) -> None:
     from cpmtp.report.document import Report, read_extras
     from cpmtp.study.running import read_study
 
+    table, manifest = read_study(out)
     failed = int((table["status"] == "failed").sum())
-    _, manifest = read_study(out)
     if failed < len(table):
         written = Report.of(table, manifest, read_extras(out))
         path = written.write_html(out / "report.html")

@@ -13,6 +13,7 @@ from cpmtp.joint_distribution import DEFAULT_MAX_BYTES, check_context
 from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.language_model import LanguageModel
 from cpmtp.prefix_tree.children import next_tokens
+from cpmtp.prefix_tree.pruning import noticeable
 from cpmtp.prefix_tree.tree import UNKEPT_MASS, PrefixTree, TreeLevel
 from cpmtp.sampling_law import KeptTokens, SamplingLaw
 
@@ -83,7 +84,7 @@ def complete_joint(
             progress(len(prefixes))
         level = _level(found, probs)
         best = _greedy_child(level, greedy)
-        kept = _noticeable(level.probs, UNKEPT_MASS / (2 * horizon))
+        kept = noticeable(level.probs, UNKEPT_MASS / (2 * horizon))
         kept[best] = True
         levels.append(_only(level, kept))
         greedy, path = kept[: best + 1].sum() - 1, [*path, level.tokens[best]]
@@ -105,14 +106,6 @@ def _greedy_child(level: TreeLevel, parent: Tensor) -> Tensor:
     """Number of the most probable child of one parent, the one of lowest id on ties."""
     own = (level.parents == parent).nonzero().squeeze(1)  # (children,), tokens ascending
     return own[level.conditionals[own].argmax()]
-
-
-def _noticeable(probs: Float[Tensor, " nodes"], unkept: float) -> Bool[Tensor, " nodes"]:
-    """Which nodes stay when the least probable ones go, as long as they have less than `unkept`."""
-    ascending, order = probs.sort()
-    kept = torch.empty(len(probs), dtype=torch.bool)
-    kept[order] = ascending.cumsum(0) > unkept
-    return kept
 
 
 def _only(level: TreeLevel, kept: Bool[Tensor, " nodes"]) -> TreeLevel:

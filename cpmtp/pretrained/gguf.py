@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,19 @@ def gguf_options(path: Path) -> dict[str, Any]:
     if packing is not None:
         options["quantization_config"] = packing(dequantize=True)
     return options
+
+
+@contextlib.contextmanager
+def without_bar():
+    """No bar while weights are unpacked: transformers shows it whatever is asked of it."""
+    from transformers import modeling_gguf_pytorch_utils as unpacking
+
+    shown = unpacking.tqdm
+    unpacking.tqdm = partial(shown, disable=True)
+    try:
+        yield
+    finally:
+        unpacking.tqdm = shown
 
 
 def without_quantization(model: Any) -> Any:

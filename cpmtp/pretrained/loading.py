@@ -17,7 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from cpmtp.pretrained.adapter import HuggingFaceLanguageModel
-from cpmtp.pretrained.gguf import SUFFIX, check_gguf, gguf_options, is_gguf, without_quantization
+from cpmtp.pretrained.gguf import (
+    SUFFIX,
+    check_gguf,
+    gguf_options,
+    is_gguf,
+    without_bar,
+    without_quantization,
+)
 from cpmtp.pretrained.trials import first_line
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -57,7 +64,7 @@ def load_language_model(
     # Nothing is ever unpickled and no code of a model's own is run.
     options: dict[str, Any] = {"local_files_only": source.local, "trust_remote_code": False}
     try:
-        with _LOADING, quiet():
+        with _LOADING, quiet(), without_bar() if source.gguf else contextlib.nullcontext():
             model, found = AutoModelForCausalLM.from_pretrained(
                 source.place,
                 dtype=dtype,

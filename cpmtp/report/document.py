@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 from cpmtp.latency import read_latency
 from cpmtp.report.blocks import Figure, Section, Table, Text
 from cpmtp.report.first_screen.answer import answer
-from cpmtp.report.first_screen.console import console_summary
+from cpmtp.report.first_screen.console import console_summary, left_out
 from cpmtp.report.first_screen.forecast import (
     HeadsForecast,
     forecast_answer,
@@ -27,7 +27,15 @@ from cpmtp.report.pilot import pilot, pilot_of_forecast
 from cpmtp.report.plots import figure_svg
 from cpmtp.report.plots.theme import theme_css, themed_svg
 from cpmtp.report.sections import findings
-from cpmtp.report.subject import PRICE, ReportExtras, Subject, subjects_of
+from cpmtp.report.subject import (
+    PRICE,
+    ReportExtras,
+    Subject,
+    by_forecast,
+    forecasts_beside,
+    models_of,
+    subjects_of,
+)
 from cpmtp.whole_files import write_text
 
 _SLUG_BYTES = 180  # a file system takes 255, with an ending and a number
@@ -74,7 +82,10 @@ def read_extras(
     if forecast or (folder / "forecast.json").is_file():
         heads = HeadsForecast.read(forecast or folder)
         told["heads"] = heads if heads.known else None
-    return ReportExtras(**told, price=price, learned_share=learned_share, **found)
+    of_models = forecasts_beside(folder) if not told.get("heads") and latency is None else {}
+    return ReportExtras(
+        **told, price=price, learned_share=learned_share, **found, of_models=of_models
+    )
 
 
 @dataclass(frozen=True)
@@ -177,11 +188,13 @@ def write_report(
 
 def _answers(subjects: Sequence[Subject]) -> list[Section]:
     """A forecast of trained heads answers alone: ceilings are diagnosis then."""
-    extras = subjects[0].extras
-    if extras.heads is None:
-        return [answer(subject) for subject in subjects]
-    models = list(dict.fromkeys(str(subject.table["model"].iloc[0]) for subject in subjects))
-    return [forecast_answer(extras.heads, extras.price, models)]
+    found: list[Section] = []
+    for heads, some in by_forecast(subjects):
+        if heads is None:
+            found += [answer(subject) for subject in some]
+        else:
+            found.append(forecast_answer(heads, some[0].extras.price, models_of(some)))
+    return found
 
 
 def _ceilings(subjects: Sequence[Subject], heads: HeadsForecast) -> pd.DataFrame | None:
@@ -204,8 +217,9 @@ def _sections(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) 
     if any(subject.sampled for subject in subjects):
         reading = (*reading, _SAMPLED)
     sections: list[Section] = []
-    if extras.heads is not None:
-        sections += forecast_sections(extras.heads, _ceilings(subjects, extras.heads))
+    for heads, some in by_forecast(subjects):
+        if heads is not None and heads.known:
+            sections += forecast_sections(heads, _ceilings(some, heads))
     sections.append(Section("How to read this", tuple(Text(text) for text in reading)))
     for subject in subjects:
         sections += findings(subject)
@@ -215,9 +229,12 @@ def _sections(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) 
     if (table["status"] == "failed").any():
         sections.append(Section("Failed fits", (_failures(table),)))
     sections.append(Section("Pilot plan", tuple(Text(text) for text in _PILOT)))
-    if extras.heads is not None:
-        return [*sections, *pilot_of_forecast(extras.heads, extras.price)]
-    return [*sections, *map(pilot, subjects)]
+    for heads, some in by_forecast(subjects):
+        if heads is None:
+            sections += map(pilot, some)
+        elif heads.known:
+            sections += pilot_of_forecast(heads, extras.price)
+    return sections
 
 
 _READING = (
@@ -264,7 +281,8 @@ def _setup(table: pd.DataFrame, manifest: dict) -> Table:
     rows = (
         ("Models", ", ".join(models)),
         ("Contexts", f"{settings['contexts']} per model, {settings['context_length']} tokens each"),
-        ("Contexts from", ", ".join(settings["corpus"]) or "samples of each model itself"),
+        *([("Left out", missing)] if (missing := left_out(table, manifest)) else []),
+        ("Contexts from", _places(settings)),
         ("Temperature", ", ".join(map(str, _several(settings, "temperature")))),
         ("Horizons", ", ".join(map(str, settings["horizons"]))),
         *_kinds_of_draft(table),
@@ -277,6 +295,11 @@ def _setup(table: pd.DataFrame, manifest: dict) -> Table:
         ("Rows", f"{len(table):,}"),
     )
     return Table(("what", "value"), rows, wide=True)
+
+
+def _places(settings: dict) -> str:
+    named = [f"{name} ({pattern})" for name, pattern in settings.get("domains", ())]
+    return ", ".join([*settings["corpus"], *named]) or "samples of each model itself"
 
 
 def _kinds_of_draft(table: pd.DataFrame) -> list[tuple[str, str]]:

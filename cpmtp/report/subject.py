@@ -6,13 +6,19 @@ all read it there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from cpmtp.latency import LatencyModel, cost_per_million_tokens, memory_bound_latency
+from cpmtp.latency import (
+    LatencyModel,
+    cost_per_million_tokens,
+    memory_bound_latency,
+    read_latency,
+)
 from cpmtp.ranking.criteria import throughput_choice
 from cpmtp.ranking.parts import reference_form, table_parts
 from cpmtp.ranking.scores import sampled_rows
@@ -28,6 +34,8 @@ from cpmtp.report.learned import (
 )
 
 PRICE = 2.5
+# What a recommendation needs: documents, and the share of their resamples that agree.
+FEWEST_DOCUMENTS, LEAST_SURE = 8, 0.5
 _ASSUMED_STEP, _ASSUMED_LAYERS = 0.02, 32
 
 
@@ -58,6 +66,8 @@ class ReportExtras:
         `label` and one column of seconds per part of a call.
     heads : HeadsForecast, optional
         What `cpmtp forecast` stored: it answers first, and ceilings become diagnosis.
+    of_models : mapping of str to ReportExtras
+        Of a study of several models: forecast and step times of each.
     """
 
     latency: LatencyModel | None = None
@@ -68,6 +78,17 @@ class ReportExtras:
     decoding: pd.DataFrame | None = None
     step_times: pd.DataFrame | None = None
     heads: HeadsForecast | None = None
+    of_models: Mapping[str, ReportExtras] = field(default_factory=dict)
+
+    def of_model(self, name: str) -> ReportExtras:
+        """Those of one model of a study: its own forecast and step times where there are some."""
+        own = self.of_models.get(name)
+        if own is None:
+            return self
+        found: dict[str, Any] = {}
+        if own.latency is not None:
+            found = {"latency": own.latency, "latency_source": own.latency_source}
+        return replace(self, heads=own.heads or self.heads, **found)
 
 
 @dataclass(frozen=True)
@@ -143,6 +164,14 @@ class Subject:
     def marked_as(self) -> str:
         """What the best by ceilings is called: the recommendation, unless heads are forecast."""
         return "recommended" if self.extras.heads is None else "fastest by ceilings"
+
+    @property
+    def is_carried(self) -> bool:
+        """Whether documents are enough, and resamples of them agree enough, to recommend anything:
+        else it is a tie, or chance.
+        """
+        sure = float(self.row.fastest_frequency) >= LEAST_SURE
+        return self.recommended.documents >= FEWEST_DOCUMENTS and sure
 
     @property
     def row(self) -> pd.Series:
@@ -280,6 +309,34 @@ def subjects_of(table: pd.DataFrame, extras: ReportExtras) -> list[Subject]:
     parts = table_parts(reference_form(table))
     usable = [named for named in parts if (named[1]["status"] != "failed").any()] or parts
     return [
-        Subject.of(f"{model} · contexts from {domain}", part, extras)
+        Subject.of(f"{model} · contexts from {domain}", part, extras.of_model(model))
         for (model, domain), part in usable
     ]
+
+
+def by_forecast(subjects: Sequence[Subject]) -> list[tuple[HeadsForecast | None, list[Subject]]]:
+    """Subjects that share a forecast, and those without one, in order."""
+    found: dict[int, tuple[HeadsForecast | None, list[Subject]]] = {}
+    for subject in subjects:
+        heads = subject.extras.heads
+        found.setdefault(id(heads), (heads, []))[1].append(subject)
+    return list(found.values())
+
+
+def models_of(subjects: Sequence[Subject]) -> list[str]:
+    """Names of the subjects' models."""
+    return list(dict.fromkeys(str(subject.table["model"].iloc[0]) for subject in subjects))
+
+
+def forecasts_beside(folder: Path) -> dict[str, ReportExtras]:
+    """The forecast of each model of a study, as the command `study` probes them."""
+    found: dict[str, ReportExtras] = {}
+    for file in sorted((folder / "forecast").glob("*/forecast.json")):
+        heads = HeadsForecast.read(file.parent)
+        told: dict[str, Any] = {"heads": heads}
+        times = file.with_name("latency.json")
+        if times.is_file():
+            measured = read_latency(times)
+            told |= {"latency": measured.model, "latency_source": measured.where}
+        found[str(heads.told.get("studied_as", ""))] = ReportExtras(**told)
+    return found

@@ -66,7 +66,9 @@ class StudyFolder:
         if not path.exists():
             return None
         try:
-            table = read_part(path, self.settings, len(study_cells(self.settings, unit.trees)))
+            table = read_part(
+                path, self.settings, len(study_cells(self.settings, unit.trees, unit.context))
+            )
             if (
                 table.column("context")[0].as_py() != unit.context
                 or table.column("model")[0].as_py() != unit.model
@@ -132,7 +134,8 @@ def _read_manifest(path: Path) -> dict:
 
 def _refuse_other_study(there: dict, new: dict, folder: Path) -> None:
     # What an earlier version did not know yet was as it is by default.
-    known = {f.name: f.default for f in fields(StudySettings) if f.name == "text_field"}
+    later = ("text_field", "cheapest", "acceptance_contexts")
+    known = {f.name: f.default for f in fields(StudySettings) if f.name in later}
     old = known | there.get("settings", {})
     different = [
         f"{f.name} ({old.get(f.name)} there, {new['settings'][f.name]} now)"

@@ -78,9 +78,11 @@ class StudyUnit:
         )
 
 
-def study_cells(settings: StudySettings, trees: tuple[int, ...] = ()) -> list[StudyCell]:
-    """All fits of a context, in the table's order; those that exist for its `trees` only where the
-    joint is one.
+def study_cells(
+    settings: StudySettings, trees: tuple[int, ...] = (), context: int = 0
+) -> list[StudyCell]:
+    """All fits of a context, by its number, in the table's order; those that exist for its `trees`
+    only where the joint is one.
     """
     return [
         StudyCell(n, r, m, a, form, k)
@@ -88,7 +90,7 @@ def study_cells(settings: StudySettings, trees: tuple[int, ...] = ()) -> list[St
         for form in settings.forms
         for k in (settings.transition_ranks if form.startswith("markov") else (0,))
         for r in _ranks_of(form, settings)
-        for m in settings.methods
+        for m in settings.methods_of(context)
         for a in settings.anchored
         if (n >= 3 or not a) and ((n not in trees and form == "cp") or m in KL_METHODS)
     ]

@@ -4,8 +4,10 @@ or estimated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,9 @@ from cpmtp.study.plan import StudyCell, StudyUnit
 from cpmtp.study.settings import StudySettings
 from cpmtp.study.table import FIRST_TOKENS, RULES
 
+# Texts that tell how many are needed, and what is added for luck.
+_FEW_TEXTS, _MORE = 250, 1.2
+
 # Of each source of the first token, what each rule says.
 Bounds = dict[str, dict[str, AcceptanceInterval]]
 Outcome = Mapping[StudyCell, dict | Exception]
@@ -37,17 +42,32 @@ class SharedPaths:
     settings: StudySettings
     unit: StudyUnit
     lm: LanguageModel
-    _drawn: list[SampledPaths] = field(default_factory=list)
+    _drawn: dict[int, SampledPaths] = field(default_factory=dict)
 
-    def beside(self, tree: PrefixTree) -> SampledPaths:
+    def beside(self, tree: PrefixTree, samples: int) -> SampledPaths:
         """Those of the tree's horizon, marked where they leave it."""
-        if not self._drawn:
+        if samples not in self._drawn:
             ids = torch.tensor(self.unit.token_ids, dtype=torch.long)
             law: SamplingLaw = self.settings.law(self.unit.temperature)
-            options = {"samples": self.settings.samples, "seed": self.unit.seed(self.settings.seed)}
+            options = {"samples": samples, "seed": self.unit.seed(self.settings.seed)}
             longest = max(self.unit.trees)
-            self._drawn = [SampledPaths.drawn(self.lm, ids, longest, law=law, **options)]
-        return self._drawn[0].first(tree.horizon).outside_of(tree)
+            self._drawn[samples] = SampledPaths.drawn(self.lm, ids, longest, law=law, **options)
+        return self._drawn[samples].first(tree.horizon).outside_of(tree)
+
+    def more(self, samples: int, width: float) -> int:
+        """Texts that would make the widest of these intervals narrow enough; as many as there are
+        where it is, or where no more are wanted.
+        """
+        most, wanted = self.settings.samples, self.settings.width
+        if not width > wanted or samples >= most:
+            return samples
+        return min(most, math.ceil(_MORE * samples * (width / wanted) ** 2))
+
+    @property
+    def first(self) -> int:
+        """Texts to begin with."""
+        few = min(_FEW_TEXTS, self.settings.samples)
+        return few if self.settings.cheapest else self.settings.samples
 
 
 def qualities(
@@ -69,11 +89,30 @@ def qualities(
         found = {cell: _certified_quality(joint, fits[cell], cell, b) for cell, b in known.items()}
         return bounds | found, {}
     try:
-        paths = shared.beside(joint)
+        estimates = _sampled(joint, fits, known, shared)
     except Exception as error:
         return dict.fromkeys(fits, error), {}
-    found = {cell: _tried(_sampled_quality, paths, fits[cell], b) for cell, b in known.items()}
-    return bounds | found, {"computed": "sampled"}
+    return bounds | dict(estimates), {"computed": "sampled"}
+
+
+def _sampled(tree: PrefixTree, fits, known: Mapping[StudyCell, Bounds], shared) -> Outcome:
+    """Estimates of every fit, from as many texts as are wanted."""
+    samples, wanted = 0, shared.first
+    found: dict[StudyCell, Any] = {}
+    while samples < wanted:
+        samples, paths = wanted, shared.beside(tree, wanted)
+        found = {cell: _tried(_sampled_quality, paths, fits[cell], b) for cell, b in known.items()}
+        wanted = shared.more(samples, max(map(_width, found.values()), default=0.0))
+    return found
+
+
+def _width(quality: dict | Exception) -> float:
+    """The widest interval of tokens per call among a fit's columns."""
+    if isinstance(quality, Exception):
+        return 0.0
+    begins = "tokens_per_call_lower_"
+    ends = {name.removeprefix(begins): low for name, low in quality.items() if begins in name}
+    return max(quality[f"tokens_per_call_upper_{name}"] - low for name, low in ends.items())
 
 
 def _tried(quality, joint, result: FitResult | Exception, *more):

@@ -20,7 +20,8 @@ from cpmtp.decomposition.trees.memory import token_memory
 from cpmtp.drafts.markov_mixture import MarkovMixture
 from cpmtp.joint_distribution import JointDistribution, check_context, exact_joint
 from cpmtp.language_model import LanguageModel
-from cpmtp.prefix_tree import PrefixTree, complete_joint, truncated_joint
+from cpmtp.prefix_tree import PrefixTree
+from cpmtp.study.effort.trees import context_tree
 from cpmtp.study.plan import (
     StudyCell,
     StudyUnit,
@@ -36,7 +37,7 @@ from cpmtp.study.table import SCHEMA_VERSION
 def study_unit_rows(settings: StudySettings, unit: StudyUnit) -> list[dict]:
     """All rows of one context. Never raises for what one cell does."""
     with one_thread():
-        cells = study_cells(settings, unit.trees)
+        cells = study_cells(settings, unit.trees, unit.context)
         try:
             lm = open_language_model(unit.model, settings.device, settings.dtype)
         except Exception as error:  # the study's own process has loaded it
@@ -50,11 +51,13 @@ def study_unit_rows(settings: StudySettings, unit: StudyUnit) -> list[dict]:
         rows, shared = [], SharedPaths(settings, unit, lm)
         dense = [n for n in settings.horizons if n not in unit.trees]
         longest = (
-            _joint(settings, unit, lm, max(dense)) if dense else (RuntimeError("not computed"), 0.0)
+            unit_joint(settings, unit, lm, max(dense))
+            if dense
+            else (RuntimeError("not computed"), 0.0)
         )
         for horizon in settings.horizons:
             joint, seconds = (
-                _joint(settings, unit, lm, horizon) if horizon in unit.trees else longest
+                unit_joint(settings, unit, lm, horizon) if horizon in unit.trees else longest
             )
             here = [cell for cell in cells if cell.horizon == horizon]
             if isinstance(joint, Exception):
@@ -65,7 +68,7 @@ def study_unit_rows(settings: StudySettings, unit: StudyUnit) -> list[dict]:
             known = facts | {"joint_seconds": seconds} | _joint_facts(joint)
             if set(settings.forms) != {"cp"}:
                 known |= memory_facts(joint)
-            fits = _fits(settings, joint, here, unit.seed(settings.seed) % 2**31)
+            fits = unit_fits(settings, joint, here, unit.seed(settings.seed) % 2**31)
             floors = _kl_floors(joint, here)
             found, computed = qualities(joint, fits, shared)
             for cell in here:
@@ -79,7 +82,10 @@ def study_unit_rows(settings: StudySettings, unit: StudyUnit) -> list[dict]:
 
 def failed_rows(settings: StudySettings, unit: StudyUnit, message: str) -> list[dict]:
     """The rows of a context of which nothing came."""
-    return [_failed(settings, unit, cell, message) for cell in study_cells(settings, unit.trees)]
+    return [
+        _failed(settings, unit, cell, message)
+        for cell in study_cells(settings, unit.trees, unit.context)
+    ]
 
 
 # How a message begins that tells of what may have passed by the next time.
@@ -133,20 +139,17 @@ def one_thread() -> Iterator[None]:
                 _blas.restore_original_limits()
 
 
-def _joint(settings, unit: StudyUnit, lm: LanguageModel, horizon: int):
+def unit_joint(settings: StudySettings, unit: StudyUnit, lm: LanguageModel, horizon: int):
     """The joint or tree, or what kept it from being made; and seconds."""
     begun = time.perf_counter()
     ids = torch.tensor(unit.token_ids, dtype=torch.long)
     joint: JointDistribution | PrefixTree | Exception
-    law = asdict(settings.law(unit.temperature))
+    law = settings.law(unit.temperature)
     try:
         if horizon not in unit.trees:
-            joint = exact_joint(lm, ids, horizon, max_bytes=settings.max_bytes, **law)
-        elif is_completed(settings, horizon):
-            joint = complete_joint(lm, ids, horizon, **law)
+            joint = exact_joint(lm, ids, horizon, max_bytes=settings.max_bytes, **asdict(law))
         else:
-            limits = {"mass": settings.tree_mass, "max_nodes": settings.tree_nodes}
-            joint = truncated_joint(lm, ids, horizon, **limits, **law)
+            joint = context_tree(settings, lm, ids, horizon, law)
     except Exception as error:
         joint = error
     return joint, time.perf_counter() - begun
@@ -162,7 +165,7 @@ def _context_nats(lm: LanguageModel, unit: StudyUnit) -> float:
     return -sum(float(law) for law in laws)
 
 
-def _fits(
+def unit_fits(
     settings: StudySettings,
     joint: JointDistribution | PrefixTree,
     cells: list[StudyCell],
@@ -269,7 +272,12 @@ def _row(settings, unit: StudyUnit, cell: StudyCell) -> dict:
     }
     row |= asdict(cell) | {"gated": cell.anchored and cell.transition_rank > 0}
     row |= {"restarts": settings.restarts, "status": "ok", "message": ""}
-    return row | _way(cell.horizon in unit.trees, is_completed(settings, cell.horizon))
+    return row | _way(cell.horizon in unit.trees, _is_exact(settings, cell.horizon))
+
+
+def _is_exact(settings: StudySettings, horizon: int) -> bool:
+    """Whether a tree is complete before anything is known of it."""
+    return is_completed(settings, horizon) and not settings.cheapest
 
 
 def _way(is_tree: bool, is_complete: bool) -> dict:

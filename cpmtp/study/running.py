@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import closing, contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from cpmtp.joint_distribution.given import takes_what_is_given
 from cpmtp.joint_distribution.habits import refuse_unknown
 from cpmtp.joint_distribution.progress import progress_bar
+from cpmtp.study.effort.limits import StudyLimit, read_limit
 from cpmtp.study.folder import StudyFolder
 from cpmtp.study.models import named_models, several_models
 from cpmtp.study.older import completed
@@ -41,6 +42,8 @@ def run_study(
     texts: Sequence[Any] | None = None,
     workers: int | None = None,
     progress: bool | None = None,
+    limit: StudyLimit | None = None,
+    callback: Callable[[StudyUnit, pd.DataFrame], None] | None = None,
     **changes: Any,
 ) -> pd.DataFrame:
     """Run a study, or what is left of it, and return its table.
@@ -71,6 +74,11 @@ def run_study(
         Number of local processes (default: one per core; 1 stays in this process).
     progress : bool, optional
         Whether to show a bar (default: on a terminal and in a notebook).
+    limit : StudyLimit, optional
+        As much of it as there is time for, see `cpmtp.study.effort.limits.planned_limit`. Contexts
+        are taken in turn from all models and domains: less time is a smaller study.
+    callback : callable, optional
+        Called with each context and its rows as soon as they are there.
     changes
         Fields of the settings to replace: ``run_study(models=[lm], texts=[…], ranks=(1, 4))``.
 
@@ -96,7 +104,11 @@ def run_study(
         with one_thread():
             units, identity = plan_study(chosen, texts)
         with StudyFolder.opened(path, chosen, identity) as folder:
-            parts = _computed(folder, units, executor, 1 if objects else workers, progress)
+            if limit is not None:
+                units = limit.first_of(units)
+                limit.write(path)
+            watched = _Watched(progress, limit, callback)
+            parts = _computed(folder, units, executor, 1 if objects else workers, watched)
             table = with_best(_with_domain_bits(joined(parts, chosen)))
             folder.write_table(table)
     return _frame(table)
@@ -143,7 +155,9 @@ def read_study(folder: str | Path) -> tuple[pd.DataFrame, dict]:
         )
     try:
         table = completed(_frame(pq.read_table(folder / "table.parquet")))
-        return table, json.loads((folder / "manifest.json").read_text("utf-8"))
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        limit = read_limit(folder)
+        return table, manifest | ({"limit": limit} if limit else {})
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(
             f"{str(folder)!r} holds a damaged study ({error}): run `cpmtp study --out {folder}` "
@@ -156,8 +170,26 @@ def _frame(table: pa.Table) -> pd.DataFrame:
     return table.to_pandas(split_blocks=True, self_destruct=True)
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """Who watches the work, and when it is over."""
+
+    progress: bool | None
+    limit: StudyLimit | None
+    callback: Callable[[StudyUnit, pd.DataFrame], None] | None
+
+    def is_over(self, unit: StudyUnit) -> bool:
+        """Whether this unit is not to be begun any more."""
+        return self.limit is not None and unit.context > 0 and self.limit.is_over
+
+    def tell(self, unit: StudyUnit, table: pa.Table) -> None:
+        """What was found of one unit."""
+        if self.callback is not None:
+            self.callback(unit, with_best(table).to_pandas())
+
+
 def _computed(
-    folder: StudyFolder, units: Sequence[StudyUnit], executor, workers, progress
+    folder: StudyFolder, units: Sequence[StudyUnit], executor, workers, watched: _Watched
 ) -> list[bytes]:
     """Every unit's rows in the order of `units`, packed; from the folder or computed now."""
     parts: dict[StudyUnit, bytes | None] = dict.fromkeys(units)
@@ -167,12 +199,14 @@ def _computed(
         table = folder.read(unit)
         if table is not None:
             parts[unit], failures = packed(table), failures + _failures(table)
+    # In turn from all models and domains: what is stopped is a smaller study.
     pending = [unit for unit, part in parts.items() if part is None]
-    results = unit_results(folder.settings, pending, executor, workers)
+    pending.sort(key=lambda unit: unit.context)
+    results = unit_results(folder.settings, pending, executor, workers, is_over=watched.is_over)
     with (
         closing(results),
         progress_bar(
-            len(units), "context", shown=progress, initial=len(units) - len(pending)
+            len(units), "context", shown=watched.progress, initial=len(units) - len(pending)
         ) as bar,
     ):
         for unit, rows, final in results:
@@ -183,6 +217,7 @@ def _computed(
             if failures:
                 bar.set_postfix(failed=failures, refresh=False)
             bar.update()
+            watched.tell(unit, table)
     # A disk that was full for a while: what is here is kept now.
     for unit, table in unwritten:
         _kept(folder, unit, table)

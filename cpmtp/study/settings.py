@@ -85,6 +85,13 @@ class StudySettings:
         with 95 % intervals.
     samples : int
         Texts drawn per context for that, the same for all fits.
+    acceptance_contexts : int, optional
+        Contexts of every model and domain, the first ones, that are fitted by ``acceptance`` too,
+        where other methods are asked for; default: all.
+    cheapest : bool
+        Of trees, whether each context takes the cheapest way whose intervals are as narrow as
+        `width`: complete only where that is needed, bounds from the most probable sequences where
+        these are few enough, else as many texts as it takes, up to `samples`.
     tree_mass, tree_nodes : float, int
         Of truncated trees: the probability they should keep; of all: the most prefixes they may
         expand.
@@ -117,6 +124,8 @@ class StudySettings:
     max_bytes: int = 4_000_000_000
     width: float = 0.05
     samples: int = 2000
+    acceptance_contexts: int = None  # type: ignore[assignment]  # all
+    cheapest: bool = False
     tree_mass: float = 0.95
     tree_nodes: int = 20_000
     device: str = "cpu"
@@ -189,6 +198,14 @@ class StudySettings:
             isinstance(self.width, int | float) and 0 < self.width < math.inf,
             f"width {self.width!r}: expected tokens per call, a number above 0",
         )
+        few = self.acceptance_contexts
+        _require(
+            few is None or _is_positive_integer(few),
+            f"acceptance_contexts {few!r}: expected an integer of at least 1, or none for all",
+        )
+        _require(
+            isinstance(self.cheapest, bool), f"cheapest {self.cheapest!r}: expected True or False"
+        )
         _require(isinstance(self.seed, int), f"seed {self.seed!r}: expected an integer")
         for temperature in self.temperatures:
             _require(
@@ -219,6 +236,21 @@ class StudySettings:
                 f"{name} {value!r}: expected a number, or none to keep all tokens",
             )
         return SamplingLaw(temperature, self.top_k, self.top_p)
+
+    def methods_of(self, context: int) -> tuple[str, ...]:
+        """The methods that a context is fitted by; `context` is its number within model and
+        domain.
+
+        Examples
+        --------
+        >>> settings = StudySettings(methods=("em", "acceptance"), acceptance_contexts=6)
+        >>> settings.methods_of(5), settings.methods_of(6)
+        (('em', 'acceptance'), ('em',))
+        """
+        few = self.acceptance_contexts
+        if few is None or context < few or self.methods == ("acceptance",):
+            return self.methods
+        return tuple(method for method in self.methods if method != "acceptance")
 
     @property
     def corpora(self) -> dict[str, list[str]]:

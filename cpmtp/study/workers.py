@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import contextmanager
 
@@ -44,26 +44,32 @@ def unit_results(
     units: Sequence[StudyUnit],
     executor: Executor | None,
     workers: int | None,
+    *,
+    is_over: Callable[[StudyUnit], bool] = lambda unit: False,
 ) -> Generator[Result, None, None]:
     """Rows of each unit as they come, and whether they are final: those of a unit whose worker
-    vanished, or whose model or memory was not there, are not.
+    vanished, or whose model or memory was not there, are not. A unit that `is_over` when its turn
+    comes is left out.
     """
     count = min(workers or default_workers(settings), len(units))
     if not units:
         return
     if executor is not None:
-        yield from _results_on(settings, units, [executor] * _AHEAD)
+        yield from _results_on(settings, units, [executor] * _AHEAD, is_over)
     elif count <= 1:
         # One after another: each is written before the next begins.
         for unit in units:
-            yield from _results_on(settings, [unit], [_Here()])
+            yield from _results_on(settings, [unit], [_Here()], is_over)
     else:
         with _local_processes(count) as processes:
-            yield from _results_on(settings, units, processes)
+            yield from _results_on(settings, units, processes, is_over)
 
 
 def _results_on(
-    settings: StudySettings, units: Sequence[StudyUnit], idle: Sequence[Executor]
+    settings: StudySettings,
+    units: Sequence[StudyUnit],
+    idle: Sequence[Executor],
+    is_over: Callable[[StudyUnit], bool],
 ) -> Generator[Result, None, None]:
     """Every executor named in `idle` gets one unit at a time; one it does not finish is tried on
     another.
@@ -75,7 +81,10 @@ def _results_on(
     try:
         while waiting or running:
             while waiting and free:
-                unit, executor = waiting.popleft(), free.popleft()
+                unit = waiting.popleft()
+                if is_over(unit):
+                    continue
+                executor = free.popleft()
                 attempts[unit] += 1
                 running[_submitted(executor, settings, unit)] = unit, executor
 
@@ -83,6 +92,8 @@ def _results_on(
             yield from found
             found = []
 
+            if not running:  # nothing was left to begin
+                break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 unit, executor = running.pop(future)
                 free.append(executor)

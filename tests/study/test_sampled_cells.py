@@ -17,7 +17,7 @@ from cpmtp.joint_distribution import exact_joint
 from cpmtp.prefix_tree import truncated_joint
 from cpmtp.report.document import Report, write_report
 from cpmtp.report.subject import ReportExtras
-from cpmtp.study.estimate import estimate_study
+from cpmtp.study.effort.estimate import estimate_study
 from cpmtp.study.plan import open_language_model, plan_study
 from cpmtp.study.running import read_study, run_study
 

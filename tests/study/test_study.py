@@ -21,7 +21,7 @@ from cpmtp.decomposition.fitting import fit_path
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.ranking.parts import best_fits
 from cpmtp.report.document import write_report
-from cpmtp.study.estimate import estimate_study
+from cpmtp.study.effort.estimate import estimate_study
 from cpmtp.study.plan import open_language_model, plan_study
 from cpmtp.study.running import read_study, run_study
 from cpmtp.study.table import KEY_COLUMNS, SCHEMA_VERSION, TIMING_COLUMNS, column_descriptions

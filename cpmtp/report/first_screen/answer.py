@@ -67,7 +67,8 @@ def details(subject: Subject) -> tuple[Text, ...]:
 
 _DIAGNOSIS = (
     "Diagnosis: what the best possible drafts of each rank give on these contexts. By these "
-    "ceilings alone {} would be the fastest; what a trained head brings is forecast above."
+    "ceilings alone {} would be the fastest; what a trained head brings stands above, or there was "
+    "not enough time to forecast it."
 )
 
 
@@ -89,7 +90,8 @@ def _verdict_words(subject: Subject) -> str:
             f"{subject.forecast.tokens_per_call:.2f}."
         )
     told = {True: ", told the first token", False: ", not told the first token", None: ""}
-    return f"{subject.headline} (form cp{told[subject.anchored]})."
+    words = f"{subject.headline} (form cp{told[subject.anchored]})."
+    return words if subject.is_carried else f"no recommendation yet; fastest so far: {words}"
 
 
 def _brings(subject: Subject) -> str:

@@ -10,7 +10,7 @@ from cpmtp.ranking.parts import reference_form, table_parts
 from cpmtp.report.blocks import Text
 from cpmtp.report.first_screen.answer import does_not_pay, earned, training_command
 from cpmtp.report.first_screen.forecast import HeadsForecast, forecast_answer
-from cpmtp.report.subject import Subject
+from cpmtp.report.subject import Subject, by_forecast, models_of
 
 
 def console_summary(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) -> str:
@@ -24,18 +24,39 @@ def console_summary(subjects: Sequence[Subject], table: pd.DataFrame, manifest: 
         Of `read_study`.
     """
     lines = [line for subject in subjects for line in _lines(subject)]
-    heads, price = subjects[0].extras.heads, subjects[0].extras.price
-    first = [] if heads is None else _forecast_lines(heads, price, subjects)
-    return "\n".join(
-        [*first, *_corpora(manifest), *_hopeless(table), *lines, *_footnotes(subjects)]
+    first = [
+        line
+        for heads, some in by_forecast(subjects)
+        if heads is not None
+        for line in _forecast_lines(heads, some)
+    ]
+    if first:
+        first.append("Ceilings, which no training can exceed:")
+    missing = left_out(table, manifest)
+    rest = [*_footnotes(subjects), *([f"left out  {missing}"] if missing else [])]
+    return "\n".join([*first, *_corpora(manifest), *_hopeless(table), *lines, *rest])
+
+
+def left_out(table: pd.DataFrame, manifest: dict) -> str:
+    """What of a study there was no time for; empty where nothing is missing."""
+    asked = manifest.get("settings", {}).get("contexts", 0)
+    limit = manifest.get("limit")
+    if not limit:
+        return ""
+    contexts = table.groupby(["model", "domain"])["context"].nunique()
+    least, most = int(contexts.min()), int(contexts.max())
+    if least >= asked:
+        return ""
+    here = f"{least}" if least == most else f"{least} to {most}"
+    time = f" in {limit['minutes']:g} minutes" if limit.get("minutes") else ""
+    return (
+        f"{here} of {asked} contexts of every model and domain were studied{time}; more time adds "
+        "the others"
     )
 
 
-def _forecast_lines(
-    heads: HeadsForecast, price: float, subjects: Sequence[Subject]
-) -> Iterator[str]:
-    models = list(dict.fromkeys(str(subject.table["model"].iloc[0]) for subject in subjects))
-    said = forecast_answer(heads, price, models)
+def _forecast_lines(heads: HeadsForecast, subjects: Sequence[Subject]) -> Iterator[str]:
+    said = forecast_answer(heads, subjects[0].extras.price, models_of(subjects))
     yield said.title
     for block in said.blocks:
         assert isinstance(block, Text)  # an answer has nothing else
@@ -59,8 +80,8 @@ def _hopeless(table: pd.DataFrame) -> Iterator[str]:
 
 def _footnotes(subjects: Sequence[Subject]) -> Iterator[str]:
     """What the recommendations rest on, each said once."""
-    if subjects[0].extras.heads is None:
-        yield from dict.fromkeys(f"forecast  {subject.forecast.words}" for subject in subjects)
+    alone = [subject for subject in subjects if subject.extras.heads is None]
+    yield from dict.fromkeys(f"forecast  {subject.forecast.words}" for subject in alone)
     yield from dict.fromkeys(f"calls     {subject.economics.source}" for subject in subjects)
 
 
@@ -68,7 +89,9 @@ def _lines(subject: Subject) -> Iterator[str]:
     yield f"{subject.title} ({', '.join(_facts(subject))})"
     many = subject.recommended.contexts > 1
     sure = f", the fastest in {subject.row.fastest_frequency:.0%} of resamples" if many else ""
-    yield f"  {subject.marked_as}: {subject.headline}{sure}"
+    carried = subject.is_carried or subject.extras.heads is not None
+    mark = subject.marked_as if carried else "no recommendation, fastest so far"
+    yield f"  {mark}: {subject.headline}{sure}"
     if subject.extras.heads is None:
         yield from _earned(subject)
     for sentence in subject.truncation_sentences():
@@ -85,7 +108,8 @@ def _earned(subject: Subject) -> Iterator[str]:
     yield f"    forecast: {earned(subject)}"
     if does_not_pay(subject):
         yield f"    {does_not_pay(subject)}"
-    if ":" not in str(subject.table["model"].iloc[0]):  # a factory's model has no hidden states
+    known = ":" not in str(subject.table["model"].iloc[0])
+    if known and subject.is_carried:  # a factory's model has no hidden states
         yield f"    train it: {training_command(subject)}"
 
 

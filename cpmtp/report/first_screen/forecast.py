@@ -110,6 +110,10 @@ class HeadsForecast:
 
 def forecast_answer(found: HeadsForecast, price: float, models: Sequence[str] = ()) -> Section:
     """The forecast in four lines, cautions above them."""
+    named = found.told.get("studied_as")
+    title = TITLE if named is None else f"{named} · {TITLE[0].lower()}{TITLE[1:]}"
+    if not found.known:
+        return Section(title, _not_enough(found, models))
     blocks = [Text(text, "caution") for text in _cautions(found, models)]
     lines = (
         _verdict(found),
@@ -118,7 +122,23 @@ def forecast_answer(found: HeadsForecast, price: float, models: Sequence[str] = 
         ("Next", _next_step(found, models)),
     )
     blocks += [Text(text, "line", label) for label, text in lines]
-    return Section(TITLE, tuple(blocks))
+    return Section(title, tuple(blocks))
+
+
+def _not_enough(found: HeadsForecast, models: Sequence[str]) -> tuple[Text, ...]:
+    """What is said where probes were too short."""
+    why = found.told["status"].removeprefix("not enough for a forecast: ")
+    model = f" --model {models[0]}" if len(models) == 1 else ""
+    return (
+        Text("No recommendation: not enough time to decide.", "line", "Undecided"),
+        Text(f"{why[:1].upper()}{why[1:]}.", "line", "Why"),
+        Text(
+            f"`cpmtp study{model}` with more `--minutes`; ceilings below say what no training can "
+            "exceed, not what a head will earn.",
+            "line",
+            "Next",
+        ),
+    )
 
 
 def _verdict(found: HeadsForecast) -> tuple[str, str]:
@@ -202,7 +222,7 @@ def _cautions(found: HeadsForecast, models: Sequence[str]) -> Iterator[str]:
     groups = found.told["shapes"]["groups"]
     if len(groups) < 4:
         yield f"Curves are continued by those of {len(groups)} groups only: ranges are wide."
-    of = found.told.get("model", {}).get("name")
+    of = found.told.get("studied_as") or found.told.get("model", {}).get("name")
     if of is None and len(models) > 1:
         yield f"The study is of {len(models)} models; the forecast is of one that it does not name."
     elif of is not None and models and list(models) != [of]:
@@ -225,8 +245,9 @@ def forecast_sections(
     """
     load, budget = found.choice["load"], found.budget
     confidence = found.told["settings"].get("confidence", 0.9)
+    named = found.told.get("studied_as")
     yield Section(
-        TITLE,
+        TITLE if named is None else f"{TITLE}: {named}",
         (
             Text(
                 f"After {budget:,.0f} positions of training, {_requests(load)}; "
