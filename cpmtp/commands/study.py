@@ -162,13 +162,12 @@ def study(
 
     usual = _USUAL if minutes is None else _WITHIN_MINUTES
     kinds = usual["anchored"] if 2 not in integers("--horizons", horizons) else None
+    given = usual["methods"] if methods is None else methods
     chosen = {
-        "ranks": integers("--ranks", ranks or usual["ranks"]),
-        "methods": tuple(
-            part.strip() for part in (methods or usual["methods"]).split(",") if part.strip()
-        ),
+        "ranks": integers("--ranks", usual["ranks"] if ranks is None else ranks),
+        "methods": tuple(part.strip() for part in given.split(",") if part.strip()),
         "contexts": usual["contexts"] if contexts is None else contexts,
-        "anchored": anchored_choices(anchored or kinds),
+        "anchored": anchored_choices(kinds if anchored is None else anchored),
         "cheapest": usual["cheapest"] if cheapest is None else cheapest,
         "acceptance_contexts": usual["acceptance_contexts"],
     }
