@@ -15,18 +15,16 @@ from markupsafe import Markup, escape
 
 from cpmtp.latency import read_latency
 from cpmtp.report.blocks import Figure, Section, Table, Text
+from cpmtp.report.findings.ceilings import findings
+from cpmtp.report.findings.forecast import ceilings_beside, forecast_sections
+from cpmtp.report.findings.side_by_side import side_by_side
 from cpmtp.report.first_screen.answer import answer
 from cpmtp.report.first_screen.console import console_summary, left_out
-from cpmtp.report.first_screen.forecast import (
-    HeadsForecast,
-    forecast_answer,
-    forecast_sections,
-)
+from cpmtp.report.first_screen.forecast import HeadsForecast, forecast_answer
 from cpmtp.report.learned import LEARNED_SHARE, form_sections, learned_sections
 from cpmtp.report.pilot import pilot, pilot_of_forecast
 from cpmtp.report.plots import figure_svg
 from cpmtp.report.plots.theme import theme_css, themed_svg
-from cpmtp.report.sections import findings
 from cpmtp.report.subject import (
     PRICE,
     ReportExtras,
@@ -38,6 +36,7 @@ from cpmtp.report.subject import (
 )
 from cpmtp.whole_files import write_text
 
+_MOST_OPEN = 3  # parts of a study whose findings are not folded
 _SLUG_BYTES = 180  # a file system takes 255, with an ending and a number
 _MARKDOWN = re.compile(r"([\\`*_\[\]|$~])")
 
@@ -197,19 +196,6 @@ def _answers(subjects: Sequence[Subject]) -> list[Section]:
     return found
 
 
-def _ceilings(subjects: Sequence[Subject], heads: HeadsForecast) -> pd.DataFrame | None:
-    """What a forecast's heads may be held against; None unless the study is of the same thing."""
-    (subject, *others), settings = subjects, heads.told["settings"]
-    usual = {"temperature": 1.0, "top_k": None, "top_p": None}
-
-    def studied(name: str) -> object:
-        found = subject.table[name].iloc[0] if name in subject.table else usual[name]
-        return None if pd.isna(found) else found
-
-    alike = all(studied(name) == settings.get(name, usual[name]) for name in usual)
-    return subject.saturation.table if alike and subject.anchored and not others else None
-
-
 def _sections(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) -> list[Section]:
     extras = subjects[0].extras
     truncated = any(subject.truncated for subject in subjects)
@@ -219,10 +205,13 @@ def _sections(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) 
     sections: list[Section] = []
     for heads, some in by_forecast(subjects):
         if heads is not None and heads.known:
-            sections += forecast_sections(heads, _ceilings(some, heads))
+            (model, *others) = models_of(some)
+            ceilings = None if others else ceilings_beside(heads, table, model)
+            sections += forecast_sections(heads, ceilings)
     sections.append(Section("How to read this", tuple(Text(text) for text in reading)))
+    sections += side_by_side(subjects)
     for subject in subjects:
-        sections += findings(subject)
+        sections += findings(subject, folded=len(subjects) > _MOST_OPEN)
     sections += form_sections(table)
     sections += learned_sections(extras.waterfall, extras.decoding, extras.step_times)
     sections.append(Section("Set-up", (_setup(table, manifest),)))

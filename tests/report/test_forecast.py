@@ -15,6 +15,7 @@ from stored_forecast import LOAD, stored
 
 from cpmtp.report import plots
 from cpmtp.report.document import Report, read_extras
+from cpmtp.report.findings.forecast import ceilings_beside
 from cpmtp.report.first_screen.forecast import HeadsForecast
 from cpmtp.report.subject import ReportExtras
 
@@ -35,8 +36,9 @@ def test_a_forecast_in_the_folder_answers_alone_and_first(tmp_path):
     report = report_of(stored(tmp_path))
     lines = lines_of(report)
     assert list(lines) == ["Train", "Brings", "How sure", "Next"]
-    assert lines["Train"] == "form cp, horizon 3, rank 4, on 1,000,000 positions."
-    assert lines["Brings"].startswith("1.50 to 2.08 times the speed of plain decoding (1.83 ")
+    assert lines["Train"] == "a cp head of rank 4, horizon 3, trained on 1 million positions."
+    assert lines["Brings"].startswith("1.50 to 2.08 times the speed of plain decoding (90% range, ")
+    assert "1.83 expected" in lines["Brings"]
     # 2.5 a device-hour over 2.2 tokens of two requests in 12 ms.
     cheap, dear, plain = (
         2.5 / 3600 * 1e6 * s / t / LOAD for s, t in ((0.012, 2.5), (0.012, 1.8), (0.01, 1))
@@ -45,8 +47,9 @@ def test_a_forecast_in_the_folder_answers_alone_and_first(tmp_path):
         f"at {cheap:.2f} to {dear:.2f} per million tokens instead of {plain:.2f}" in lines["Brings"]
     )
     assert "0.5 device-hours" in lines["Brings"]
-    assert "95%" in lines["How sure"] and "markov 64 (n = 3)" in lines["How sure"]
-    assert "markov 64 instead from 4,000,000 positions on" in lines["How sure"]
+    assert lines["How sure"].startswith("95% likely the fastest of what was tried; a tie with ")
+    assert "markov 64 (n = 3)" in lines["How sure"]
+    assert "Could change it: 4 million positions or more (markov 64)" in lines["How sure"]
     assert "--form cp --horizon 3 --rank 4 --positions 1000000`" in lines["Next"]
     assert report.sections[0].title == "Forecast of trained heads"
     assert report.summary.splitlines()[1] == "  Train: " + lines["Train"]
@@ -55,7 +58,7 @@ def test_a_forecast_in_the_folder_answers_alone_and_first(tmp_path):
 def test_beside_a_forecast_ceilings_recommend_nothing(tmp_path):
     report = report_of(stored(tmp_path))
     text = report.write_markdown(tmp_path / "r.md").read_text("utf-8").replace("\\", "")
-    own = text[text.index("## m · contexts from d") :]
+    own = text[text.index("## Diagnosis: m · contexts from d") :]
     assert "By these ceilings alone horizon 3 with rank" in own
     assert not re.search(r"[Rr]ecommended( rank|: )", own)
     assert "recommended" not in report.summary and "train it" not in report.summary
@@ -85,15 +88,125 @@ def test_few_groups_and_an_unnamed_model_are_cautioned_of(tmp_path):
     both = pd.concat([table, table.assign(model="n")], ignore_index=True)
     (card,) = report_of(stored(tmp_path, groups=2), both).answers
     cautions = [block.text for block in card.blocks if block.kind == "caution"]
-    assert cautions[0].startswith("Curves are continued by those of 2 groups only")
+    assert cautions[0].startswith("Forecasts were checked on 2 kinds of model and text only")
     assert cautions[1].startswith("The study is of 2 models")
     assert [block.kind for block in card.blocks] == ["caution"] * 2 + ["line"] * 4
+
+
+@pytest.mark.parametrize(("ahead", "cautioned"), [(8.0, True), (4.0, False)])
+def test_a_budget_beyond_what_forecasts_were_checked_at_is_cautioned_of(tmp_path, ahead, cautioned):
+    told_anew(stored(tmp_path), shapes=dict(groups=list("abcde"), ahead=ahead, farthest=4.0))
+    (card,) = report_of(tmp_path).answers
+    cautions = [block.text for block in card.blocks if block.kind == "caution"]
+    wanted = "The budget is 8 times the longest probe; forecasts were checked at up to 4 times only"
+    assert [text.startswith(wanted) for text in cautions] == [True] * cautioned
+
+
+def told_anew(folder, **changes):
+    """A stored forecast that says something else."""
+    file = folder / "forecast.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def test_a_tie_with_plain_decoding_is_said_first(tmp_path):
+    choice = json.loads((stored(tmp_path) / "forecast.json").read_text())["choices"][0]
+    ties = ["markov 64 (n = 3)", "cp 4 (n = 2)", "plain decoding"]
+    told_anew(tmp_path, choices=[choice | dict(ties=ties, overtaken=None)])
+    sure = lines_of(report_of(tmp_path))["How sure"]
+    assert "a tie with plain decoding, markov 64 (n = 3) and 1 more. Could change it: " in sure
+
+
+def test_each_model_has_the_pictures_of_its_own_forecast(tmp_path):
+    both = pd.concat([ANCHORED, ANCHORED.assign(model="n")], ignore_index=True)
+    for place, (name, low) in enumerate((("m", 1.8), ("n", 1.3))):
+        folder = tmp_path / "forecast" / f"{place}"
+        folder.mkdir(parents=True)
+        told_anew(stored(folder, low=low), studied_as=name)
+    report = report_of(tmp_path, both)
+    assert [card.title for card in report.answers] == [
+        f"{name} · forecast of trained heads" for name in "mn"
+    ]
+    drawings = {name: svg for name, svg in report.drawings.items() if "each head" in name}
+    assert len(drawings) == 2 and len(set(drawings.values())) == 2
+    figures = [b for s in report.sections for b in s.blocks if type(b).__name__ == "Figure"]
+    assert len({figure.name for figure in figures}) == len(figures)
+
+
+def test_budgets_with_the_same_winner_are_one_row_and_a_single_load_is_a_sentence(tmp_path):
+    report = report_of(stored(tmp_path))
+    section = next(s for s in report.sections if s.title == "By load and budget")
+    text, table = section.blocks
+    assert text.text.startswith("One load was forecast, 2 requests decoded together")
+    assert table.rows == (("500 thousand to 2 million", "cp 4", "3", "1.83", "2.20", "0.5"),)
+
+
+def test_where_tokens_are_lost_stands_by_form_and_adds_up(tmp_path):
+    report = report_of(stored(tmp_path))
+    section = next(s for s in report.sections if s.title.startswith("Where tokens are lost"))
+    _, table, figure = section.blocks
+    rows = {row[0]: row[1:] for row in table.rows}
+    exact, to_rank, to_learning, trained = map(float, rows["cp 4"])
+    assert exact == 3 and exact - to_rank - to_learning == pytest.approx(trained, abs=0.011)
+    assert trained == 2.2
+    assert rows["markov 64"] == ("3", "not fitted", "", "2.10")
+    assert "n = 3" in figure.title
+
+
+def test_the_parts_of_a_bar_are_earned_and_lost_and_what_is_not_known_is_one(tmp_path):
+    report = report_of(stored(tmp_path))
+    section = next(s for s in report.sections if s.title.startswith("Where tokens are lost"))
+    ax = Figure().add_subplot()
+    section.blocks[-1].draw(ax)
+    names = [t.get_text() for t in ax.get_yticklabels()]
+    parts = {name: [] for name in names}
+    for left, bottom, width, _ in (patch.get_bbox().bounds for patch in ax.patches):
+        if width > 0:
+            parts[names[round(bottom + 0.4)]].append((left, width))
+    np.testing.assert_allclose(parts["cp 4"], [(0, 2.2), (2.2, 0.7), (2.9, 0.1)], atol=0.01)
+    np.testing.assert_allclose(parts["markov 64"], [(0, 2.1), (2.1, 0.9)])
+
+
+def test_speed_by_budget_is_a_line_per_head_with_the_range_of_the_fastest(tmp_path):
+    report = report_of(stored(tmp_path))
+    _, figure = (b for b in report.sections[0].blocks if type(b).__name__ == "Figure")
+    ax = Figure().add_subplot()
+    figure.draw(ax)
+    found = {line.get_label(): line.get_xydata() for line in ax.lines}
+    assert list(found)[:2] == ["cp 4", "markov 64"]  # the fastest first
+    np.testing.assert_allclose(found["cp 4"], [(b, 2.2 / 1.2) for b in (5e5, 1e6, 2e6)])
+    (band,) = ax.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose((heights.min(), heights.max()), (1.5, 2.5 / 1.2))
+
+
+def test_a_studys_forms_have_ceilings_of_their_own_and_domains_count_alike(tmp_path):
+    markov = ANCHORED[ANCHORED["rank"] == 1].assign(
+        form="markov", transition_rank=64, tokens_per_call_block_target=2.5
+    )
+    table = pd.concat([ANCHORED.assign(form="cp", transition_rank=0), markov], ignore_index=True)
+    there = table.assign(domain="e")
+    there["tokens_per_call_block_target"] = there["tokens_per_call_block_target"] - 0.2
+    # Twice as many contexts of one domain than of the other.
+    there = there[there["context"] % 2 == 0]
+    heads = HeadsForecast.read(stored(tmp_path))
+    found = ceilings_beside(heads, pd.concat([table, there], ignore_index=True), "m")
+    own = found[(found["form"] == "markov") & (found["transition_rank"] == 64)]
+    np.testing.assert_allclose(own["ceiling"], 2.4)
+    assert ceilings_beside(heads, table, "another model") is None
+
+
+def test_beside_a_forecast_no_speed_is_made_from_ceilings(tmp_path):
+    page = report_of(stored(tmp_path)).write_html(tmp_path / "r.html").read_text("utf-8")
+    own = page[page.index('">Diagnosis: m · contexts from d</h2>') :]
+    for said in ("times the speed", "fastest in", "Predicted speedup", "assuming a trained head"):
+        assert said not in own[: own.index("Pilot plan</h2>")], said
 
 
 def test_the_picture_has_points_with_intervals_ceilings_as_ticks_and_two_lines(tmp_path):
     table = ANCHORED
     report = report_of(stored(tmp_path), table)
-    (figure,) = (b for b in report.sections[0].blocks if type(b).__name__ == "Figure")
+    figure, _ = (b for b in report.sections[0].blocks if type(b).__name__ == "Figure")
     ax = Figure().add_subplot()
     figure.draw(ax)
     drawn = {line.get_label(): line.get_xydata() for line in ax.lines}
@@ -111,7 +224,7 @@ def test_the_picture_has_points_with_intervals_ceilings_as_ticks_and_two_lines(t
 @pytest.mark.parametrize("other", [dict(anchored=False), dict(temperature=0.5), dict(top_k=8)])
 def test_ceilings_of_another_kind_are_not_held_against_heads(tmp_path, other):
     report = report_of(stored(tmp_path), ANCHORED.assign(**other))
-    (figure,) = (b for b in report.sections[0].blocks if type(b).__name__ == "Figure")
+    figure, _ = (b for b in report.sections[0].blocks if type(b).__name__ == "Figure")
     ax = Figure().add_subplot()
     figure.draw(ax)
     assert "ceiling" not in {line.get_label() for line in ax.lines}

@@ -67,10 +67,7 @@ FORECASTS = pd.DataFrame(
         (8, 2.0, 1.9, 2.1, 2.2, 2.1, 2.5),
         (8, 2.6, 2.3, 2.7, 2.4, 2.3, 2.9),
     ],
-    columns=[
-        "rank",
-        *(name + end for name in ("forecast", "measured") for end in ("", "_low", "_high")),
-    ],
+    columns=["rank", *(n + e for n in ("forecast", "measured") for e in ("", "_low", "_high"))],
 )
 STEPS = pd.DataFrame(
     dict(label=["rank 1", "rank 8"], target_seconds=[0.01, 0.02], draft_seconds=[0.001, 0.003])
@@ -88,6 +85,11 @@ COMPONENTS = pd.DataFrame(
     [(c, 0.7 - 0.4 * c, p, t, 0.5) for c in (0, 1) for p in (1, 2) for t in ("a", " the")],
     columns=["component", "weight", "position", "token", "probability"],
 )
+PARTED = pd.DataFrame(
+    dict(label=["cp 1", "markov"], tokens_per_call=2.0, horizon=3, ceiling=[2.6, np.nan])
+)
+BUDGETS = pd.DataFrame(dict(option="cp 1", budget=[1e5, 1e6], speedup=[1.1, 1.2]))
+BUDGETS = BUDGETS.assign(speedup_low=BUDGETS["speedup"] - 0.2, speedup_high=1.5)
 # Every function with what it draws.
 PLOTS = {
     plots.plot_error_against_rank: (SUMMARY, {}),
@@ -103,6 +105,8 @@ PLOTS = {
     plots.plot_step_times: (STEPS, {}),
     plots.plot_components: (COMPONENTS, {}),
     plots.plot_head_forecast: (HEADS, dict(lookup=1.1)),
+    plots.plot_losses_by_head: (PARTED, {}),
+    plots.plot_speed_by_budget: (BUDGETS, dict(budget=1e6)),
 }
 
 

@@ -152,6 +152,11 @@ def test_fits_are_folded_and_answers_are_not(page):
     assert "<details open" not in page
 
 
+def test_the_layout_of_a_phone_is_for_screens_alone(page):
+    narrow = re.findall(r"@media ([^{]*max-width[^{]*)\{", page)
+    assert narrow and all(rule.startswith("screen and ") for rule in narrow)
+
+
 def test_everything_from_outside_is_shown_as_text(page):
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 3

@@ -42,21 +42,26 @@ def answer(subject: Subject) -> Section:
 
 
 def details(subject: Subject) -> tuple[Text, ...]:
-    """What the four lines rest on."""
-    if subject.extras.heads is None:
+    """What the four lines rest on; where a forecast answers, what ceilings say beside it."""
+    heads = subject.extras.heads
+    if heads is None:
         blocks = [Text(f"Recommended: {subject.headline}.", "strong")]
         if does_not_pay(subject):
             blocks.append(Text(does_not_pay(subject), "strong"))
         blocks.append(Text(_earnings(subject)))
+        beside = [
+            Text(f"How sure: {_certainty(subject)}"),
+            Text(f"What would change the answer: {'; '.join(_changes(subject))}."),
+        ]
     else:
-        blocks = [Text(_DIAGNOSIS.format(subject.headline), "strong")]
+        why = _FORECAST if heads.known else _NO_FORECAST
+        blocks, beside = [Text(f"{_DIAGNOSIS.format(subject.headline)} {why}", "strong")], []
     if subject.recommended.caution:
         blocks.insert(0, Text(subject.recommended.caution, "caution"))
     return (
         *blocks,
         Text(" ".join(_ceiling(subject))),
-        Text(f"How sure: {_certainty(subject)}"),
-        Text(f"What would change the answer: {'; '.join(_changes(subject))}."),
+        *beside,
         Text(
             "Whatever a call costs (smallest rank within 1 % or one standard error of the best): "
             + "; ".join(subject.saturation.sentence(n) for n in subject.saturation.rank)
@@ -66,10 +71,11 @@ def details(subject: Subject) -> tuple[Text, ...]:
 
 
 _DIAGNOSIS = (
-    "Diagnosis: what the best possible drafts of each rank give on these contexts. By these "
-    "ceilings alone {} would be the fastest; what a trained head brings stands above, or there was "
-    "not enough time to forecast it."
+    "What the best possible drafts of form cp give on these contexts. By these ceilings alone {} "
+    "would be the fastest."
 )
+_FORECAST = "What a trained head brings is forecast above."
+_NO_FORECAST = "What a trained head brings is not known: there was not enough time to forecast it."
 
 
 def verdict(subject: Subject) -> str:

@@ -1,25 +1,24 @@
-"""The forecast of trained heads, as `cpmtp forecast` stores it: the answer, a picture, tables."""
+"""The forecast of trained heads, as `cpmtp forecast` stores it, and the answer from it in four
+lines.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from cpmtp.report import plots
-from cpmtp.report.blocks import Figure, Section, Table, Text
+from cpmtp.report.blocks import Section, Text
 
 TITLE = "Forecast of trained heads"
-_HEAD, _LOOKUP, _PLAIN = "head", "lookup", "plain"
+HEAD, LOOKUP, PLAIN = "head", "lookup", "plain"
 _ENDS = ("", "_low", "_high")
 _SURE = 0.8
-_MOST = 8  # heads in a picture
+_FEW_GROUPS = 4  # fewer say little of how far a forecast is off
 _MILLION = 1e6 / 3600  # tokens, and hours in a second
 
 
@@ -65,6 +64,11 @@ class HeadsForecast:
         return not self.told["status"] and len(self.table) > 0
 
     @property
+    def confidence(self) -> float:
+        """Of the ranges."""
+        return float(self.told["settings"].get("confidence", 0.9))
+
+    @property
     def budget(self) -> float:
         """Positions of training that the answer is for."""
         budgets, asked = self.table["budget"], float(self.told["settings"]["budget"])
@@ -75,7 +79,7 @@ class HeadsForecast:
     def options(self) -> pd.DataFrame:
         """Every option at the budget, the fastest first, with both ends of the speedup."""
         rows = self.table[self.table["budget"] == self.budget]
-        plain = float(rows.loc[rows["kind"] == _PLAIN, "tokens_per_second"].iloc[0])
+        plain = float(rows.loc[rows["kind"] == PLAIN, "tokens_per_second"].iloc[0])
         ends = {f"speedup{end}": rows[f"tokens_per_second{end}"] / plain for end in _ENDS}
         return rows.assign(**ends).sort_values("speedup", ascending=False)
 
@@ -98,7 +102,7 @@ class HeadsForecast:
     @property
     def plain_seconds(self) -> float:
         """Of a step of plain decoding, all requests together."""
-        return float(self.options.loc[self.options["kind"] == _PLAIN, "cycle_seconds"].iloc[0])
+        return float(self.options.loc[self.options["kind"] == PLAIN, "cycle_seconds"].iloc[0])
 
     @property
     def speedup(self) -> tuple[float, float, float]:
@@ -143,22 +147,41 @@ def _not_enough(found: HeadsForecast, models: Sequence[str]) -> tuple[Text, ...]
 
 def _verdict(found: HeadsForecast) -> tuple[str, str]:
     choice, row = found.choice, found.row
-    if row["kind"] != _HEAD:
-        name = "plain decoding" if row["kind"] == _PLAIN else "prompt lookup, which needs none,"
-        return "Do not train", f"{name} is the fastest at load {choice['load']}."
+    if row["kind"] != HEAD:
+        name = "plain decoding" if row["kind"] == PLAIN else "prompt lookup, which needs none,"
+        return "Do not train", f"{name} is the fastest with {requests(choice['load'])}."
     sure = found.speedup[1] > 1 and choice["sure"] >= _SURE
-    what = f"{_in_words(row)}, on {choice['budget']:,.0f} positions"
+    what = f"{_in_words(row)}, trained on {positions(choice['budget'])}"
     return ("Train" if sure else "Pilot first"), f"{what}."
 
 
 def _in_words(row: pd.Series) -> str:
-    """A head by form, horizon and ranks."""
-    if row["kind"] != _HEAD:
-        return {_PLAIN: "plain decoding", _LOOKUP: "prompt lookup"}[row["kind"]]
+    """A head by form, ranks and horizon."""
     ranks = [("rank", "rank"), ("transition_rank", "transition rank")]
     shown = {"cp": ranks[:1], "markov": ranks[1:], "recurrent": []}.get(row["form"], ranks)
-    sizes = "".join(f", {name} {row[column]:.0f}" for column, name in shown)
-    return f"form {str(row['form']).replace('_', ' ')}, horizon {row['horizon']}{sizes}"
+    sizes = " and ".join(f"{name} {row[column]:.0f}" for column, name in shown)
+    form = str(row["form"]).replace("_", " ").replace("markov", "Markov")
+    return f"a {form} head{' of ' * bool(sizes)}{sizes}, horizon {row['horizon']}"
+
+
+def positions(number: float) -> str:
+    """Training positions as a reader takes them in.
+
+    Examples
+    --------
+    >>> positions(9_306_112), positions(50e6), positions(72_704), positions(640)
+    ('9.3 million positions', '50 million positions', '73 thousand positions', '640 positions')
+    """
+    for unit, name in ((1e9, " billion"), (1e6, " million"), (1e3, " thousand")):
+        if number >= unit:
+            shown = f"{number / unit:.1f}" if number < 10 * unit else f"{number / unit:.0f}"
+            return f"{shown.removesuffix('.0')}{name} positions"
+    return f"{number:.0f} positions"
+
+
+def requests(load: int) -> str:
+    """A load in words."""
+    return "one request at a time" if load == 1 else f"{load} requests decoded together"
 
 
 def _brings(found: HeadsForecast, price: float) -> str:
@@ -166,39 +189,61 @@ def _brings(found: HeadsForecast, price: float) -> str:
     costs = [price * _MILLION / speed for speed in found.choice["tokens_per_second"]]
     plain = price * _MILLION * found.plain_seconds / found.choice["load"]
     words = (
-        f"{low:.2f} to {high:.2f} times the speed of plain decoding ({mean:.2f} expected), at "
-        f"{costs[2]:.2f} to {costs[1]:.2f} per million tokens instead of {plain:.2f} (price "
-        f"{price:.2f} a device-hour)"
+        f"{low:.2f} to {high:.2f} times the speed of plain decoding ({found.confidence:.0%} "
+        f"range, {mean:.2f} expected), at {costs[2]:.2f} to {costs[1]:.2f} per million tokens "
+        f"instead of {plain:.2f} (price {price:.2f} a device-hour)"
     )
-    if found.row["kind"] != _HEAD:
+    if found.row["kind"] != HEAD:
         return f"{words}; no training."
-    hours = found.choice["device_hours"]
-    return f"{words}; training takes about {hours:.2g} device-hours."
+    return f"{words}; training: {device_hours(found.choice['device_hours'])}."
+
+
+def device_hours(hours: float) -> str:
+    """Two digits, and one hour is one.
+
+    Examples
+    --------
+    >>> device_hours(1.034), device_hours(1.454), device_hours(0.002)
+    ('1 device-hour', '1.5 device-hours', '0.002 device-hours')
+    """
+    shown = f"{hours:.2g}" if hours < 100 else f"{hours:,.0f}"
+    return f"{shown} device-hour{'' if shown == '1' else 's'}"
 
 
 def _certainty(found: HeadsForecast) -> str:
     choice = found.choice
-    words = f"the fastest in {choice['sure']:.0%} of draws"
-    ties = [_tie(name) for name in choice["ties"]]
+    words = f"{choice['sure']:.0%} likely the fastest of what was tried"
+    # Whether it pays at all is asked before which head pays most.
+    ties = sorted(map(option_name, choice["ties"]), key=lambda name: name != "plain decoding")
     if ties:
         more = f" and {len(ties) - 2} more" if len(ties) > 2 else ""
-        words += f"; not told apart from {', '.join(ties[:2])}{more}"
+        words += f"; a tie with {', '.join(ties[:2])}{more}"
+    return f"{words}. Could change it: {', '.join(_changes(found))}."
+
+
+def _changes(found: HeadsForecast) -> Iterator[str]:
+    choice = found.choice
     for other in found.told["choices"][1:]:
         if (other["name"], other["horizon"]) != (choice["name"], choice["horizon"]):
-            return f"{words}; at load {other['load']} {_tie(other['name'])} instead."
+            yield f"{requests(other['load'])} ({option_name(other['name'])})"
+            break
     if choice["overtaken"]:
         name, budget = choice["overtaken"]
-        return f"{words}; {name} instead from {budget:,.0f} positions on."
-    return f"{words}."
+        yield f"{positions(budget)} or more ({option_name(name)})"
+    model = found.told.get("model", {})
+    device = f" than {model['device']}, {model['dtype']}" if "device" in model else ""
+    yield f"another device{device}"
+    yield "other text"
 
 
-def _tie(name: str) -> str:
+def option_name(name: str) -> str:
+    """An option as a reader meets it."""
     return name.replace("lookup", "prompt lookup") if name.startswith("lookup") else name
 
 
 def _next_step(found: HeadsForecast, models: Sequence[str]) -> str:
     row, label = found.row, _verdict(found)[0]
-    if row["kind"] != _HEAD:
+    if row["kind"] != HEAD:
         return "decode that way; a larger budget, another load or a cheaper call could change it."
     model = f" --model {models[0]}" if len(models) == 1 else ""
     sizes = {"rank": "rank", "transition_rank": "transition-rank"}
@@ -211,17 +256,20 @@ def _next_step(found: HeadsForecast, models: Sequence[str]) -> str:
         f"cpmtp train-head{model} --form {row['form']} --horizon {row['horizon']}{given} "
         f"--positions {found.choice['budget']:.0f}"
     )
-    if label == "Train":
-        return f"`{command}`, then the pilot plan below."
-    return (
-        f"more `--minutes` for `cpmtp forecast` narrow this; else `{command}` and the pilot plan."
-    )
+    first = "" if label == "Train" else "; longer probes (`--minutes`) narrow the range first"
+    return f"`{command}`, then the pilot plan below{first}."
 
 
 def _cautions(found: HeadsForecast, models: Sequence[str]) -> Iterator[str]:
-    groups = found.told["shapes"]["groups"]
-    if len(groups) < 4:
-        yield f"Curves are continued by those of {len(groups)} groups only: ranges are wide."
+    shapes = found.told["shapes"]
+    groups, ahead, tried = len(shapes["groups"]), shapes.get("ahead"), shapes.get("farthest")
+    if found.row["kind"] == HEAD and ahead and tried and ahead > tried:
+        yield (
+            f"The budget is {ahead:,.0f} times the longest probe; forecasts were checked at up to "
+            f"{tried:.0f} times only, on {groups} kinds of model and text."
+        )
+    elif groups < _FEW_GROUPS:
+        yield f"Forecasts were checked on {groups} kinds of model and text only: ranges are wide."
     of = found.told.get("studied_as") or found.told.get("model", {}).get("name")
     if of is None and len(models) > 1:
         yield f"The study is of {len(models)} models; the forecast is of one that it does not name."
@@ -230,137 +278,3 @@ def _cautions(found: HeadsForecast, models: Sequence[str]) -> Iterator[str]:
     rows = found.table[found.table["budget"] == found.budget]
     if rows["too_many"].any():
         yield f"The budget reads the text {rows['passes'].max():.0f} times: give more text."
-
-
-def forecast_sections(
-    found: HeadsForecast, ceilings: pd.DataFrame | None = None
-) -> Iterator[Section]:
-    """The picture and the tables of a forecast.
-
-    Parameters
-    ----------
-    found : HeadsForecast
-    ceilings : pandas.DataFrame, optional
-        `horizon`, `rank` and `tokens_per_call` of the best drafts of form cp.
-    """
-    load, budget = found.choice["load"], found.budget
-    confidence = found.told["settings"].get("confidence", 0.9)
-    named = found.told.get("studied_as")
-    yield Section(
-        TITLE if named is None else f"{TITLE}: {named}",
-        (
-            Text(
-                f"After {budget:,.0f} positions of training, {_requests(load)}; "
-                f"{confidence:.0%} intervals. Each head at its own fastest horizon. Slow tenth: "
-                "tokens per call that nine of ten requests exceed. In the answer above, what the "
-                "best of several forecasts owes to luck is taken off."
-            ),
-            _options_table(found.candidates, found),
-            _picture(found, ceilings),
-        ),
-    )
-    yield Section("By load and budget", (_by_load(found), _by_budget(found)), level=3)
-    yield Section(
-        "Every head at every horizon", (_options_table(found.options, found),), 3, folded=True
-    )
-
-
-def _requests(load: int) -> str:
-    return "one request at a time" if load == 1 else f"{load} requests decoded together"
-
-
-def _options_table(options: pd.DataFrame, found: HeadsForecast) -> Table:
-    rows, marked = [], set()
-    best = (found.choice["name"], found.choice["horizon"])
-    for place, (_, row) in enumerate(options.iterrows()):
-        if (row["option"], row["horizon"]) == best:
-            marked.add(place)
-        trained = row["kind"] == _HEAD
-        rows.append(
-            (
-                _label(row),
-                str(row["horizon"]),
-                f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})",
-                f"{row['tokens_per_call']:.2f} ({row['tokens_per_call_low']:.2f} to "
-                f"{row['tokens_per_call_high']:.2f})",
-                f"{row['tenth_percentile']:.2f}",
-                f"{row['device_hours']:.2g}" if trained else "",
-            )
-        )
-    head = ("option", "horizon", "times the speed", "tokens per call", "slow tenth", "device-hours")
-    return Table(head, tuple(rows), frozenset(marked))
-
-
-def _label(row: pd.Series) -> str:
-    return {_LOOKUP: "prompt lookup", _PLAIN: "plain decoding"}.get(row["kind"], row["option"])
-
-
-def _picture(found: HeadsForecast, ceilings: pd.DataFrame | None) -> Figure:
-    options = found.candidates
-    heads = options[options["kind"] == _HEAD].head(_MOST)
-    heads = heads.assign(
-        label=[f"{row.option}, n = {row.horizon}" for row in heads.itertuples()],
-        ceiling=[_ceiling(row, found, ceilings) for _, row in heads.iterrows()],
-    )
-    lookup = options.loc[options["kind"] == _LOOKUP, "speedup"]
-    best = heads.iloc[0]
-    ticks = (
-        " Ticks: what the best possible draft of that rank gives on the study's contexts."
-        if heads["ceiling"].notna().any()
-        else ""
-    )
-    words = (
-        f"Times the speed of plain decoding (line at 1) that each head would reach: "
-        f"{best['option']} {best['speedup']:.2f} ({best['speedup_low']:.2f} to "
-        f"{best['speedup_high']:.2f})"
-        + (f", prompt lookup {lookup.iloc[0]:.2f} without training" if len(lookup) else "")
-        + f".{ticks}"
-    )
-    draw = partial(
-        plots.plot_head_forecast, heads, lookup=float(lookup.iloc[0]) if len(lookup) else None
-    )
-    return Figure("What each head would bring", words, draw)
-
-
-def _ceiling(row: pd.Series, found: HeadsForecast, ceilings: pd.DataFrame | None) -> float:
-    """The speedup of the ceiling of a head's form, rank and horizon; NaN where it is not known."""
-    if ceilings is None or row["form"] != "cp":
-        return math.nan
-    same = (ceilings["horizon"] == row["horizon"]) & (ceilings["rank"] == row["rank"])
-    if not same.any():
-        return math.nan
-    tokens = float(ceilings.loc[same, "tokens_per_call"].iloc[0])
-    return tokens * found.plain_seconds / float(row["cycle_seconds"])
-
-
-def _by_load(found: HeadsForecast) -> Table:
-    rows = tuple(
-        (
-            str(one["load"]),
-            _tie(one["name"]),
-            str(one["horizon"]),
-            f"{one['speedup']:.2f}",
-            f"{one['tokens_per_call'][0]:.2f}",
-            f"{one['sure']:.0%}",
-        )
-        for one in found.told["choices"]
-    )
-    head = ("load", "fastest", "horizon", "times the speed", "tokens per call", "sure")
-    return Table(head, rows)
-
-
-def _by_budget(found: HeadsForecast) -> Table:
-    rows = []
-    for budget, part in found.table.groupby("budget"):
-        best = part.loc[part["tokens_per_second"].idxmax()]
-        rows.append(
-            (
-                f"{budget:,.0f}",
-                _label(best),
-                str(best["horizon"]),
-                f"{best['speedup']:.2f}",
-                f"{best['tokens_per_call']:.2f}",
-            )
-        )
-    head = ("positions of training", "fastest", "horizon", "times the speed", "tokens per call")
-    return Table(head, tuple(rows))

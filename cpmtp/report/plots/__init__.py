@@ -4,7 +4,9 @@ from cpmtp.report.plots.components import plot_components
 from cpmtp.report.plots.heads import (
     plot_forecast,
     plot_head_forecast,
+    plot_losses_by_head,
     plot_losses_over_rank,
+    plot_speed_by_budget,
     plot_step_times,
     plot_waterfall,
 )
@@ -34,7 +36,9 @@ __all__ = [
     "plot_forecast",
     "plot_head_forecast",
     "plot_lines_over_rank",
+    "plot_losses_by_head",
     "plot_losses_over_rank",
+    "plot_speed_by_budget",
     "plot_speedup",
     "plot_step_times",
     "plot_survival",

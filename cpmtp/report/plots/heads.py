@@ -168,3 +168,66 @@ def half_widths(rows: pd.DataFrame, name: str) -> np.ndarray:
         rows[f"{name}_{end}"] if f"{name}_{end}" in rows else rows[name] for end in ("low", "high")
     )
     return np.abs([rows[name] - low, high - rows[name]])
+
+
+def plot_speed_by_budget(rows: pd.DataFrame, ax: Axes, *, budget: float) -> Axes:
+    """What more training brings: a line per head, the range of the first as a band.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        `option`, `budget`, and `speedup` over plain decoding with `_low` and `_high`; the fastest
+        head first at the budget.
+    budget : float
+        Marked.
+    """
+    at = rows[rows["budget"] == budget].sort_values("speedup", ascending=False)
+    for i, name in enumerate(at["option"]):
+        own = rows[rows["option"] == name].sort_values("budget")
+        ax.plot(own["budget"], own["speedup"], label=name, **series(i))
+        if i == 0:
+            ends = own["speedup_low"], own["speedup_high"]
+            ax.fill_between(own["budget"], *ends, color=COLOURS[0], alpha=0.15, linewidth=0)
+    ax.axhline(1.0, color=INK, linewidth=1)
+    ax.set_xscale("log")
+    ax.set_xlabel("positions of training")
+    ax.set_ylabel("times the speed")
+    low, high = float(rows["speedup_low"].min()), float(rows["speedup_high"].max())
+    bottom = min(low, 1.0) - 0.05
+    ax.plot([budget] * 2, [bottom, high], color=INK, linestyle=":", linewidth=1)
+    # The legend stands above all that is drawn.
+    ax.set_ylim(bottom, high + 0.35 * (high - low) + 0.05)
+    ax.legend(ncols=2, loc="upper left")
+    return ax
+
+
+def plot_losses_by_head(heads: pd.DataFrame, ax: Axes) -> Axes:
+    """A bar per head of an exact draft's tokens per call: earned, lost to learning, lost to form
+    and rank.
+
+    Parameters
+    ----------
+    heads : pandas.DataFrame
+        `label`, `tokens_per_call`, `horizon`, and `ceiling` (NaN: not known, then both losses are
+        one).
+    """
+    places = np.arange(len(heads))
+    learned, exact = heads["tokens_per_call"].to_numpy(), heads["horizon"].to_numpy(dtype=float)
+    ceiling = np.clip(heads["ceiling"].to_numpy(dtype=float), learned, exact)
+    known = ~np.isnan(ceiling)
+    ax.barh(places, learned, color=COLOURS[0], label="trained head")
+    if known.any():
+        lost = np.where(known, ceiling - learned, 0.0)
+        ax.barh(places, lost, left=learned, color=COLOURS[1], label="lost to learning")
+        rest = np.where(known, exact - ceiling, 0.0)
+        left = np.where(known, ceiling, learned)
+        ax.barh(places, rest, left=left, color=COLOURS[3], label="lost to form and rank")
+    if not known.all():
+        lost = np.where(known, 0.0, exact - learned)
+        ax.barh(places, lost, left=learned, color=INK, alpha=0.2, label="lost, not told to what")
+    ax.set_axisbelow(True)
+    ax.set_yticks(places, heads["label"])
+    ax.set_ylim((len(heads) - 0.4) / (1 - _LEGEND_SHARE), -0.6)
+    ax.set_xlabel("tokens per call")
+    ax.legend(ncols=2, loc="lower left")
+    return ax

@@ -18,25 +18,18 @@ from cpmtp.report.first_screen.answer import details
 from cpmtp.report.subject import Subject
 
 
-def findings(subject: Subject) -> Iterator[Section]:
-    """Tables and figures of one subject."""
-    label = subject.title
-    yield Section(label, details(subject), level=2)
+def findings(subject: Subject, *, folded: bool = False) -> Iterator[Section]:
+    """Tables and figures of one subject; `folded` leaves all but the words for who wants them."""
+    answers = subject.extras.heads is None  # else a forecast does
+    yield Section(subject.title if answers else f"Diagnosis: {subject.title}", details(subject))
     yield Section(
         "Tokens per call by rank",
         (_rank_table(subject), _rank_note(subject), *_horizon_figures(subject)),
         level=3,
+        folded=folded,
     )
-    bounds = ", from lower bounds where joints are truncated" if subject.truncated else ""
-    speedup = Figure(
-        "Predicted speedup",
-        f"Predicted speedup over plain decoding by rank and horizon{bounds}, "
-        f"{subject.share.words}; outlined cells are the fastest in at least 5 % of resamples (the "
-        f"confidence set of the choice). Calls: {subject.economics.source}.",
-        partial(plots.plot_speedup, subject.learned_cells),
-        label,
-    )
-    yield Section("Speed", (speedup, _serving_text(subject)), level=3)
+    if answers:
+        yield Section("Speed", (_speedup(subject), _serving_text(subject)), level=3, folded=folded)
     gains: list[Table | Text] = [_gain_table(subject.table)]
     if subject.truncated:
         told = ", ".join(map(str, subject.truncated))
@@ -46,12 +39,23 @@ def findings(subject: Subject) -> Iterator[Section]:
         told = ", ".join(map(str, subject.sampled))
         note = f"Horizon {told}: gains are differences of estimates from the same sampled texts."
         gains.append(Text(note, "note"))
-    yield Section("What a higher rank gains, on the same contexts", tuple(gains), level=3)
-    yield Section(
-        "Every criterion's choice", (_criteria_table(subject), Text(_NOT_OFFERED, "note")), level=3
-    )
+    title = "What a higher rank gains, on the same contexts"
+    yield Section(title, tuple(gains), level=3, folded=folded)
+    criteria = (_criteria_table(subject), Text(_NOT_OFFERED, "note"))
+    yield Section("Every criterion's choice", criteria, level=3, folded=folded or not answers)
     fits: tuple[Table | Figure, ...] = (_method_table(subject.table), *_error_figures(subject))
     yield Section("Fits by method", fits, level=3, folded=True)
+
+
+def _speedup(subject: Subject) -> Figure:
+    bounds = ", from lower bounds where joints are truncated" if subject.truncated else ""
+    words = (
+        f"Predicted speedup over plain decoding by rank and horizon{bounds}, "
+        f"{subject.share.words}; outlined cells are the fastest in at least 5 % of resamples (the "
+        f"confidence set of the choice). Calls: {subject.economics.source}."
+    )
+    draw = partial(plots.plot_speedup, subject.learned_cells)
+    return Figure("Predicted speedup", words, draw, subject.title)
 
 
 _NOT_OFFERED = (
@@ -64,36 +68,32 @@ _NOT_OFFERED = (
 
 
 def _rank_table(subject: Subject) -> Table:
-    cells = subject.learned_cells
+    cells, answers = subject.learned_cells, subject.extras.heads is None
     rows: list[tuple[str, ...]] = []
     marked = set()
     for n, part in cells.groupby("horizon"):
         for row in part.itertuples():
-            if (row.horizon, row.rank) == subject.best:
+            if answers and (row.horizon, row.rank) == subject.best:
                 marked.add(len(rows))
             upper = f" to {row.tokens_per_call_upper:.3f}" if row.truncated else ""
+            speed = (f"{row.speedup:.2f}", f"{row.fastest_frequency:.0%}")
             rows.append(
                 (
                     f"{n}",
                     f"{row.rank}",
-                    f"{row.speedup:.2f}",
-                    f"{row.fastest_frequency:.0%}",
+                    *(speed if answers else ()),
                     f"{row.tokens_per_call:.3f}{upper}",
                     _interval(row.tokens_per_call_low, row.tokens_per_call_high),
                     f"{row.shortfall:.3f} ± {row.shortfall_standard_error:.3f}",
                     f"{row.parameters:,.0f}",
                 )
             )
-        rows.append((f"{n}", "exact draft", "", "", f"{n:.3f}", "", "", ""))
+        empty = ("", "") if answers else ()
+        rows.append((f"{n}", "exact draft", *empty, f"{n:.3f}", "", "", ""))
     head = (
-        "horizon",
-        "rank",
-        "times the speed",
-        "fastest in",
-        "ceiling",
-        "95 % interval",
-        "shortfall to best rank",
-        "numbers in a fit",
+        *("horizon", "rank"),
+        *(("times the speed", "fastest in") if answers else ()),
+        *("ceiling", "95 % interval", "shortfall to best rank", "numbers in a fit"),
     )
     return Table(head, tuple(rows), frozenset(marked))
 
@@ -102,13 +102,16 @@ def _rank_note(subject: Subject) -> Text:
     bounds = ", certified lower to upper bound where truncated" if subject.truncated else ""
     if subject.sampled:
         bounds += f", estimated (95 % interval) at horizon {', '.join(map(str, subject.sampled))}"
-    return Text(
-        f"Times the speed: of plain decoding, {subject.share.words}. Fastest in: share of "
-        f"resamples. Ceiling: tokens per call of the best fit{bounds}. Numbers in a fit: free "
-        "numbers of the fit to one context; they do not say how large a head is. Bold: "
-        f"{_BOLD[subject.marked_as]}.",
-        "note",
+    own = (
+        f"Ceiling: tokens per call of the best fit{bounds}. Numbers in a fit: free "
+        "numbers of the fit to one context; they do not say how large a head is."
     )
+    if subject.extras.heads is None:
+        own = (
+            f"Times the speed: of plain decoding, {subject.share.words}. Fastest in: share of "
+            f"resamples. {own} Bold: {_BOLD[subject.marked_as]}."
+        )
+    return Text(own, "note")
 
 
 _BOLD = {"recommended": "the recommendation", "fastest by ceilings": "the fastest by ceilings"}

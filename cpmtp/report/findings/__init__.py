@@ -1,0 +1,1 @@
+"""What was found: sections below the first screen that neither know HTML nor Markdown."""
