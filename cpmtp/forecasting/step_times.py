@@ -322,10 +322,11 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
 def _whereabouts(lm: Any, found: Mapping[tuple, Mapping[str, list[float]]]) -> dict[str, str]:
     cuda = lm.device.type == "cuda"
     device = torch.cuda.get_device_name(lm.device) if cuda else platform.processor() or "cpu"
+    threads = torch.get_num_threads()
     rounds = min(len(values) for said in found.values() for values in said.values())
     return {
         "model": lm.name,
-        "device": device if cuda else f"{device}, {torch.get_num_threads()} threads",
+        "device": device if cuda else f"{device}, {threads} thread{'s' * (threads > 1)}",
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from cpmtp.latency import read_latency
 from cpmtp.report.blocks import Figure, Section, Table, Text
 from cpmtp.report.findings.ceilings import findings
+from cpmtp.report.findings.components import component_sections
 from cpmtp.report.findings.forecast import ceilings_beside, forecast_sections
 from cpmtp.report.findings.side_by_side import side_by_side
 from cpmtp.report.first_screen.answer import answer
@@ -37,6 +38,7 @@ from cpmtp.report.subject import (
 from cpmtp.whole_files import write_text
 
 _MOST_OPEN = 3  # parts of a study whose findings are not folded
+_BESIDE = ("waterfall", "decoding", "step_times", "components")
 _SLUG_BYTES = 180  # a file system takes 255, with an ending and a number
 _MARKDOWN = re.compile(r"([\\`*_\[\]|$~])")
 
@@ -49,7 +51,7 @@ def read_extras(
     forecast: str | Path | None = None,
 ) -> ReportExtras:
     """What lies beside a study's table: `latency.json`, `waterfall.parquet`, `decoding.parquet`,
-    `step_times.parquet`, `forecast.parquet` with `forecast.json`.
+    `step_times.parquet`, `components.parquet`, `forecast.parquet` with `forecast.json`.
 
     Parameters
     ----------
@@ -70,7 +72,7 @@ def read_extras(
         If the latency file does not hold a latency model, or the forecast's folder no forecast.
     """
     folder = Path(folder)
-    tables = {name: folder / f"{name}.parquet" for name in ("waterfall", "decoding", "step_times")}
+    tables = {name: folder / f"{name}.parquet" for name in _BESIDE}
     found = {name: pd.read_parquet(path) for name, path in tables.items() if path.is_file()}
     places = [folder / "latency.json", Path(forecast or folder) / "latency.json"]
     path = Path(latency) if latency else next((p for p in places if p.is_file()), None)
@@ -212,6 +214,7 @@ def _sections(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) 
     sections += side_by_side(subjects)
     for subject in subjects:
         sections += findings(subject, folded=len(subjects) > _MOST_OPEN)
+    sections += component_sections(extras.components)
     sections += form_sections(table)
     sections += learned_sections(extras.waterfall, extras.decoding, extras.step_times)
     sections.append(Section("Set-up", (_setup(table, manifest),)))
@@ -273,6 +276,7 @@ def _setup(table: pd.DataFrame, manifest: dict) -> Table:
         *([("Left out", missing)] if (missing := left_out(table, manifest)) else []),
         ("Contexts from", _places(settings)),
         ("Temperature", ", ".join(map(str, _several(settings, "temperature")))),
+        *[(f"Top-{n}", f"{settings[f'top_{n}']:g}") for n in "kp" if settings.get(f"top_{n}")],
         ("Horizons", ", ".join(map(str, settings["horizons"]))),
         *_kinds_of_draft(table),
         *_truncated_horizons(table, settings),

@@ -32,6 +32,7 @@ from cpmtp.report.learned import (
     forecast_of_head,
     share_of_heads,
 )
+from cpmtp.report.words import served_as
 
 PRICE = 2.5
 # What a recommendation needs: documents, and the share of their resamples that agree.
@@ -64,6 +65,8 @@ class ReportExtras:
         `model`, `horizon` and `anchored` used as `waterfall` is.
     step_times : pandas.DataFrame, optional
         `label` and one column of seconds per part of a call.
+    components : pandas.DataFrame, optional
+        Of `cpmtp.top_tokens`, with `model`, `domain` and `context_text`.
     heads : HeadsForecast, optional
         What `cpmtp forecast` stored: it answers first, and ceilings become diagnosis.
     of_models : mapping of str to ReportExtras
@@ -77,6 +80,7 @@ class ReportExtras:
     waterfall: pd.DataFrame | None = None
     decoding: pd.DataFrame | None = None
     step_times: pd.DataFrame | None = None
+    components: pd.DataFrame | None = None
     heads: HeadsForecast | None = None
     of_models: Mapping[str, ReportExtras] = field(default_factory=dict)
 
@@ -309,9 +313,18 @@ def subjects_of(table: pd.DataFrame, extras: ReportExtras) -> list[Subject]:
     parts = table_parts(reference_form(table))
     usable = [named for named in parts if (named[1]["status"] != "failed").any()] or parts
     return [
-        Subject.of(f"{model} · contexts from {domain}", part, extras.of_model(model))
+        Subject.of(
+            f"{model} · contexts from {domain}{_served(part, domain)}", part, extras.of_model(model)
+        )
         for (model, domain), part in usable
     ]
+
+
+def _served(part: pd.DataFrame, said: str) -> str:
+    """Temperature and truncation of one part, unless they are the usual or said already."""
+    row = part.iloc[0]
+    temperature = 1.0 if "temperature " in said else float(row.get("temperature", 1.0))
+    return served_as(temperature, row.get("top_k"), row.get("top_p"))
 
 
 def by_forecast(subjects: Sequence[Subject]) -> list[tuple[HeadsForecast | None, list[Subject]]]:

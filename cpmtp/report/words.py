@@ -43,6 +43,25 @@ def named(column: str) -> str:
     return " ".join((*words, last))
 
 
+def served_as(
+    temperature: float = 1.0, top_k: float | None = None, top_p: float | None = None
+) -> str:
+    """What the target is sampled with, where that is not the usual; begins with a comma.
+
+    Examples
+    --------
+    >>> served_as(0.7, 50), served_as()
+    (', temperature 0.7, top-k 50', '')
+    """
+    told = [f"temperature {temperature:g}"] if temperature != 1 else []
+    told += [
+        f"top-{name} {value:g}"
+        for name, value in (("k", top_k), ("p", top_p))
+        if value is not None and not pd.isna(value)
+    ]
+    return "".join(f", {words}" for words in told)
+
+
 def readable(table: pd.DataFrame) -> Table:
     """A table for reading: columns named in words, intervals beside their values.
 

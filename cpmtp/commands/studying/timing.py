@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # Of the minutes: contexts, with the trial before them; probes after them; the report.
 _CONTEXTS_SHARE, _REPORT_SHARE = 0.48, 0.04
+_COMPONENT_SECONDS = 20.0
 _PROBE_SECONDS = 60.0  # per model, where no time is given
 
 
@@ -34,6 +36,12 @@ class TimeFor:
     def contexts_share(self) -> float:
         """Of the minutes, for contexts."""
         return _CONTEXTS_SHARE if self.probe and self.enough else 1 - 3 * _REPORT_SHARE
+
+    @property
+    def seconds_for_components(self) -> float:
+        """Of each model's one context."""
+        share = 60 * (self.minutes or math.inf) * _REPORT_SHARE / 2
+        return min(share, _COMPONENT_SECONDS)
 
     def seconds_for_probes(self, models: int) -> float:
         """What is left for them."""
@@ -84,6 +92,10 @@ def watched_study(settings, out: Path, executor, workers, time_for: TimeFor, *, 
 
         seconds = time_for.seconds_for_probes(len(settings.models))
         probe_models(settings, out, seconds=seconds, asked=asked, say=say)
+    if (table["status"] != "failed").any():
+        from cpmtp.commands.studying.components import write_components
+
+        write_components(settings, out, table, seconds=time_for.seconds_for_components)
 
 
 def _shared(settings, time_for: TimeFor, out: Path) -> tuple[TimeFor, dict]:

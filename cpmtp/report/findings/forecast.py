@@ -260,7 +260,9 @@ def _by_budget(found: HeadsForecast) -> Table:
             horizon,
             _span([f"{row['speedup']:.2f}" for row in some]),
             _span([f"{row['tokens_per_call']:.2f}" for row in some]),
-            _span([device_hours(row["device_hours"]).split()[0] for row in some]),
+            _span([device_hours(row["device_hours"]).split()[0] for row in some])
+            if some[0]["kind"] == HEAD
+            else "",
         )
         for name, horizon, some in rows
     )

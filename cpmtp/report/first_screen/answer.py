@@ -16,7 +16,7 @@ from cpmtp.ranking.scores import tokens_in_words
 from cpmtp.report.blocks import Section, Text
 from cpmtp.report.subject import Subject
 
-TRAIN, PILOT, NOT = "Train", "Pilot first", "Do not train"
+TRAIN, PILOT, NOT, UNDECIDED = "Train", "Pilot first", "Do not train", "Undecided"
 _AS_MUCH = {
     0.25: "a quarter as much",
     0.5: "half as much",
@@ -79,12 +79,14 @@ _NO_FORECAST = "What a trained head brings is not known: there was not enough ti
 
 
 def verdict(subject: Subject) -> str:
-    """Train, pilot first, or do not: train only what is faster over its whole range, with step
-    times and heads of this model and documents enough.
+    """Train, pilot first, do not, or undecided: train only what is faster over its whole range,
+    with step times and heads of this model and documents enough.
     """
     found = subject.forecast
     if subject.speedup(found.tokens_per_call) <= 1:
         return NOT
+    if not subject.is_carried:
+        return UNDECIDED
     sure = subject.speedup(found.low) > 1 and not subject.recommended.few_documents
     return TRAIN if sure and not _assumed(subject) else PILOT
 
@@ -172,7 +174,7 @@ def _cautions(subject: Subject) -> Iterator[str]:
     elif choice.documents == 1:
         yield "All contexts are from one document: study more before you decide."
     elif choice.few_documents:
-        yield f"Only {choice.documents} documents: too few to decide on. Study 32 or more."
+        yield f"Only {choice.documents} documents: intervals are too narrow. Study 32 or more."
     if subject.truncated:
         told = ", ".join(map(str, subject.truncated))
         yield f"Horizon {told} is truncated: its figures are certified lower bounds."

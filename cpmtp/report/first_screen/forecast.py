@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from cpmtp.report.blocks import Section, Text
+from cpmtp.report.words import served_as
 
 TITLE = "Forecast of trained heads"
 HEAD, LOOKUP, PLAIN = "head", "lookup", "plain"
@@ -116,6 +117,11 @@ def forecast_answer(found: HeadsForecast, price: float, models: Sequence[str] = 
     """The forecast in four lines, cautions above them."""
     named = found.told.get("studied_as")
     title = TITLE if named is None else f"{named} · {TITLE[0].lower()}{TITLE[1:]}"
+    settings = found.told["settings"]
+    served = {
+        name: settings[name] for name in ("temperature", "top_k", "top_p") if name in settings
+    }
+    title += served_as(**served)
     if not found.known:
         return Section(title, _not_enough(found, models))
     blocks = [Text(text, "caution") for text in _cautions(found, models)]
@@ -186,6 +192,8 @@ def requests(load: int) -> str:
 
 def _brings(found: HeadsForecast, price: float) -> str:
     mean, low, high = found.speedup
+    if found.row["kind"] == PLAIN:
+        return _brings_nothing(found, price)
     costs = [price * _MILLION / speed for speed in found.choice["tokens_per_second"]]
     plain = price * _MILLION * found.plain_seconds / found.choice["load"]
     words = (
@@ -196,6 +204,19 @@ def _brings(found: HeadsForecast, price: float) -> str:
     if found.row["kind"] != HEAD:
         return f"{words}; no training."
     return f"{words}; training: {device_hours(found.choice['device_hours'])}."
+
+
+def _brings_nothing(found: HeadsForecast, price: float) -> str:
+    plain = price * _MILLION * found.plain_seconds / found.choice["load"]
+    words = f"no option is forecast to be faster; {plain:.2f} per million tokens as now"
+    others = found.candidates[found.candidates["kind"] == HEAD]
+    if len(others):
+        best = others.iloc[0]
+        words += (
+            f". The best head, {best['option']}: {best['speedup_low']:.2f} to "
+            f"{best['speedup_high']:.2f} times the speed"
+        )
+    return f"{words}."
 
 
 def device_hours(hours: float) -> str:
@@ -231,7 +252,7 @@ def _changes(found: HeadsForecast) -> Iterator[str]:
         name, budget = choice["overtaken"]
         yield f"{positions(budget)} or more ({option_name(name)})"
     model = found.told.get("model", {})
-    device = f" than {model['device']}, {model['dtype']}" if "device" in model else ""
+    device = f" (times are of {model['device']}, {model['dtype']})" if "device" in model else ""
     yield f"another device{device}"
     yield "other text"
 

@@ -39,11 +39,12 @@ def plot_components(table: pd.DataFrame, ax: Axes, *, most: int = 4) -> Axes:
             share = float(row.probability)  # type: ignore[arg-type]  # of the table
             colour = COLOURS[number % len(COLOURS)]
             ax.barh(line, share, left=left, color=colour, alpha=0.55, edgecolor="white")
-            if share > _ROOM:
+            written = repr(row.token)[1:-1].replace(" ", "\u2423").replace("$", r"\$")
+            if share > _ROOM + _LETTER * len(written):
                 ax.text(
                     left + share / 2,
                     line,
-                    repr(row.token)[1:-1].replace(" ", "\u2423").replace("$", r"\$"),
+                    written,
                     ha="center",
                     va="center",
                     color=INK,
@@ -53,9 +54,10 @@ def plot_components(table: pd.DataFrame, ax: Axes, *, most: int = 4) -> Axes:
     centres = [int(c) * (positions + 1) + (positions - 1) / 2 for c in first["component"]]
     ax.set_yticks(centres, [f"weight {weight:.2f}" for weight in first["weight"]])
     ax.invert_yaxis()
+    ax.grid(visible=False)
     ax.set_xlim(0, 1)
     ax.set_xlabel("probability; one bar per position, from above")
     return ax
 
 
-_ROOM = 0.06  # a narrower bar has no room for its token
+_ROOM, _LETTER = 0.03, 0.02  # a bar narrower than its token has no room for it
