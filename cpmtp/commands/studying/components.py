@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -50,7 +51,7 @@ def _of_model(settings, name: str, rows: pd.DataFrame, seconds: float) -> list[p
     own = rows[(rows["context"] == middle["context"]) & (rows["domain"] == middle["domain"])]
     if own["joint_seconds"].max() + own["fit_seconds"].max() > seconds:
         return []
-    lm = open_language_model(name, settings.device, settings.dtype)
+    lm: Any = open_language_model(name, settings.device, settings.dtype)
     text = str(middle["context_text"])
     if not writes_text(lm) or not text:
         return []
