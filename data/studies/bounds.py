@@ -36,8 +36,8 @@ MARKOV = {
 OF_HORIZONS = {**CP, "hmm 4": {"rank": 4, "form": "hmm"}, "markov 16": MARKOV["markov 16"]}
 OF_PROPOSALS = {"cp 1": CP["cp 1"], "cp 4": CP["cp 4"], **MARKOV}
 HORIZONS, TEMPERATURES = (3, 4, 6, 8), (0.0, 0.5, 0.7, 1.0)
-# Contexts that are studied at every length before the next ones.
-AT_ONCE = 8
+# Contexts of every model whose longer blocks are studied.
+LONGER = range(24)
 # Contexts that shared factors come from, and that they are judged on.
 FITTED, JUDGED = range(32, 64), range(32)
 # First tokens of less mass are left out where shared factors are fitted.
@@ -209,9 +209,10 @@ def main(out: Path, asked: list[str]) -> None:
     judged = [unit for unit in units if unit.context in JUDGED]
     for stage in [name for name in asked if name not in only]:
         lengths = HORIZONS if stage == "horizons" else (3,)
-        tasks = [(unit, horizon) for horizon in lengths for unit in judged]
-        # The longest blocks of some contexts come after all others of theirs.
-        tasks.sort(key=lambda task: (task[0].context // AT_ONCE, task[1] == 8, task[0].context))
+        chosen = [unit for unit in judged if stage != "horizons" or unit.context in LONGER]
+        # The longest blocks come last.
+        tasks = [(unit, horizon) for unit in chosen for horizon in lengths]
+        tasks.sort(key=lambda task: (task[1] == HORIZONS[-1], task[0].context))
         restore(out, stage, tasks)
         for unit, horizon in tasks:
             file = part_file(out, stage, unit, horizon)
@@ -224,7 +225,6 @@ def main(out: Path, asked: list[str]) -> None:
             else:
                 rows = {"horizons": horizons, "proposals": proposals}[stage](unit, lm, horizon)
             write_parquet(file, rows)
-            write_tables(out, stage, tasks)
         write_tables(out, stage, tasks)
 
 
