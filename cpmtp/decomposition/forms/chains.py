@@ -209,16 +209,39 @@ def surprise(counts: ChainCounts, chains: Chains) -> tuple[Float[Tensor, " runs"
     Where the counts are those of the chains themselves, the gradient is the divergence's.
     """
     weights, first = chains.weights.log_softmax(-1), chains.first_tables()
-    later = chains.later_tables()  # (runs, members, steps, rank, vocab, vocab)
-    parts = ((counts.weights, weights), (counts.first, first), (counts.pairs, later))
-    # (runs,)
-    value = -torch.stack([(count * table).flatten(1).sum(1) for count, table in parts]).sum(0)
+    value = -(counts.weights * weights).flatten(1).sum(1)  # (runs,)
+    value = value - (counts.first * first).flatten(1).sum(1)
     by_weights = _excess(counts.weights, weights)
     by_first = _excess(counts.first, first)  # (runs, members, rank, vocab)
-    by_pairs = _excess(counts.pairs, later)  # (runs, members, steps, rank, vocab, vocab)
-    by_logits = torch.cat([by_first.unsqueeze(2), by_pairs.sum(-2)], 2)  # (…, positions, rank, …)
-    by_gate, by_left, by_right = _by_factors(by_pairs.sum(3), chains)
-    return value, Chains(by_weights, by_logits, by_gate, by_left, by_right)
+    of_later, by_later, by_corrections = _later_surprise(counts.pairs, chains)
+    by_logits = torch.cat([by_first.unsqueeze(2), by_later], 2)  # (…, positions, rank, vocab)
+    by_gate, by_left, by_right = _by_factors(by_corrections, chains)
+    return value + of_later, Chains(by_weights, by_logits, by_gate, by_left, by_right)
+
+
+def _later_surprise(pairs: Tensor, chains: Chains) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all tokens but the first, with its gradients in their logits and in the corrections.
+
+    Components share the corrections: one exponential for each pair of tokens and products of
+    matrices stand in for a table per component.
+    """
+    before, after = pairs.sum(-1), pairs.sum(-2)  # (runs, members, steps, rank, vocab) each
+    pooled = pairs.sum(3) if chains.rank > 1 else pairs[:, :, :, 0]  # (…, steps, vocab, vocab)
+    logits = chains.logits[:, :, 1:]  # (runs, members, steps, rank, vocab)
+    corrections = chains.corrections()  # (runs, members, steps, vocab, vocab)
+    corrections -= corrections.amax(-1, keepdim=True)
+    top = logits.amax(-1, keepdim=True)  # (…, rank, 1)
+
+    odds, factors = (logits - top).exp(), corrections.exp()
+    total = (odds @ factors.mT).clamp_min(1e-300)  # (…, rank, vocab): by the token before
+    gained = (after * logits).flatten(1).sum(1)  # (runs,)
+    gained = gained + (pooled.flatten(1)[:, None] @ corrections.flatten(1)[..., None]).flatten()
+    value = (before * (total.log() + top)).flatten(1).sum(1) - gained
+
+    share = before / total  # (…, rank, vocab)
+    by_later = odds * (share @ factors) - after  # (…, rank, vocab)
+    by_corrections = (share.mT @ odds).mul_(factors).sub_(pooled)  # (…, vocab, vocab)
+    return value, by_later, by_corrections
 
 
 def _excess(counts: Tensor, log_probs: Tensor) -> Tensor:
