@@ -7,7 +7,10 @@ MODEL (code or prose) leaves a process that model's contexts, for two side by si
 
 horizons    anchored fits under top-k 4, 3 to 8 tokens, on complete joints
 proposals   anchored fits under top-k 16 at four temperatures, proposals sampled and argmaxes
-population  left and right factors of contexts 32 to 63, judged on contexts 0 to 31
+population  left and right factors of contexts 32 to 55, judged on contexts 0 to 31: told the first
+            token
+not_told    the same of drafts that are not told it, judged on contexts 0 to 15; beside them four
+            tokens under top-k 16, where hidden states and components part
 
 A context is a part of its own; tables hold the contexts that every model has by now.
 """
@@ -39,10 +42,16 @@ HORIZONS, TEMPERATURES = (3, 4, 6, 8), (0.0, 0.5, 0.7, 1.0)
 # Contexts of every model whose longer blocks are studied.
 LONGER = range(24)
 # Contexts that shared factors come from, and that they are judged on.
-FITTED, JUDGED = range(32, 64), range(32)
+FITTED, JUDGED = range(32, 56), range(32)
+# Contexts that drafts not told the first token are judged on, and mixtures of those that are told.
+NOT_TOLD, MIXED = range(16), range(8)
 # First tokens of less mass are left out where shared factors are fitted.
 LEAST_MASS = 1e-2
 SHARED = {"markov 16": (16, False), "markov 16 gated": (16, True), "markov 64 gated": (64, True)}
+MIXTURES = (2, 4)
+# Passes of fits with given factors: of one chain, of mixtures that are told and not, and of the
+# shared factors themselves.
+OF_CHAINS, OF_MIXTURES, OF_SHARED = 60, (20, 40), 100
 
 
 def common(unit) -> dict:
@@ -108,37 +117,51 @@ def proposals(unit, lm, horizon: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def shared_factors(units: list, lm, out: Path) -> dict:
+def shared_factors(units: list, lm, out: Path, told: bool) -> dict:
     """Left and right factors of one model's other contexts, kept in a file."""
-    file = out / "parts" / f"shared-{units[0].model}.pt"
+    file = out / "parts" / f"shared-{'told' if told else 'not-told'}-{units[0].model}.pt"
     if not file.exists():
         contexts = [unit for unit in units if unit.context in FITTED]
         joints = [cpmtp.exact_joint(lm, torch.tensor(unit.token_ids), 3) for unit in contexts]
+        how = {"anchored": told, "least_mass": LEAST_MASS, "max_iterations": OF_SHARED}
         found = {}
         for name, (width, gated) in SHARED.items():
-            how = {"gated": gated, "anchored": True, "least_mass": LEAST_MASS}
-            population = cpmtp.fit_population(joints, 1, width, **how)
-            found[name] = {"left": population.left, "right": population.right}
+            shared = cpmtp.fit_population(joints, 1, width, gated=gated, **how)
+            found[name] = {"left": shared.left, "right": shared.right}
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(found, file)
     return torch.load(file, weights_only=True)
 
 
-def population(unit, lm, shared: dict) -> pd.DataFrame:
+def given(shared: dict, name: str, rank: int = 1) -> dict:
+    """What `fit` is asked for a chain, or a mixture of chains, with factors of others."""
+    asked = {"rank": rank, "form": "markov" if rank == 1 else "markov_mixture"}
+    asked |= {"transitions": (shared[name]["left"], shared[name]["right"])}
+    return asked | {"gated": SHARED[name][1]}
+
+
+def population(unit, lm, shared: dict, told: bool) -> pd.DataFrame:
     """One context, whole distribution: forms with left and right factors of other contexts."""
     joint = cpmtp.exact_joint(lm, torch.tensor(unit.token_ids), 3)
-    named, rows = common(unit) | {"horizon": 3, "temperature": 1.0}, []
+    named = common(unit) | {"horizon": 3, "temperature": 1.0, "anchored": told}
     asked = {name: CP[name] for name in ("cp 1", "cp 2", "cp 8")}
-    for name, (_, gated) in SHARED.items():
-        given = {"transitions": (shared[name]["left"], shared[name]["right"]), "gated": gated}
-        asked[name] = {"rank": 1, "form": "markov", **given}
-    given = {"transitions": tuple(shared["markov 16 gated"].values()), "gated": True}
-    asked["markov_mixture 2, 16 gated"] = {"rank": 2, "form": "markov_mixture", **given}
-    for name, options in asked.items():
-        fit = cpmtp.fit(joint, anchored=True, **options)
-        rows.append(named | row_of(joint, name, fit))
-    rows.append(named | best_path(joint))
-    return pd.DataFrame(rows)
+    asked |= {name: given(shared, name) | {"max_iterations": OF_CHAINS} for name in SHARED}
+    for rank in MIXTURES if not told or unit.context in MIXED else ():
+        chains = given(shared, "markov 16 gated", rank)
+        passes = {"max_iterations": OF_MIXTURES[0 if told else 1]}
+        asked[f"markov_mixture {rank}, 16 gated"] = chains | passes
+    fits = {name: cpmtp.fit(joint, anchored=told, **options) for name, options in asked.items()}
+    rows = [named | row_of(joint, name, fit) for name, fit in fits.items()]
+    rows.append(named | (best_path(joint) if told else full_chain(joint)))
+    return pd.DataFrame(rows + ([] if told else four_tokens(unit, lm)))
+
+
+def four_tokens(unit, lm) -> list[dict]:
+    """Components and hidden states of as many, not told the first token, under top-k 16."""
+    tree = cpmtp.complete_joint(lm, torch.tensor(unit.token_ids), 4, top_k=16)
+    named = common(unit) | {"horizon": 4, "top_k": 16, "temperature": 1.0, "anchored": False}
+    asked = {"cp 1": CP["cp 1"], "cp 8": CP["cp 8"], "hmm 8": {"rank": 8, "form": "hmm"}}
+    return [named | row_of(tree, name, cpmtp.fit(tree, **options)) for name, options in asked.items()]
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -150,21 +173,27 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         index = [*CLUSTER_KEYS, "context"]
         wide = rows.pivot(index=index, columns="draft", values="tokens_per_call")
         wide = wide[list(dict.fromkeys(rows["draft"]))]
-        part = pd.DataFrame({"draft": wide.columns, "contexts": len(wide)})
+        part = pd.DataFrame({"draft": wide.columns, "contexts": wide.notna().sum().to_numpy()})
         part.insert(0, "temperature", temperature)
         part.insert(0, "horizon", horizon)
         part.insert(0, "model", model)
         gains = wide.sub(wide[REFERENCE], axis=0)
         for name, scores in (("tokens_per_call", wide), ("gain", gains)):
-            clusters = Clusters.of(scores)
-            low, high = intervals(clusters, seed=0)
-            part[name], part[f"{name}_low"], part[f"{name}_high"] = clusters.means(), low, high
+            found = [_mean_with_interval(scores[[draft]].dropna()) for draft in wide.columns]
+            part[name], part[f"{name}_low"], part[f"{name}_high"] = zip(*found, strict=True)
         drafts = rows.groupby("draft")
         for name in ("tokens_per_call_argmax", "kl_nats", "free_numbers", "shared_numbers"):
             if name in rows:
                 part[name] = drafts[name].mean().reindex(wide.columns).to_numpy()
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
+
+
+def _mean_with_interval(scores: pd.DataFrame) -> tuple[float, float, float]:
+    """Of one draft, over the contexts that it was fitted to."""
+    clusters = Clusters.of(scores)
+    low, high = intervals(clusters, seed=0)
+    return float(clusters.means()[0]), float(low[0]), float(high[0])
 
 
 def part_file(out: Path, stage: str, unit, horizon: int) -> Path:
@@ -209,7 +238,8 @@ def main(out: Path, asked: list[str]) -> None:
     judged = [unit for unit in units if unit.context in JUDGED]
     for stage in [name for name in asked if name not in only]:
         lengths = HORIZONS if stage == "horizons" else (3,)
-        chosen = [unit for unit in judged if stage != "horizons" or unit.context in LONGER]
+        contexts = {"horizons": LONGER, "not_told": NOT_TOLD}.get(stage, JUDGED)
+        chosen = [unit for unit in judged if unit.context in contexts]
         # The longest blocks come last.
         tasks = [(unit, horizon) for unit in chosen for horizon in lengths]
         tasks.sort(key=lambda task: (task[1] == HORIZONS[-1], task[0].context))
@@ -219,9 +249,10 @@ def main(out: Path, asked: list[str]) -> None:
             if file.exists() or (only and unit.model not in only):
                 continue
             lm = open_language_model(unit.model)
-            if stage == "population":
+            if stage in ("population", "not_told"):
                 own = [other for other in units if other.model == unit.model]
-                rows = population(unit, lm, shared_factors(own, lm, out))
+                told = stage == "population"
+                rows = population(unit, lm, shared_factors(own, lm, out, told), told)
             else:
                 rows = {"horizons": horizons, "proposals": proposals}[stage](unit, lm, horizon)
             write_parquet(file, rows)
