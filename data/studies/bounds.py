@@ -52,6 +52,7 @@ MIXTURES = (2, 4)
 # Passes of fits with given factors: of one chain, of mixtures that are told and not, and of the
 # shared factors themselves.
 OF_CHAINS, OF_MIXTURES, OF_SHARED = 60, (20, 40), 100
+OF_HMM = {"rank": 8, "form": "hmm", "max_iterations": 25}
 
 
 def common(unit) -> dict:
@@ -160,7 +161,7 @@ def four_tokens(unit, lm) -> list[dict]:
     """Components and hidden states of as many, not told the first token, under top-k 16."""
     tree = cpmtp.complete_joint(lm, torch.tensor(unit.token_ids), 4, top_k=16)
     named = common(unit) | {"horizon": 4, "top_k": 16, "temperature": 1.0, "anchored": False}
-    asked = {"cp 1": CP["cp 1"], "cp 8": CP["cp 8"], "hmm 8": {"rank": 8, "form": "hmm"}}
+    asked = {"cp 1": CP["cp 1"], "cp 8": CP["cp 8"], "hmm 8": OF_HMM}
     return [named | row_of(tree, name, cpmtp.fit(tree, **options)) for name, options in asked.items()]
 
 
