@@ -162,7 +162,9 @@ def four_tokens(unit, lm) -> list[dict]:
     tree = cpmtp.complete_joint(lm, torch.tensor(unit.token_ids), 4, top_k=16)
     named = common(unit) | {"horizon": 4, "top_k": 16, "temperature": 1.0, "anchored": False}
     asked = {"cp 1": CP["cp 1"], "cp 8": CP["cp 8"], "hmm 8": OF_HMM}
-    return [named | row_of(tree, name, cpmtp.fit(tree, **options)) for name, options in asked.items()]
+    return [
+        named | row_of(tree, name, cpmtp.fit(tree, **options)) for name, options in asked.items()
+    ]
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
