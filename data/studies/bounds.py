@@ -39,20 +39,20 @@ MARKOV = {
 OF_HORIZONS = {**CP, "hmm 4": {"rank": 4, "form": "hmm"}, "markov 16": MARKOV["markov 16"]}
 OF_PROPOSALS = {"cp 1": CP["cp 1"], "cp 4": CP["cp 4"], **MARKOV}
 HORIZONS, TEMPERATURES = (3, 4, 6, 8), (0.0, 0.5, 0.7, 1.0)
-# Contexts of every model whose longer blocks are studied.
-LONGER = range(24)
+# Contexts of every model whose longer blocks are studied, and whose proposals are.
+LONGER, TRIED = range(24), range(16)
 # Contexts that shared factors come from, and that they are judged on.
 FITTED, JUDGED = range(32, 56), range(32)
 # Contexts that drafts not told the first token are judged on, and mixtures of those that are told.
-NOT_TOLD, MIXED = range(16), range(8)
+NOT_TOLD, MIXED = range(16), range(6)
 # First tokens of less mass are left out where shared factors are fitted.
 LEAST_MASS = 1e-2
 SHARED = {"markov 16": (16, False), "markov 16 gated": (16, True), "markov 64 gated": (64, True)}
 MIXTURES = (2, 4)
 # Passes of fits with given factors: of one chain, of mixtures that are told and not, and of the
 # shared factors themselves.
-OF_CHAINS, OF_MIXTURES, OF_SHARED = 60, (20, 40), 100
-OF_HMM = {"rank": 8, "form": "hmm", "max_iterations": 25}
+OF_CHAINS, OF_MIXTURES, OF_SHARED = 40, (20, 40), 80
+OF_HMM = {"rank": 8, "form": "hmm", "max_iterations": 12}
 
 
 def common(unit) -> dict:
@@ -241,7 +241,8 @@ def main(out: Path, asked: list[str]) -> None:
     judged = [unit for unit in units if unit.context in JUDGED]
     for stage in [name for name in asked if name not in only]:
         lengths = HORIZONS if stage == "horizons" else (3,)
-        contexts = {"horizons": LONGER, "not_told": NOT_TOLD}.get(stage, JUDGED)
+        of_stage = {"horizons": LONGER, "not_told": NOT_TOLD, "proposals": TRIED}
+        contexts = of_stage.get(stage, JUDGED)
         chosen = [unit for unit in judged if unit.context in contexts]
         # The longest blocks come last.
         tasks = [(unit, horizon) for unit in chosen for horizon in lengths]
