@@ -8,11 +8,10 @@ SmolLM2-135M-Instruct).
 
 neighbours  at text positions: the four likeliest next tokens, and what follows each of them
 factors     left and right factors from more and more of these positions, of several ranks
-population  three tokens under top-k 50 on held-out texts: every form with these factors
-amount      chains with factors of few and of many positions and of each rank, and logits that the
-            unembedding can make, on the first of these contexts
+population  three tokens under top-k 50 on held-out texts, drafts told the first: every form with
+            these factors, and logits that the unembedding can make
 horizons    anchored fits under top-k 4, 3 to 8 tokens
-others      a population fit of 48 contexts, judged on 16 others
+others      a population fit of 48 contexts under top-k 16, judged on 16 others
 """
 
 from __future__ import annotations
@@ -20,20 +19,38 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import bounds
+import pandas as pd
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import cpmtp
 from cpmtp.corpora import split_held_out, standard_library_documents
+from cpmtp.decomposition.descent.text_factors import TextPairs, text_factors
+from cpmtp.decomposition.trees.readout import fit_readout
 from cpmtp.training.heads import windows_of_text
-from cpmtp.whole_files import write_tensors
+from cpmtp.whole_files import write_parquet, write_tensors, write_text
 
 DOMAINS = ("code", "prose")
 # Windows of text, tokens that are tried after each position, and tokens kept after each of these.
 LENGTH, BEFORE, AFTER = 128, 4, 16
 WINDOWS, AT_ONCE = 416, 26
+# Shares of the positions and transition ranks of the factors.
+SHARES, WIDTHS, MOST_WIDTHS = (1 / 16, 1 / 4), (16, 64), (4, 16, 64, 256)
+STEPS, RATE = 240, 0.05
+# Contexts and their tokens; contexts of a population fit and of its judgement.
+CONTEXTS, OTHERS, CONTEXT = {"population": 12, "horizons": 24}, (48, 16), 96
+# Contexts of mixtures.
+MIXED = range(4)
+# First tokens of less mass earn one token where logits through the unembedding are compared.
+LEAST_MASS = 1e-2
+# Passes of fits with given factors, of one chain and of mixtures.
+OF_CHAINS, OF_MIXTURES = 25, 5
+HORIZONS = (3, 4, 6, 8)
 
 
 def documents(domain: str, held_out: bool) -> list:
@@ -93,15 +110,180 @@ def stored_neighbours(out: Path) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def factor_file(out: Path, share: float, width: int) -> Path:
+    """Where factors are kept."""
+    return out / "factors" / f"{width}-of-{share:g}.safetensors"
+
+
+def grid() -> list[tuple[float, int]]:
+    """Shares of the positions and ranks."""
+    return [(1.0, k) for k in MOST_WIDTHS] + [(share, k) for share in SHARES for k in WIDTHS]
+
+
+def factors(lm, out: Path) -> None:
+    """One file for each share of the positions and each rank."""
+    found = stored_neighbours(out)
+    names = ("before", "before_probs", "after", "after_probs")
+    parts = [found[name].long() if "probs" not in name else found[name] for name in names]
+    pairs = TextPairs.of(*parts)
+    for share, width in grid():
+        file = factor_file(out, share, width)
+        if not file.exists():
+            started, some = time.process_time(), pairs[: round(share * len(pairs))]
+            left, right, trace = text_factors(some, lm.vocab_size, width, steps=STEPS, rate=RATE)
+            kept = {"left": left.float(), "right": right.float(), "trace": trace}
+            kept["positions"] = torch.tensor([len(some)])
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(file, {name: part.contiguous() for name, part in kept.items()})
+            ends = f"{float(trace[:20].mean()):.4f} {float(trace[-20:].mean()):.4f}"
+            print(len(some), width, ends, f"{time.process_time() - started:.1f} s", flush=True)
+
+
+def stored_factors(out: Path, share: float, width: int) -> tuple[tuple[Tensor, Tensor], int]:
+    """Left and right factors, and how many positions they come from."""
+    found = load_file(factor_file(out, share, width))
+    return (found["left"].double(), found["right"].double()), int(found["positions"])
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A context, named as the studies name theirs."""
+
+    model: str
+    domain: str
+    document: str
+    context: int
+    token_ids: Tensor
+
+
+def units(lm, count: int, held_out: bool = True) -> list[Unit]:
+    """Contexts of documents of both kinds in turn, one of each document."""
+    found = []
+    for domain in DOMAINS:
+        texts, own = sorted(documents(domain, held_out), key=lambda one: one.name), []
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(7))
+        for place in order.tolist():
+            ids = lm.encode(texts[place].text[:4000])
+            if len(ids) >= 2 * CONTEXT and len(own) < -(-count // len(DOMAINS)):
+                own.append((domain, texts[place].name, ids[CONTEXT : 2 * CONTEXT]))
+        found.append(own)
+    turns = [one for pair in zip(*found, strict=False) for one in pair][:count]
+    return [Unit("SmolLM2", *named, place, ids) for place, (*named, ids) in enumerate(turns)]
+
+
+def given(out: Path, width: int, gated: bool, rank: int = 1) -> dict:
+    """What `fit` is asked for with factors of all positions."""
+    form = "markov" if rank == 1 else "markov_mixture"
+    asked = {"rank": rank, "form": form, "transitions": stored_factors(out, 1.0, width)[0]}
+    passes = OF_CHAINS if rank == 1 else OF_MIXTURES
+    return asked | {"gated": gated, "max_iterations": passes}
+
+
+def population(unit: Unit, lm, out: Path) -> pd.DataFrame:
+    """One context under top-k 50 at both temperatures."""
+    rows = []
+    for temperature in (1.0, 0.7):
+        tree = cpmtp.complete_joint(lm, unit.token_ids, 3, top_k=50, temperature=temperature)
+        named = bounds.common(unit) | {"horizon": 3, "top_k": 50, "temperature": temperature}
+        asked = {"cp 2": {"rank": 2}, "markov 16 gated": given(out, 16, True)}
+        if temperature == 1.0:
+            asked |= {"cp 8": {"rank": 8, "max_iterations": 100}}
+            asked["markov 64 gated"] = given(out, 64, True)
+            if unit.context in MIXED:
+                asked["markov_mixture 2, 16 gated"] = given(out, 16, True, 2)
+        rows += [named | row for row in readouts(tree, lm, out, temperature == 1.0)]
+        for name, options in asked.items():
+            rows.append(
+                named | bounds.row_of(tree, name, cpmtp.fit(tree, anchored=True, **options))
+            )
+        rows.append(named | bounds.best_path(tree))
+    return pd.DataFrame(rows)
+
+
+def readouts(tree, lm, out: Path, every: bool) -> Iterator[dict]:
+    """Single chains with given factors: any logits, and those through the unembedding."""
+    readout = lm.unembedding.detach()
+    chosen = grid() if every else [(1.0, 16)]
+    for share, width in [(0.0, 0), *chosen]:
+        transitions, positions = stored_factors(out, share, width) if width else (None, 0)
+        named = {"rank": 1, "transition_rank": width, "positions": positions}
+        name = "cp 1" if not width else f"markov {width}" + (share < 1) * f" of {positions}"
+        ways = {"": (None, {})}
+        if every and share in (0.0, 1.0) and width in (0, 16, 64):
+            ways |= {", few first": (None, {"least_mass": LEAST_MASS})}
+            ways |= {", unembedding": (readout, {"least_mass": LEAST_MASS})}
+        for way, (matrix, how) in ways.items():
+            draft, kl = fit_readout(tree, matrix, transitions=transitions, **how)
+            row = {"draft": name + way, "kl_nats": kl}
+            yield named | row | {"tokens_per_call": bounds.earned(tree, draft)}
+
+
+def others(lm, out: Path) -> None:
+    """Factors of contexts, judged on contexts of other documents."""
+    many, few = OTHERS
+    trees = [
+        cpmtp.complete_joint(lm, unit.token_ids, 3, top_k=16) for unit in units(lm, many, False)
+    ]
+    started = time.perf_counter()
+    shared = cpmtp.fit_population(trees, 1, 64, gated=True, anchored=True, max_iterations=60)
+    seconds, rows = time.perf_counter() - started, []
+    for unit in units(lm, few):
+        tree = cpmtp.complete_joint(lm, unit.token_ids, 3, top_k=16)
+        named = bounds.common(unit) | {"horizon": 3, "top_k": 16, "temperature": 1.0}
+        asked = {"cp 1": {"rank": 1}, "cp 2": {"rank": 2}}
+        fits = {name: cpmtp.fit(tree, anchored=True, **options) for name, options in asked.items()}
+        fits["48 contexts, markov 64 gated"] = shared.refit(tree, max_iterations=60)
+        of_text = given(out, 64, True) | {"max_iterations": 60}
+        fits["text, markov 64 gated"] = cpmtp.fit(tree, anchored=True, **of_text)
+        rows += [named | bounds.row_of(tree, name, fit) for name, fit in fits.items()]
+    table = pd.DataFrame(rows).assign(
+        population_seconds=seconds, population_objective=shared.objective
+    )
+    write_parquet(out / "others.parquet", table)
+    write_text(out / "others.csv", bounds.summary(table).to_csv(index=False, float_format="%.5g"))
+
+
+def by_context(lm, out: Path, stage: str) -> None:
+    """A part per context, then the table of those that are there."""
+    lengths = HORIZONS if stage == "horizons" else (3,)
+    tasks = [(horizon, unit) for horizon in lengths for unit in units(lm, CONTEXTS[stage])]
+    tasks.sort(key=lambda task: (task[0] == HORIZONS[-1], task[1].context))
+    for horizon, unit in tasks:
+        file = out / "parts" / f"{stage}-{horizon}-{unit.context:03d}.parquet"
+        if not file.exists():
+            made = (
+                bounds.horizons(unit, lm, horizon)
+                if stage == "horizons"
+                else population(unit, lm, out)
+            )
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_parquet(file, made)
+            print(time.strftime("%H:%M:%S"), file.name, flush=True)
+
+
+def tables(lm, out: Path) -> None:
+    """Of the parts that are there."""
+    for stage in ("population", "horizons"):
+        files = sorted((out / "parts").glob(f"{stage}-*.parquet"))
+        if files:
+            table = pd.concat(map(pd.read_parquet, files), ignore_index=True)
+            write_parquet(out / f"{stage}.parquet", table)
+            text = bounds.summary(table).to_csv(index=False, float_format="%.5g")
+            write_text(out / f"{stage}.csv", text)
+
+
 def main(out: Path, model: str, stages: list[str]) -> None:
     """The stages in turn."""
-    import cpmtp
-
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
     lm = cpmtp.load_language_model(model, dtype="bfloat16")
+    at_once = {"neighbours": neighbours, "factors": factors, "others": others, "tables": tables}
     for stage in stages:
-        {"neighbours": neighbours}[stage](lm, out)
+        if stage in at_once:
+            at_once[stage](lm, out)
+        else:
+            by_context(lm, out, stage)
+    tables(lm, out)
 
 
 if __name__ == "__main__":
