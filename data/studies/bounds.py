@@ -11,6 +11,7 @@ population  left and right factors of contexts 32 to 55, judged on contexts 0 to
             token
 not_told    the same of drafts that are not told it, judged on contexts 0 to 15; beside them four
             tokens under top-k 16, where hidden states and components part
+tables      of what is there
 
 A context is a part of its own; tables hold the contexts that every model has by now.
 """
@@ -41,6 +42,7 @@ OF_PROPOSALS = {"cp 1": CP["cp 1"], "cp 4": CP["cp 4"], **MARKOV}
 HORIZONS, TEMPERATURES = (3, 4, 6, 8), (0.0, 0.5, 0.7, 1.0)
 # Contexts of every model whose longer blocks are studied, and whose proposals are.
 LONGER, TRIED = range(24), range(16)
+STAGES = ("horizons", "proposals", "population", "not_told")
 # Contexts that shared factors come from, and that they are judged on.
 FITTED, JUDGED = range(32, 56), range(32)
 # Contexts that drafts not told the first token are judged on, and mixtures of those that are told.
@@ -232,23 +234,25 @@ def write_tables(out: Path, stage: str, tasks: list) -> None:
         write_text(out / f"{stage}.csv", text)
 
 
+def tasks_of(stage: str, units: list) -> list[tuple]:
+    """Contexts and lengths of a stage, the longest blocks last."""
+    of_stage = {"horizons": LONGER, "not_told": NOT_TOLD, "proposals": TRIED}
+    contexts = of_stage.get(stage, JUDGED)
+    chosen = [unit for unit in units if unit.context in contexts]
+    tasks = [(unit, n) for unit in chosen for n in (HORIZONS if stage == "horizons" else (3,))]
+    return sorted(tasks, key=lambda task: (task[1] == HORIZONS[-1], task[0].context))
+
+
 def main(out: Path, asked: list[str]) -> None:
     """One part per context, then the tables."""
     only = set(asked) & set(SETTINGS.models)
     torch.set_num_threads(1)
     (out / "parts").mkdir(parents=True, exist_ok=True)
     units = sorted(plan_study(SETTINGS)[0], key=lambda unit: unit.context)
-    judged = [unit for unit in units if unit.context in JUDGED]
-    for stage in [name for name in asked if name not in only]:
-        lengths = HORIZONS if stage == "horizons" else (3,)
-        of_stage = {"horizons": LONGER, "not_told": NOT_TOLD, "proposals": TRIED}
-        contexts = of_stage.get(stage, JUDGED)
-        chosen = [unit for unit in judged if unit.context in contexts]
-        # The longest blocks come last.
-        tasks = [(unit, horizon) for unit in chosen for horizon in lengths]
-        tasks.sort(key=lambda task: (task[1] == HORIZONS[-1], task[0].context))
+    for stage in STAGES if "tables" in asked else [name for name in asked if name not in only]:
+        tasks = tasks_of(stage, units)
         restore(out, stage, tasks)
-        for unit, horizon in tasks:
+        for unit, horizon in tasks if "tables" not in asked else ():
             file = part_file(out, stage, unit, horizon)
             if file.exists() or (only and unit.model not in only):
                 continue
