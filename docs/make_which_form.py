@@ -54,6 +54,16 @@ ACT = (
         "a wider trunk under `recurrent` or `markov`",
         "on cp 1 they gain {deep}, and {last}",
     ),
+    (
+        "sampled drafts, six tokens and more",
+        "a form that reads the token before (`markov`), or all of them (`recurrent`)",
+        "ceilings at six tokens: markov 16 less cp 8 {long}; memory beyond one token {memory}",
+    ),
+    (
+        "a transition, and numbers to spare",
+        "gates that the context sets, before a larger transition rank",
+        "ceilings with factors of other contexts, gated less not, rank 16: {gates}",
+    ),
     ("drafting time is what you lack", "`markov`, not a larger `cp`", "{time}"),
     (
         "every position has to be drafted in one step",
@@ -108,7 +118,18 @@ def advice(forms: pd.DataFrame, levels: pd.DataFrame) -> str:
 
     quick = both(lambda m: told(of(levels, m, "recurrent", budget=few), "gain", signed=True))
     rank = both(lambda m: told(of(levels, m, "cp 8", budget=many), "gain", signed=True))
+    growth = read("bounds/growth.csv")
+    growth = growth[(growth["of"] == "all") & (growth["horizon"] == 6)]
+
+    def at_six(figure: str) -> str:
+        rows = growth[growth["figure"] == figure].set_index("model")
+        return both(lambda m: bounds.said(rows.loc[m], "mean", signed=True))
+
+    gated = ("bounds/population", "markov 16 gated", "markov 16")
     words = {
+        "long": at_six("markov 16 over cp 8"),
+        "memory": at_six("beyond one token of memory"),
+        "gates": both(lambda m: bounds.paired(*gated, model=m)),
         "path": both(lambda m: told(of(forms, m, "best path"))),
         "few": f"{few}k",
         "many": f"{many}k",
