@@ -213,7 +213,8 @@ def restore(out: Path, stage: str, tasks: list) -> None:
         rows = pd.read_parquet(table)
         for unit, horizon in tasks:
             own = rows[(rows["model"] == unit.model) & (rows["context"] == unit.context)]
-            own, file = own[own["horizon"] == horizon], part_file(out, stage, unit, horizon)
+            file = part_file(out, stage, unit, horizon)
+            own = own[own["horizon"] == horizon] if stage == "horizons" else own
             if len(own) and not file.exists():
                 write_parquet(file, own)
 

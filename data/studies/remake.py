@@ -88,6 +88,11 @@ STUDIES = (
     ),
     Stored("anchored", "python data/studies/anchored.py data/studies/anchored", _FITS),
     Stored("forms", "python data/studies/forms.py data/studies/forms", _FITS),
+    Stored(
+        "bounds",
+        "python data/studies/bounds.py data/studies/bounds horizons proposals population not_told",
+        _FITS,
+    ),
     Stored("curves", "python data/studies/curves.py data/studies/curves", _HEADS),
 )
 
