@@ -196,6 +196,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def _mean_with_interval(scores: pd.DataFrame) -> tuple[float, float, float]:
     """Of one draft, over the contexts that it was fitted to."""
+    if scores.empty:
+        return (float("nan"),) * 3
     clusters = Clusters.of(scores)
     low, high = intervals(clusters, seed=0)
     return float(clusters.means()[0]), float(low[0]), float(high[0])
