@@ -10,6 +10,7 @@ neighbours  at text positions: the four likeliest next tokens, and what follows 
 factors     left and right factors from more and more of these positions, of several ranks
 population  three tokens under top-k 50 on held-out texts, drafts told the first: every form with
             these factors, and logits that the unembedding can make
+curve       of these, only single chains without gates, by rank and positions
 horizons    anchored fits under top-k 4, 3 to 8 tokens
 others      a population fit of 48 contexts under top-k 16, judged on 16 others
 """
@@ -44,7 +45,7 @@ WINDOWS, AT_ONCE = 416, 26
 SHARES, WIDTHS, MOST_WIDTHS = (1 / 16, 1 / 4), (16, 64), (4, 16, 64, 256)
 STEPS, RATE = 240, 0.05
 # Contexts and their tokens; contexts of a population fit and of its judgement.
-CONTEXTS, OTHERS, CONTEXT = {"population": 12, "horizons": 24}, (48, 16), 96
+CONTEXTS, OTHERS, CONTEXT = {"population": 12, "curve": 12, "horizons": 24}, (48, 16), 96
 # Contexts that are studied at a lower temperature as well, and those of mixtures.
 COOLER, MIXED = range(6, 12), range(0)
 # First tokens of less mass earn one token where logits through the unembedding are compared.
@@ -201,6 +202,13 @@ def population(unit: Unit, lm, out: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def curve(unit: Unit, lm, out: Path) -> pd.DataFrame:
+    """One context under top-k 50: by rank and positions, and through the unembedding."""
+    tree = cpmtp.complete_joint(lm, unit.token_ids, 3, top_k=50)
+    named = bounds.common(unit) | {"horizon": 3, "top_k": 50, "temperature": 1.0}
+    return pd.DataFrame([named | row for row in readouts(tree, lm, out, True)])
+
+
 def readouts(tree, lm, out: Path, every: bool) -> Iterator[dict]:
     """Single chains with given factors: any logits, and those through the unembedding."""
     readout = lm.unembedding.detach()
@@ -255,11 +263,10 @@ def by_context(lm, out: Path, stage: str) -> None:
     for horizon, unit in tasks:
         file = out / "parts" / f"{stage}-{horizon}-{unit.context:03d}.parquet"
         if not file.exists():
-            made = (
-                bounds.horizons(unit, lm, horizon)
-                if stage == "horizons"
-                else population(unit, lm, out)
-            )
+            if stage == "horizons":
+                made = bounds.horizons(unit, lm, horizon)
+            else:
+                made = {"population": population, "curve": curve}[stage](unit, lm, out)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_parquet(file, made)
             print(time.strftime("%H:%M:%S"), file.name, flush=True)
@@ -267,7 +274,7 @@ def by_context(lm, out: Path, stage: str) -> None:
 
 def tables(lm, out: Path) -> None:
     """Of the parts that are there."""
-    for stage in ("population", "horizons"):
+    for stage in ("population", "curve", "horizons"):
         files = sorted((out / "parts").glob(f"{stage}-*.parquet"))
         if files:
             table = pd.concat(map(pd.read_parquet, files), ignore_index=True)
