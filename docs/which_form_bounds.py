@@ -159,10 +159,13 @@ def proposals() -> Iterator[str]:
 
 def real_vocabulary() -> Iterator[str]:
     """SmolLM2, as far as it was computed."""
-    if not (STUDIES / f"{REAL / 'population'}.csv").exists():
+    found = [REAL / stage for stage in ("population", "curve")]
+    found = [name for name in found if (STUDIES / f"{name}.csv").exists()]
+    if not found:
         return
-    table = summary(REAL / "population")
-    raw = pd.read_parquet(STUDIES / f"{REAL / 'population'}.parquet")
+    source = found[0]
+    table = summary(source)
+    raw = pd.read_parquet(STUDIES / f"{source}.parquet")
     contexts = int(table["contexts"].max())
     yield "## A vocabulary of 49,152"
     yield (
@@ -213,9 +216,9 @@ def real_vocabulary() -> Iterator[str]:
     flat = []
     for width in (16, 64):
         draft, fewer = f"markov {width}", f"markov {width} of {before}"
-        more = paired(REAL / "population", draft, fewer, "kl_nats", temperature=1.0)
+        more = paired(source, draft, fewer, "kl_nats", temperature=1.0)
         flat.append(f"{more} at k = {width}")
-    top = paired(REAL / "population", "markov 256", "markov 64", "kl_nats", temperature=1.0)
+    top = paired(source, "markov 256", "markov 64", "kl_nats", temperature=1.0)
     yield (
         f"In nats, from {before:,} to {last:,} positions: {'; '.join(flat)}. From k = 64 to 256 at {last:,} positions: "
         f"{top}. Saturation in k can be claimed only where more positions change nothing."
@@ -227,7 +230,7 @@ def real_vocabulary() -> Iterator[str]:
             said(row(table, temperature=1.0, draft=each), "tokens_per_call")
             for each in (free, through)
         ]
-        rows.append([name, *cells, paired(REAL / "population", through, free, temperature=1.0)])
+        rows.append([name, *cells, paired(source, through, free, temperature=1.0)])
     yield (
         "What a head can output: logits that are the unembedding's products with one vector of 576 numbers "
         "for each first token and position, beside any logits (first tokens of less than a hundredth "
