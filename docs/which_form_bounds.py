@@ -43,8 +43,8 @@ def paired(
 ) -> str:
     """Of one draft less another's in the same contexts."""
     table = pd.read_parquet(STUDIES / f"{name}.parquet")
-    for key, value in named.items():
-        table = table[table[key] == value]
+    for key, wanted in named.items():
+        table = table[table[key] == wanted]
     index = [*CLUSTER_KEYS, "context"]
     wide = table.pivot(index=index, columns="draft", values=value)
     clusters = Clusters.of((wide[first] - wide[second]).dropna().to_frame())
