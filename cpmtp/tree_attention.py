@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
-# Attention scores held at once: few enough to stay in a processor's cache between the product and
-# the softmax.
-_SCORES_AT_ONCE = 1 << 19
+# Neighbouring tokens that share their keys: at least so many, and a part of the context's length.
+# What a block's tokens do not see of each other costs less, then, than the context's keys once per
+# block.
+_LEAST_BLOCK, _BLOCK_SHARE = 32, 4
+# Entries of the keys of all heads that are gathered at once.
+_KEYS_AT_ONCE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,43 @@ class TokenTree:
     token_ids: Int[Tensor, " tokens"]
     depths: Int[Tensor, " tokens"]
     lineage: Int[Tensor, "tokens length"]
+
+    def attention_mask(self, context: int) -> Int[Tensor, "1 blocks rows keys"]:
+        """What blocks of neighbouring tokens see of a context and of the tree that follows it.
+
+        Of every block the first row says where its keys stand: the whole context, then all that is
+        in the lineage of one of its tokens. A row for each token follows: 1 where it sees the key.
+        All layers of a model share it. It is whole numbers, which no model turns into its own
+        precision.
+
+        Examples
+        --------
+        >>> lay_out_tree(torch.tensor([[7, 1], [7, 2]])).attention_mask(1)[0, 0, :4]
+        tensor([[0, 1, 2, 3],
+                [1, 1, 0, 0],
+                [1, 1, 1, 0],
+                [1, 1, 0, 1]], dtype=torch.int32)
+        """
+        tokens, length = self.lineage.shape
+        size = max(_LEAST_BLOCK, context // _BLOCK_SHARE)
+        blocks = -(-tokens // size)
+        lineage = functional.pad(self.lineage, (0, 0, 0, blocks * size - tokens), value=-1)
+        standing, order = lineage.view(blocks, -1).sort(1)  # (blocks, size * length)
+        fresh = standing >= 0
+        fresh[:, 1:] &= standing[:, 1:] != standing[:, :-1]
+        number = fresh.cumsum(1) - 1  # (blocks, size * length): -1 beyond lineages
+        most = int(number.max()) + 1
+
+        # What is in no lineage is written into a last column, which is left out.
+        mask = torch.zeros(blocks, 1 + size, context + most + 1, dtype=torch.int32)
+        mask[:, 0, :context] = torch.arange(context)
+        mask[:, 1:, :context] = 1
+        column = context + torch.where(fresh, number, most)
+        mask[:, 0].scatter_(1, column, (context + standing).int())
+        slots = torch.empty_like(number).scatter_(1, order, number)  # (blocks, size * length)
+        slots = torch.where(slots < 0, most, slots).view(blocks, size, length)
+        mask[:, 1:].scatter_(2, context + slots, 1)
+        return mask[None, ..., :-1].contiguous()  # (1, blocks, 1 + size, keys)
 
 
 def lay_out_tree(continuations: Int[Tensor, "count length"]) -> TokenTree:
@@ -70,80 +111,50 @@ def attend_in_tree(
     query: Float[Tensor, "1 heads tokens width"],
     key: Float[Tensor, "1 groups seen width"],
     value: Float[Tensor, "1 groups seen width"],
-    lineage: Int[Tensor, "tokens length"],
+    mask: Int[Tensor, "1 blocks rows keys"],
     scaling: float,
 ) -> Float[Tensor, "1 tokens heads width"]:
     """Softmax attention of every token of a tree to the whole context and to its own lineage, and
     to nothing else.
 
-    The context is what `key` and `value` have before the tree's own tokens. No score is computed
-    that a mask would discard: the work per token is that of a sequence of the context's length,
-    however wide the tree.
+    Blocks of neighbouring tokens are attended to as rows of a batch, each with the context's keys
+    and those of its own lineages: a block's tokens discard little but each other, however wide the
+    tree, and the attention is torch's own.
 
     Parameters
     ----------
     query : (1, heads, tokens, width) tensor
     key, value : (1, groups, context + tokens, width) tensors
-        `groups` divides `heads`: neighbouring heads share a key (grouped-query attention).
-    lineage : (tokens, length) long tensor
-        See `TokenTree`.
+        `groups` divides `heads`: neighbouring heads share a key (grouped-query attention). The
+        context is what they have before the tree's own tokens.
+    mask : (1, blocks, 1 + size, keys) int tensor
+        `TokenTree.attention_mask` of that context.
     scaling : float
         Factor of the scores.
     """
     _, heads, tokens, width = query.shape
-    groups, context = key.shape[1], key.shape[2] - tokens
-    out = torch.empty(tokens, heads, width, dtype=query.dtype, device=query.device)
-    query, key, value = (part[0].to(_precision(part)) for part in (query, key, value))
-    # Scaling the few keys is cheaper than scaling the scores of all tokens with them.
-    # (groups, width, context) and (groups, context, width)
-    given = (key[:, :context].mT * scaling, value[:, :context].mT.contiguous())
-    own = (key[:, context:] * scaling, value[:, context:])
-    size = max(_SCORES_AT_ONCE // (heads * context), 1)
-    for start in range(0, tokens, size):
-        some = slice(start, start + size)
-        # (groups, heads per group, some, width)
-        part = query[:, some].contiguous().view(groups, heads // groups, -1, width)
-        out[some] = (  # (some, heads, width)
-            _attend(part, given, own, lineage[some]).permute(2, 0, 1, 3).reshape(-1, heads, width)
-        )
-    return out[None]
+    blocks, size, keys = mask.shape[1], mask.shape[2] - 1, mask.shape[3]
+    places, seen = mask[0, :, 0], mask[0, :, None, 1:].bool()  # (blocks, keys), (…, 1, size, keys)
+    # (blocks * size, heads, width), then (blocks, heads, size, width)
+    query = functional.pad(query[0].transpose(0, 1), (0, 0, 0, 0, 0, blocks * size - tokens))
+    query = query.unflatten(0, (blocks, size)).transpose(1, 2)
+    out = query.new_empty(blocks, size, heads, width)
+    some = max(_KEYS_AT_ONCE // (keys * heads * width), 1)
+    for start in range(0, blocks, some):
+        part = slice(start, start + some)
+        out[part] = functional.scaled_dot_product_attention(  # (some, heads, size, width)
+            query[part],
+            _gathered(key, places[part]),
+            _gathered(value, places[part]),
+            attn_mask=seen[part],
+            scale=scaling,
+            enable_gqa=True,
+        ).transpose(1, 2)
+    return out.view(1, blocks * size, heads, width)[:, :tokens]
 
 
-def _precision(values: Tensor) -> torch.dtype:
-    """In what the attention is computed: most processors do half precision by way of single, and
-    turning the scores back and forth costs more than all else.
-    """
-    if values.device.type == "cpu":
-        return torch.promote_types(values.dtype, torch.float32)
-    return values.dtype
-
-
-def _attend(
-    query: Tensor, context: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], lineage: Tensor
-) -> Tensor:
-    """(groups, heads per group, tokens, width): context and lineage are weighed apart and divided
-    by their common sum.
-    """
-    groups, shared, tokens, width = query.shape
-    exact = torch.promote_types(query.dtype, torch.float32)
-    # (groups, heads per group * tokens, context)
-    scores = torch.bmm(query.view(groups, -1, width), context[0]).to(exact)
-    places = lineage.clamp_min(0).unbind(1)
-    own_scores = torch.stack(  # (length, groups, heads per group, tokens)
-        [(query * own[0].index_select(1, at)[:, None]).sum(-1) for at in places]
-    ).to(exact)
-    own_scores.masked_fill_((lineage.T < 0)[:, None, None], -torch.inf)  # (length, 1, 1, tokens)
-    # (groups, heads per group, tokens)
-    top = torch.maximum(scores.amax(-1).view(groups, shared, tokens), own_scores.amax(0))
-    # (groups, heads per group * tokens, context)
-    weights = scores.sub_(top.view(groups, -1, 1)).exp_()
-    own_weights = own_scores.sub_(top).exp_()
-    # (groups, heads per group, tokens)
-    total = weights.sum(-1).view(groups, shared, tokens) + own_weights.sum(0)
-    # This way round the product is three times as fast where heads are narrow.
-    # (groups, heads per group, tokens, width)
-    mixed = torch.bmm(context[1], weights.to(query.dtype).mT).mT.reshape(query.shape)
-    for weight, at in zip(own_weights.to(query.dtype), places, strict=True):
-        # (groups, heads per group, tokens, width)
-        mixed.addcmul_(weight[..., None], own[1].index_select(1, at)[:, None])
-    return mixed.div_(total[..., None])
+def _gathered(
+    states: Float[Tensor, "1 groups seen width"], places: Int[Tensor, "blocks keys"]
+) -> Float[Tensor, "blocks groups keys width"]:
+    found = states[0].index_select(1, places.flatten())  # (groups, blocks * keys, width)
+    return found.unflatten(1, places.shape).transpose(0, 1)

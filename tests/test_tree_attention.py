@@ -28,10 +28,11 @@ def test_sorted_continuations_lay_out_each_shared_beginning_once():
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
-@pytest.mark.parametrize("at_once", [1, 1 << 19])
+@pytest.mark.parametrize("block, at_once", [(1, 1), (3, 1 << 21), (32, 1), (32, 1 << 21)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_tree_attention_is_attention_along_each_branch(groups, at_once, dtype, monkeypatch):
-    monkeypatch.setattr(tree_attention, "_SCORES_AT_ONCE", at_once)
+def test_tree_attention_is_attention_along_each_branch(groups, block, at_once, dtype, monkeypatch):
+    monkeypatch.setattr(tree_attention, "_LEAST_BLOCK", block)
+    monkeypatch.setattr(tree_attention, "_KEYS_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     tree = lay_out_tree(torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 3], [6, 2, 3]]))
     tokens, seen = len(tree.token_ids), 5
@@ -39,7 +40,7 @@ def test_tree_attention_is_attention_along_each_branch(groups, at_once, dtype, m
     key, value = (
         torch.randn(1, groups, seen + tokens, 8, generator=generator, dtype=dtype) for _ in range(2)
     )
-    found = attend_in_tree(query, key, value, tree.lineage, 0.5)
+    found = attend_in_tree(query, key, value, tree.attention_mask(seen), 0.5)
     for token in range(tokens):
         own = tree.lineage[token][tree.lineage[token] >= 0] + seen
         sees = torch.cat([torch.arange(seen), own])

@@ -30,9 +30,9 @@ from cpmtp.pretrained.trials import (
     tree_gap,
     trial_ids,
 )
-from cpmtp.tree_attention import lay_out_tree
+from cpmtp.tree_attention import TokenTree, lay_out_tree
 
-_LOGITS_AT_ONCE = 1 << 24  # entries of one pass's logits
+_LOGITS_AT_ONCE = 1 << 25  # bytes of logits
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 
 
@@ -56,7 +56,7 @@ class HuggingFaceLanguageModel(TextReader):
         For tables and reports.
     batch_tokens : int
         Tokens per forward pass; bounds the working set: their activations, and their logits twice,
-        of which there are never more than 2**24 at once.
+        of which there are never more than 32 MB at once.
 
     Raises
     ------
@@ -302,7 +302,7 @@ class HuggingFaceLanguageModel(TextReader):
 
     def _full_pass_logits(self, token_ids: Tensor) -> Iterator[Tensor]:
         """Logits (some, vocab) after each row, by full forward passes."""
-        rows = min(self.batch_tokens // token_ids.shape[1], _LOGITS_AT_ONCE // self.vocab_size)
+        rows = min(self.batch_tokens // token_ids.shape[1], self._logits_at_once)
         for part in token_ids.split(max(rows, 1)):
             yield self._forward(part, keep=1)[:, -1]
 
@@ -312,23 +312,32 @@ class HuggingFaceLanguageModel(TextReader):
         if continuations.shape[1] == 0:
             yield logits.expand(len(continuations), -1)  # (count, vocab)
             return
-        for part in continuations.split(self._tokens_at_once):
-            yield self._tree_logits(cache, len(context), part)
+        if not self.trials.passes("hidden states", 1, hidden_gap):
+            for part in continuations.split(min(self.batch_tokens, self._logits_at_once)):
+                tree = lay_out_tree(part)
+                keep = self._only_last(len(part), len(tree.token_ids))
+                out = self._tree_pass(self._tree_view, cache, len(context), tree, **keep)
+                yield out.logits[0, -len(part) :]  # (some, vocab)
+            return
+        # One pass of the trunk serves many pieces of logits.
+        trunk = getattr(self._tree_view, trunk_name(self.model))
+        for part in continuations.split(self.batch_tokens):
+            out = self._tree_pass(trunk, cache, len(context), lay_out_tree(part))
+            last = out.last_hidden_state[0, -len(part) :]  # (some, d)
+            yield from map(self.unembed, last.split(self._logits_at_once))
 
-    def _tree_logits(self, cache: Cache, seen: int, continuations: Tensor) -> Tensor:
-        tree = lay_out_tree(continuations)
-        count = len(continuations)
+    def _tree_pass(self, view: Any, cache: Cache, seen: int, tree: TokenTree, **options) -> Any:
+        """What a view of the model, or its trunk, gives for a tree after `seen` tokens."""
         grown = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
-        out = self._tree_view(  # logits (1, kept, vocab)
+        return view(
             input_ids=tree.token_ids[None].to(self.device),
             position_ids=(seen + tree.depths)[None].to(self.device),
             # A 4-D mask is handed to the attention as it is: here it carries the tree.
-            attention_mask=tree.lineage[None, None].to(self.device),
+            attention_mask=tree.attention_mask(seen).to(self.device),
             use_cache=True,
             **{self.cache_name: grown},
-            **self._only_last(count, len(tree.token_ids)),
+            **options,
         )
-        return out.logits[0, -count:]
 
     @property
     def _tree_view(self) -> Any:
@@ -340,9 +349,9 @@ class HuggingFaceLanguageModel(TextReader):
         return with_tree_attention(self.model)
 
     @property
-    def _tokens_at_once(self) -> int:
-        """Tokens per forward pass; fewer over a vocabulary whose logits would outgrow the rest."""
-        return min(self.batch_tokens, max(_LOGITS_AT_ONCE // self.vocab_size, 1))
+    def _logits_at_once(self) -> int:
+        """Tokens whose logits are held at once: few over a large vocabulary."""
+        return max(_LOGITS_AT_ONCE // (self.vocab_size * self.model.dtype.itemsize), 1)
 
     def _context(self, context: Tensor) -> tuple[Cache, Tensor]:
         # A joint asks for one context again and again, chunk by chunk: the last one is kept.

@@ -100,7 +100,7 @@ def _tree_attention_forward(module, query, key, value, attention_mask, scaling=N
             f"attention over a tree of tokens knows no {', '.join(unknown) or 'such mask'}"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend_in_tree(query, key, value, attention_mask[0, 0], scaling), None
+    return attend_in_tree(query, key, value, attention_mask, scaling), None
 
 
 AttentionInterface.register(_TREE_ATTENTION, _tree_attention_forward)

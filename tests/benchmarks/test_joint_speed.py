@@ -4,7 +4,9 @@ per prefix.
 Run with
 ``pytest tests/benchmarks/test_joint_speed.py -n 0 --benchmark-only --benchmark-disable-gc -s``.
 Every round times all arms one after another, so that a busy machine slows all alike; the ratios are
-of the fastest rounds.
+of the fastest rounds. How far a joint is above its floor depends on the processor, so that it is
+printed and not asserted; asserted is what holds on any: the order of the arms, and that hardly a
+token more is read than there are prefixes.
 """
 
 from __future__ import annotations
@@ -99,6 +101,21 @@ def naive_seconds(lm, context, horizon: int, share: float) -> float:
     return seconds(lambda: lm.next_token_log_probs(ids)) * vocab ** (horizon - 1) / count
 
 
+def tokens_read(lm, work) -> int:
+    """Tokens of all forward passes that some work needs."""
+    counts = []
+    hooks = [
+        part.get_input_embeddings().register_forward_hook(
+            lambda module, inputs, output: counts.append(inputs[0].numel())
+        )
+        for part in (lm.model, lm._tree_view)
+    ]
+    work()
+    for hook in hooks:
+        hook.remove()
+    return sum(counts)
+
+
 def _parents(vocab: int, horizon: int, share: float):
     count = max(int(share * vocab ** (horizon - 1)), 2)
     return grid_rows(0, count, vocab, horizon - 1)
@@ -139,7 +156,7 @@ def report(title: str, fastest: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("name", ["code", "stories260K"])
-def test_three_tokens_cost_hardly_more_than_their_floor(benchmark, name, root):
+def test_three_tokens_read_hardly_more_than_their_prefixes(benchmark, name, root):
     lm = _model(name, root)
     large = lm.vocab_size > 200
     shares = {
@@ -152,20 +169,30 @@ def test_three_tokens_cost_hardly_more_than_their_floor(benchmark, name, root):
     )
     benchmark.extra_info.update(fastest)
     report(f"{lm.name}, V={lm.vocab_size}, n=3", fastest)
-    assert fastest["joint"] <= 1.5 * fastest["floor"]
-    assert fastest["copying"] >= 3 * fastest["joint"]
-    assert fastest["naive"] >= 30 * fastest["joint"]
+    assert fastest["joint"] < fastest["copying"] < fastest["naive"]
+    _check_tokens(lm, 3)
 
 
 @pytest.mark.slow
-def test_four_tokens_cost_hardly_more_than_their_floor(benchmark, root):
+def test_four_tokens_read_hardly_more_than_their_prefixes(benchmark, root):
     lm = _model("code", root)
     fastest = benchmark.pedantic(
         measure, (lm, 4, {"floor": 0.003, "copying": 0.0}, 1), rounds=1, iterations=1
     )
     benchmark.extra_info.update(fastest)
     report(f"{lm.name}, V={lm.vocab_size}, n=4", fastest)
-    assert fastest["joint"] <= 2 * fastest["floor"]
+    _check_tokens(lm, 4)
+
+
+def _check_tokens(lm, horizon: int) -> None:
+    """The context once, each prefix once, and in every pass what its continuations share: their
+    parents, of which there is one for every V of them, and one more at either end of a pass.
+    """
+    context, prefixes = _context(lm), _prefixes(lm.vocab_size, horizon) - 1
+    lm._context_cache = None
+    read = tokens_read(lm, lambda: exact_joint(lm, context, horizon))
+    chains = 3 * (horizon - 2) / lm.vocab_size
+    assert len(context) + prefixes <= read <= len(context) + prefixes * (1 + chains)
 
 
 PEAK = r"""
