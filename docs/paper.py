@@ -50,43 +50,55 @@ def every(first: dict[str, float], second: dict[str, float]) -> bool:
     return all(first[model] > second[model] for model in MODELS)
 
 
-def best_heads(page: Page) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The head of most tokens per call of each model, and the best of those trained alike."""
+def more(first: dict[str, float], second: dict[str, float]) -> dict[str, float]:
+    """By how much the first is above the second, for each model."""
+    return {model: first[model] - second[model] for model in MODELS}
+
+
+def of_three(table: pd.DataFrame, name: str) -> dict[str, float]:
+    """Tokens per call of a candidate's first three positions at the largest budget."""
+    parts = [candidate(table, name, f"survival_{k}") for k in (2, 3)]
+    return {model: 1 + sum(part[model] for part in parts) for model in MODELS}
+
+
+def best_heads(page: Page) -> pd.DataFrame:
+    """The head of most tokens per call of each model."""
     table = page.stored(WATERFALL)
-    alike = table[table["head"] != "recommended"]
-    top = [part.loc[part.groupby("model")["learned"].idxmax()] for part in (table, alike)]
-    return top[0], top[1]
+    return table.loc[table.groupby("model")["learned"].idxmax()]
 
 
 def abstract(page: Page) -> None:
     """Ten lines, the strongest findings first."""
-    levels, forms, table = page.stored(LEVELS), page.stored(FORMS), page.stored(WATERFALL)
-    best, alike = best_heads(page)
+    levels, forms = page.stored(LEVELS), page.stored(FORMS)
     ceilings = page.stored(ANCHORED).groupby(["model", "rank"])["tokens_per_call_token_target"]
     ceilings = ceilings.mean().unstack("rank")
-    told = table[table["anchored"] & (table["head"] != "recommended")]
-    told = told.set_index(["model", "rank"])["learned"].unstack("rank")
     over = {m: float(ceilings.loc[m, 16] - ceilings.loc[m, 1]) for m in MODELS}
-    learned = {m: float(told.loc[m, 16] - told.loc[m, 1]) for m in MODELS}
+    budget, earlier = sorted(levels["budget"].unique())[:-3:-1]
+    before = levels[levels["budget"] == earlier]
+    small, large = (
+        candidate(rows, "cp 8", "tokens_per_call") for rows in (before, levels)
+    )  # the same head after less and more training
+    trunk, rank = (
+        more(candidate(levels, name, "tokens_per_call"), large) for name in ("cp 8, wide", "cp 16")
+    )
     page.say("# Which draft head, and what it earns")
     page.say(
-        f"* **Training and trunk matter most.** More training and a larger trunk moved a head of rank 8 from {both(_of_rank(table, 8))} to "
-        f"{both(by_model(best, 'learned'))} of three tokens per call; no change of rank at equal training "
-        f"moved it by more than {max(abs(v) for v in _spread(told).values()):.2f}.",
-        WATERFALL,
-        holds=every(by_model(best, "learned"), by_model(alike, "learned")),
+        f"* **Training and trunk matter most.** From {earlier * 1024:,} to {budget * 1024:,} positions a head of rank 8 goes from {both(small)} "
+        f"to {both(large)} of four tokens per call; a wider and deeper trunk adds {both(trunk)} to that, twice the rank {both(rank)}.",
+        LEVELS,
+        holds=every(more(large, small), trunk) and every(trunk, rank),
     )
+    learned = more(*(of_three(levels, f"cp {rank}") for rank in (16, 1)))
     page.add(
         "* **The rank that a ceiling asks for is not the rank that pays.** For drafts that are told the "
-        f"first token, ceilings rise by {both(over)} from rank 1 to 16, heads trained alike by "
+        f"first token, ceilings rise by {both(over)} of three tokens per call from rank 1 to 16, the first three of four tokens of heads trained alike by "
         f"{both(learned, '{:+.2f}')}.",
         ANCHORED,
-        WATERFALL,
+        LEVELS,
         holds=every(over, learned),
     )
     markov, cp8, cp16 = (candidate(levels, n, "gain") for n in ("markov 64", "cp 8", "cp 16"))
     recurrent = candidate(levels, "recurrent", "gain")
-    budget = int(levels["budget"].max())
     page.add(
         "* **The form matters more than the rank.** After "
         f"{budget * 1024:,} positions a correction from token to token (Markov, transition rank 64) earns "
@@ -129,15 +141,6 @@ def abstract(page: Page) -> None:
         "* All of this is of two models of 1.6 million parameters over 104 tokens unless it says otherwise; "
         "the last section lists what it does not show."
     )
-
-
-def _of_rank(table: pd.DataFrame, rank: int) -> dict[str, float]:
-    rows = table[(table["rank"] == rank) & table["anchored"] & (table["head"] != "recommended")]
-    return by_model(rows, "learned")
-
-
-def _spread(told: pd.DataFrame) -> dict[str, float]:
-    return {m: float(told.loc[m].max() - told.loc[m].min()) for m in MODELS}
 
 
 def setting(page: Page) -> None:
@@ -337,7 +340,7 @@ def forms_section(page: Page) -> None:
 def learning_section(page: Page) -> None:
     """What trained heads reach of it."""
     levels, table = page.stored(LEVELS), page.stored(WATERFALL)
-    best, _ = best_heads(page)
+    best = best_heads(page)
     page.heading("What training reaches of it")
     share = {m: float(v) for m, v in by_model(best, "share_of_ceiling").items()}
     lost = {m: by_model(best, "em_fit")[m] - by_model(best, "learned")[m] for m in MODELS}
