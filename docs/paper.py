@@ -491,7 +491,8 @@ def decoding_section(page: Page) -> None:
 def backtest_section(page: Page) -> None:
     """Forecasts of heads that were not trained yet, held against those that then were."""
     table = page.stored(BACKTEST)
-    table = table[table["left_out"] == "group"]
+    table = table[(table["left_out"] == "group") & (table["horizon"] == 4)]
+    table = table[table["probes"] == "all probes"]
     error = (table["forecast"] / table["truth"] - 1).abs()
     rows, groups = [], table["group"].nunique()
     for times, part in error.groupby(table["times"]):
@@ -515,11 +516,12 @@ def backtest_section(page: Page) -> None:
         BACKTEST,
         holds=error.median() > 0.02,
     )
+    least = table.groupby("group")["inside"].mean()
     page.add(
-        f"Intervals are wide enough to say so: {table['inside'].mean():.0%} of them hold the truth where 90 % were promised, since the scale of the error is known from "
-        f"{groups - 1} other groups.",
+        f"Nor are intervals always wide enough: {table['inside'].mean():.0%} of them hold the truth where 90 % were promised, and of one group ({least.idxmin()}) {least.min():.0%}: "
+        f"the scale of the error is known from {groups - 1} other groups.",
         BACKTEST,
-        holds=table["inside"].mean() > 0.9,
+        holds=table["inside"].mean() < 0.9,
     )
     page.table(pd.DataFrame(rows), BACKTEST)
 

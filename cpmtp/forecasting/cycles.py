@@ -37,6 +37,7 @@ _ENTRIES_AT_ONCE = 1 << 24
 # Of the least probability that a law keeps: what rounding may leave of it in another pass (half-
 # precision scores of 20 are off by up to 0.1).
 _NEAR_EDGE = 0.5
+_SMALLEST = 1e-12
 
 
 @dataclass(frozen=True, repr=False)
@@ -203,6 +204,26 @@ def forecast_from_ratios(
     calls = starts.sum(1)  # (texts,)
     survived = (starts.unsqueeze(-1) * kept).sum(1)  # (texts, horizon)
     return CycleForecast(*weighted, *plain, len(ratios), rule, calls, survived)
+
+
+def divergences_along(
+    ratios: Float[Tensor, "texts starts drafted"],
+) -> Float[Tensor, "texts drafted"]:
+    """Mean of ``log p / q`` along each text by drafted position, over starts with a whole block:
+    the draft's divergence from the target at each position.
+
+    Tokens that a draft vocabulary leaves out are passed over.
+
+    Examples
+    --------
+    >>> half = torch.full((1, 5, 1), 0.5)
+    >>> round(float(divergences_along(half)), 3)
+    0.693
+    """
+    whole = ratios[:, : max(ratios.shape[1] - ratios.shape[2] + 1, 1)].double()
+    inside = whole > 0
+    logs = torch.where(inside, -whole.clamp_min(_SMALLEST).log(), 0.0)
+    return logs.sum(1) / inside.sum(1).clamp_min(1)  # (texts, drafted)
 
 
 def kept_along_text(

@@ -215,7 +215,7 @@ def forecast_heads(
     settings, begun = replace(settings, **changes), time.perf_counter()
     settings.law.check_vocabulary(lm.vocab_size)
     folder = None if out is None else require_folder(out)
-    shapes = ShapeChoice.stored() if curves is None else ShapeChoice.of(curves, losses=False)
+    shapes = ShapeChoice.stored() if curves is None else ShapeChoice.of(curves)
     training, held_back = (None, None) if texts is None else split_texts(texts)
     asked = with_draft_vocabulary(lm, candidates, training, seed=settings.seed)
     work = Work(lm, candidates_of(lm, asked), settings, begun)

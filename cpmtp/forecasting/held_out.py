@@ -16,7 +16,12 @@ from torch import Tensor
 
 from cpmtp.decoding.speculative import speculative_generate
 from cpmtp.drafts.lookup import looked_up
-from cpmtp.forecasting.cycles import ReadText, forecast_from_ratios, head_ratios
+from cpmtp.forecasting.cycles import (
+    ReadText,
+    divergences_along,
+    forecast_from_ratios,
+    head_ratios,
+)
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.language_model import sample_sequences
 from cpmtp.sampling_law import SamplingLaw
@@ -57,7 +62,15 @@ class HeldOut:
         self, head: DraftHead, horizons: Sequence[int], rule: str
     ) -> Float[ndarray, "horizons texts"]:
         """Expected cycles along each text at horizons up to the head's own."""
-        return self._cycles(head_ratios(head, self.read, self.start), horizons, rule)
+        return self.scores_of_head(head, horizons, rule)[0]
+
+    def scores_of_head(
+        self, head: DraftHead, horizons: Sequence[int], rule: str
+    ) -> tuple[Float[ndarray, "horizons texts"], Float[ndarray, "drafted texts"]]:
+        """The same, and the head's divergence from the target at each drafted position."""
+        ratios = head_ratios(head, self.read, self.start)
+        # (horizons, texts), (drafted, texts)
+        return self._cycles(ratios, horizons, rule), divergences_along(ratios).T.numpy()
 
     def cycles_of_lookup(
         self, horizons: Sequence[int], rule: str

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from cpmtp.forecasting.candidates import Candidate
+from cpmtp.forecasting.learning_curves.losses import DIVERGENCES, pooled_loss
 from cpmtp.forecasting.learning_curves.shape_choice import ShapeChoice
 from cpmtp.forecasting.learning_curves.shapes import forecast_logs
 from cpmtp.forecasting.learning_curves.tasks import Tasks, reference_of, short_name
@@ -86,12 +87,17 @@ class Scores:
         Logarithms of tokens per call; of untrained options the same at each.
     drawn : (draws, options, probes) array
         The same of resampled documents.
+    losses : (options, probes) array
+        See `cpmtp.forecasting.learning_curves.losses`; NaN of untrained options.
+    drawn_losses : (draws, options, probes) array
     """
 
     options: tuple[Option, ...]
     budgets: Float[ndarray, " probes"]
     logs: Float[ndarray, "options probes"]
     drawn: Float[ndarray, "draws options probes"]
+    losses: Float[ndarray, "options probes"]
+    drawn_losses: Float[ndarray, "draws options probes"]
 
     @classmethod
     def of(
@@ -106,10 +112,11 @@ class Scores:
         budgets = np.array(sorted(probes["budget"].unique()), dtype=float)
         whole = pd.concat([probes, lookup], ignore_index=True)
         options, columns = [Option(PLAIN, "plain decoding", 1, -1, {})], []
+        told = [name for name in DIVERGENCES if name in whole]
         sums = whole.pivot_table(
             index="document",
             columns=["candidate", "horizon", "budget"],
-            values=["tokens", "cycles"],
+            values=["tokens", "cycles", *told],
             aggfunc="sum",
         )
         for candidate, horizon in sorted({key[1:3] for key in sums.columns}):
@@ -128,7 +135,14 @@ class Scores:
         totals = [weights @ sums[name][flat].to_numpy() for name in ("tokens", "cycles")]
         logs = np.log(totals[0] / totals[1]).reshape(len(weights), -1, len(budgets))
         logs = np.concatenate([np.zeros_like(logs[:, :1]), logs], 1)  # plain decoding: one token
-        return cls(tuple(options), budgets, logs[0], logs[1:])
+        losses = np.full(logs.shape, np.nan)  # (1 + draws, options, probes)
+        for i, option in enumerate(options):
+            if option.kind == HEAD and told:
+                keys = [(option.candidate, option.horizon, budget) for budget in budgets]
+                off = [weights @ sums[name][keys].to_numpy() for name in told[: option.horizon - 1]]
+                tokens = weights @ sums["tokens"][keys].to_numpy()  # (1 + draws, probes)
+                losses[:, i] = pooled_loss(np.stack(off, -1) / tokens[..., None])
+        return cls(tuple(options), budgets, logs[0], logs[1:], losses[0], losses[1:])
 
     def outlook(self, shapes: ShapeChoice, budget: float, confidence: float, seed: int) -> Outlook:
         """All options at a budget; one that was probed is as it was measured."""
@@ -142,7 +156,8 @@ class Scores:
             reference = self._reference(mine)
             shape = shapes.level, shapes.difference
             logs[mine] = forecast_logs(*shape, tasks, reference)
-            documents[:, mine] = forecast_logs(*shape, tasks, reference, self.drawn[:, mine])
+            drawn = self.drawn[:, mine], self.drawn_losses[:, mine]
+            documents[:, mine] = forecast_logs(*shape, tasks, reference, *drawn)
             weights[mine] = shapes.seed_weights_of(tasks, reference)
         gains = logs - self.logs[:, -1]
         variances = shapes.of_level.seeds * weights
@@ -156,7 +171,7 @@ class Scores:
         return Outlook(budget, logs, low, high, gains, documents, documents + off, variances)
 
     def _tasks(self, rows: ndarray, budget: float, horizon: int) -> Tasks:
-        count, probes = len(rows), len(self.budgets)
+        count = len(rows)
         return Tasks(
             self.budgets,
             float(budget),
@@ -168,7 +183,8 @@ class Scores:
             np.full(count, np.nan),
             np.zeros(count),
             np.ones(count),
-            np.full((count, probes), np.nan),
+            self.losses[rows],
+            np.full(count, np.nan),
         )
 
     def _reference(self, rows: ndarray) -> Int[ndarray, " tasks"]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cpmtp.forecasting.candidates import Candidate
 from cpmtp.forecasting.held_out import HeldOut
+from cpmtp.forecasting.learning_curves.losses import DIVERGENCES
 from cpmtp.language_model import sample_sequences
 from cpmtp.training.heads import HeadTrainingSettings, train_heads, windows_of_text
 from cpmtp.whole_files import write_parquet, write_text
@@ -169,7 +170,8 @@ def train_probes(
     -------
     pandas.DataFrame
         A row per candidate, budget, horizon and text: `candidate` (its number), `document`,
-        `tokens` emitted and expected `cycles`; and what a step of the head took per position,
+        `tokens` emitted, expected `cycles`, and `divergence_2`, … summed over the tokens, see
+        `cpmtp.forecasting.cycles.divergences_along`; and what a step of the head took per position,
         `seconds_per_position`, and of all together, `seconds_of_all`.
 
     Raises
@@ -217,7 +219,9 @@ def _trained(
     tables = []
     for index, head in enumerate(heads):
         horizons = [n for n in plan.horizons if n <= head.horizon]
-        cycles = held_out.cycles_of_head(head, horizons, plan.rule)  # (horizons, texts)
+        # (horizons, texts), (drafted, texts)
+        cycles, divergences = held_out.scores_of_head(head, horizons, plan.rule)
+        off = dict(zip(DIVERGENCES, held_out.drawn * divergences, strict=False))
         for horizon, row in zip(horizons, cycles, strict=True):
             found = {"candidate": index, "budget": budget, "horizon": horizon}
             told = {"document": held_out.documents, "tokens": held_out.drawn, "cycles": row}
@@ -225,7 +229,7 @@ def _trained(
                 "seconds_per_position": spent[index] / budget,
                 "seconds_of_all": sum(spent) / budget,
             }
-            tables.append(pd.DataFrame(found | told | costs))
+            tables.append(pd.DataFrame(found | told | off | costs))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -257,6 +261,7 @@ def _claim(
     """The folder is of these probes, or of none yet."""
     own = asdict(plan) | {"budgets": []}  # others may be added
     described = {
+        "told": list(DIVERGENCES[:1]),  # earlier tables say nothing of divergences
         "model": lm.fingerprint,
         "candidates": [_short(c.keywords) for c in candidates],
         "plan": own | {"horizons": list(plan.horizons)},

@@ -15,9 +15,9 @@ default both embedded models, each on its own samples and on what Python carries
 probes of one, two and four units, and two seeds of targets of sixteen and thirty-two units on other
 windows and other held-out texts. A unit is 8,192 positions, a step 256. First seeds of all groups
 come first. `latency` times what every candidate's cycle takes, alone on the machine. `adopt` takes
-the table that `data/studies/curves.py` makes in the place of the groups of own samples: its budgets
-up to --largest-probe are probes, the larger ones targets (of the same seeds and documents, which
-flatters forecasts a little). `commit` writes down, from the groups that are trained, what will be
+the table that `data/studies/curve_losses.py` makes in the place of the groups of own samples: a
+model's largest budget is a target, the others are probes (of the same documents, which flatters
+forecasts a little). `commit` writes down, from the groups that are trained, what will be
 said of one that is not. `judge` leaves one group out after another, of three at least: families,
 shapes and the interval's scale come from the others. `store` puts the curves where forecasts borrow
 shapes from.
@@ -39,18 +39,18 @@ import numpy as np
 import pandas as pd
 import torch
 from judged_forecasts import judge
-from scipy import stats
 
 import cpmtp
 from cpmtp.corpora import read_documents, standard_library_documents
 from cpmtp.forecasting.candidates import Candidate, candidates_of, with_draft_vocabulary
 from cpmtp.forecasting.held_out import held_out_texts, split_texts
+from cpmtp.forecasting.learning_curves.losses import DIVERGENCES, pooled_loss
 from cpmtp.forecasting.learning_curves.shape_choice import ShapeChoice
 from cpmtp.forecasting.probes import ProbePlan, probe_precision, train_probes, training_windows
 from cpmtp.sampling_law import SamplingLaw
 from cpmtp.whole_files import write_parquet, write_text
 
-HORIZON = 4
+HORIZON, HORIZONS = 4, (2, 3, 4)
 CANDIDATES = [
     {"form": "cp", "rank": 1},
     {"form": "cp", "rank": 4},
@@ -66,7 +66,7 @@ TEXTS, START, DRAWN = 64, 32, 48
 STAGES = ("curves", "latency", "adopt", "commit", "judge", "store")
 TRUNK = ("width", "blocks")
 COLUMNS = ["group", "role", "seed", "budget", "form", "horizon", "rank", "transition_rank"]
-COLUMNS += [*TRUNK, "tokens_per_call", "s_doc", "seconds_per_position"]
+COLUMNS += [*TRUNK, "tokens_per_call", "s_doc", "loss", "seconds_per_position"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Size:
     def plan(self, role: str, seed: int) -> ProbePlan:
         """Budgets of probes or targets."""
         budgets = tuple(k * self.unit for k in (PROBES if role == "probe" else self.targets))
-        sizes = (self.rows, self.length, (HORIZON,))
+        sizes = (self.rows, self.length, HORIZONS)
         return ProbePlan(budgets, *sizes, precision=probe_precision("cpu"), seed=seed)
 
     def model(self, name: str):
@@ -184,16 +184,20 @@ def time_heads(out: Path, groups: list[Group], size: Size, seconds: float) -> No
 def curve_rows(
     table: pd.DataFrame, sizes: list[dict], group: str, role: str, seed: int
 ) -> pd.DataFrame:
-    """A row per training from its texts: pooled tokens per call, its error over documents."""
+    """A row per training and horizon from its texts: pooled tokens per call, its error over
+    documents, and the loss.
+    """
     rows = []
-    for (candidate, budget), part in table.groupby(["candidate", "budget"]):
+    for (candidate, budget, horizon), part in table.groupby(["candidate", "budget", "horizon"]):
         sums = part.groupby("document")[["tokens", "cycles"]].sum()
         ratio = sums["tokens"].sum() / sums["cycles"].sum()
         off = (sums["tokens"] - ratio * sums["cycles"]).std() / len(sums) ** 0.5
         found = {"tokens_per_call": ratio, "s_doc": off / sums["tokens"].mean()}
+        divergences = part[list(DIVERGENCES[: horizon - 1])].sum() / part["tokens"].sum()
+        found["loss"] = float(pooled_loss(divergences.to_numpy()))
         costs = {"seconds_per_position": part["seconds_per_position"].iloc[0]}
         key = {"group": group, "role": role, "seed": seed, "budget": budget}
-        rows.append(key | sizes[candidate] | found | costs)
+        rows.append(key | sizes[candidate] | {"horizon": horizon} | found | costs)
     return pd.DataFrame(rows)
 
 
@@ -202,21 +206,23 @@ def read_curves(out: Path) -> pd.DataFrame:
     return pd.concat(map(pd.read_parquet, files), ignore_index=True)
 
 
-def adopt(out: Path, file: Path, largest: int) -> None:
-    """The grid of curves as groups: a base model's own samples each."""
+def adopt(out: Path, file: Path) -> None:
+    """The grid of curves as groups: a base model's own samples each; of every model the largest
+    budget is a target.
+    """
     table = pd.read_parquet(file)
-    table = table[table["tokens_per_call"].notna() & ~table["over_text"].astype(bool)]
-    half = (table["tokens_per_call_high"] - table["tokens_per_call_low"]) / 2
+    largest = table.groupby("model")["budget"].transform("max")
     table = table.assign(
         group=table["model"] + ", own samples",
-        role=np.where(table["budget"] <= largest, "probe", "target"),
+        role=np.where(table["budget"] < largest, "probe", "target"),
         budget=table["positions"],
-        s_doc=half / stats.norm.ppf(0.975) / table["tokens_per_call"],
-        seconds_per_position=table["training_seconds"] / table["positions"],
     )
     for group in table["group"].unique():
         if (out / "groups" / group / "probe-0" / "probes.json").exists():
             raise SystemExit(f"{group} has curves of its own: one group must not be two")
+    for group in table["group"].unique():
+        for file in sorted((out / "groups" / group).glob("*/curve.parquet")):
+            file.unlink()
     for (group, role, seed), rows in table.groupby(["group", "role", "seed"]):
         write_parquet(out / "groups" / group / f"{role}-{seed}" / "curve.parquet", rows[COLUMNS])
 
@@ -227,7 +233,7 @@ def commit(out: Path, groups: list[Group]) -> None:
     for group in groups:
         if (out / "groups" / group.name).exists():
             raise SystemExit(f"{group.name} has curves already: nothing is left to commit to")
-        found = ShapeChoice.of(table[table["group"] != group.name], losses=False)
+        found = ShapeChoice.of(table[table["group"] != group.name])
         told = {"level": found.level.words, "difference": found.difference.words}
         told |= {"of_level": asdict(found.of_level), "of_difference": asdict(found.of_difference)}
         told |= {"groups": list(found.groups), "date": time.strftime("%Y-%m-%d %H:%M")}
@@ -236,15 +242,11 @@ def commit(out: Path, groups: list[Group]) -> None:
 
 
 def store(out: Path) -> None:
-    """The curves, and those stored already that are not among them."""
+    """The curves, in the place of those stored before."""
     file = Path(__file__).parents[1] / "curves" / "stored.csv"
     kept = [name for name in COLUMNS if name != "seconds_per_position"]
-    found, before = read_curves(out)[kept].round(6), pd.read_csv(file)
-    keys = [*kept[:8], "width"]
-    known = set(found[keys].itertuples(index=False, name=None))
-    others = [row not in known for row in before[keys].itertuples(index=False, name=None)]
-    whole = pd.concat([before[others], found]).sort_values(keys, kind="stable")
-    write_text(file, whole[kept].to_csv(index=False))
+    whole = read_curves(out)[kept].sort_values([*kept[:8], "width"], kind="stable")
+    write_text(file, whole.round(6).to_csv(index=False))
 
 
 def main() -> None:
@@ -253,8 +255,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--group", action="append", help="NAME=MODEL or NAME=MODEL:CORPUS")
     parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--table", type=Path, help="of data/studies/curves.py, to adopt")
-    parser.add_argument("--largest-probe", type=int, default=128, help="of --table, in thousands")
+    parser.add_argument("--table", type=Path, help="of data/studies/curve_losses.py")
     parser.add_argument("--ceilings", type=Path, help="JSON: group to the candidate they choose")
     parser.add_argument("--unit", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=4)
@@ -276,7 +277,7 @@ def main() -> None:
     stages: dict[str, Callable[[], None]] = {
         "curves": lambda: curves(given.out, groups, size, deadline),
         "latency": lambda: time_heads(given.out, groups, size, given.seconds),
-        "adopt": lambda: adopt(given.out, given.table, given.largest_probe),
+        "adopt": lambda: adopt(given.out, given.table),
         "commit": lambda: commit(given.out, groups),
         "judge": lambda: judge(given.out, read_curves(given.out), ceilings),
         "store": lambda: store(given.out),

@@ -20,6 +20,7 @@ from cpmtp.whole_files import write_parquet
 
 CONFIDENCE = 0.9
 EIGHT = 8
+HORIZON = 4
 
 
 def judge(out: Path, table: pd.DataFrame, ceilings: dict[str, str]) -> None:
@@ -67,7 +68,7 @@ def forecast_rows(table: pd.DataFrame, group: str, form: str | None) -> pd.DataF
     others, mine = table[table["group"] != group], table[table["group"] == group]
     if form is not None:
         others, mine = others[others["form"] != form], mine[mine["form"].isin([form, "cp"])]
-    shapes, rows = ShapeChoice.of(others, losses=False), []
+    shapes, rows = ShapeChoice.of(others), []
     for tasks in tasks_of(checked_curves(mine)):
         logs, reference = shapes.forecast(tasks), reference_rows(tasks, shapes.reference)
         gains, weights = logs - tasks.logs[:, -1], shapes.seed_weights(tasks)
@@ -80,6 +81,7 @@ def forecast_rows(table: pd.DataFrame, group: str, form: str | None) -> pd.DataF
             "candidate": tasks.candidates,
             "seed": tasks.seeds,
             "times": tasks.at / tasks.budgets[-1],
+            "horizon": int(tasks.most),
             "forecast": np.exp(logs),
             "truth": np.exp(truths),
             "inside": np.abs(logs - truths) <= half,
@@ -96,6 +98,7 @@ def forecast_rows(table: pd.DataFrame, group: str, form: str | None) -> pd.DataF
 
 
 def report(left_out: str, rows: pd.DataFrame) -> None:
+    rows = rows[rows["horizon"] == HORIZON]
     errors = rows["forecast"] / rows["truth"] - 1
     apart = rows[~rows["reference"]]
     off = (apart["difference"] - apart["true_difference"]).abs()
@@ -103,6 +106,8 @@ def report(left_out: str, rows: pd.DataFrame) -> None:
     for times, part in errors.abs().groupby(rows["times"]):
         print(f"  {times:g} x: error median {part.median():.1%}, 90 % {part.quantile(0.9):.1%}")
     print(f"  difference to the reference: median {off.median():.3f}, 90 % {off.quantile(0.9):.3f}")
+    for group, part in errors.groupby(rows["group"]):
+        print(f"  {group}: mean {part.mean():+.1%}, median {part.abs().median():.1%}")
     by_group = rows.groupby("group")["inside"].mean()
     print(
         f"  a {CONFIDENCE:.0%} interval covers {rows['inside'].mean():.1%}, the least of a group "
@@ -117,11 +122,11 @@ def choice_losses(
     """Share of tokens per second that each rule's choice is behind the best in hindsight."""
     for group in groups:
         others, mine = table[table["group"] != group], table[table["group"] == group]
-        shapes = ShapeChoice.of(others, losses=False)
+        mine = mine[mine["horizon"] == HORIZON]
         file = out / "groups" / group / "latency.json"
         if not file.exists():
             continue  # nothing is known of its tokens per second
-        latency = read_latency(file)
+        shapes, latency = ShapeChoice.of(others), read_latency(file)
         named = checked_curves(mine).drop_duplicates("candidate").set_index("candidate")
         for whole in tasks_of(checked_curves(mine)):
             for seed in sorted(set(whole.seeds)):

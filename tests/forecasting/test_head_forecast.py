@@ -20,11 +20,9 @@ from cpmtp.forecasting.held_out import held_out_texts, lookup_matches, split_tex
 from cpmtp.forecasting.probes import largest_affordable, probe_budgets
 from cpmtp.latency import LatencyModel, MeasuredLatency
 from cpmtp.pretrained import HuggingFaceLanguageModel
-from cpmtp.report.first_screen.forecast import (
-    HeadsForecast,
-    forecast_answer,
-    forecast_sections,
-)
+from cpmtp.report.blocks import Table
+from cpmtp.report.findings.forecast import forecast_sections
+from cpmtp.report.first_screen.forecast import HeadsForecast, forecast_answer
 from cpmtp.sampling_law import SamplingLaw
 from cpmtp.training.heads import train_head
 from cpmtp.training.new_models import new_llama
@@ -140,7 +138,8 @@ def test_a_report_reads_what_was_written(found, folder):
     assert stored.speedup[0] == pytest.approx(choice.speedup)
     lines = [block.label for block in forecast_answer(stored, 2.5).blocks if block.label]
     assert lines[0] in ("Train", "Pilot first", "Do not train") and len(lines) == 4
-    best = next(iter(forecast_sections(stored))).blocks[1]
+    blocks = [block for section in forecast_sections(stored) for block in section.blocks]
+    best = next(block for block in blocks if isinstance(block, Table))
     assert len(best.rows) == found.table["option"].nunique()
 
 

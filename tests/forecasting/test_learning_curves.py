@@ -7,7 +7,6 @@ import pytest
 
 from cpmtp.forecasting.learning_curves.families import (
     RATIOS,
-    MonotoneLink,
     Profile,
     damped_trend,
     power_law,
@@ -107,14 +106,6 @@ def test_beyond_what_others_were_trained_to_a_borrowed_shape_slows_down():
     found = profile.height(2.0 ** np.arange(4, 9))
     steps = np.diff(found)
     assert (steps > 0).all() and steps[1:] == pytest.approx(steps[:-1] * 0.5, rel=1e-6)
-
-
-def test_a_link_never_rises_with_the_loss():
-    chance = np.random.default_rng(0)
-    losses = chance.random(40) * 3
-    link = MonotoneLink.of(losses, 1 - 0.3 * losses + 0.1 * chance.standard_normal(40))
-    found = link(np.linspace(-1, 5, 200))
-    assert (np.diff(found) <= 1e-12).all() and found[0] > found[-1]
 
 
 @pytest.mark.parametrize("case", PROTOTYPE)

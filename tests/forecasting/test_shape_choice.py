@@ -119,10 +119,13 @@ def test_intervals_grow_with_what_is_added_and_with_confidence():
     assert found.farthest == 262144 / 32768
 
 
-def test_the_stored_curves_speak_for_a_damped_trend():
+def test_the_stored_curves_speak_for_losses():
     found = ShapeChoice.stored()
-    assert (found.level.family, found.level.ratio) == ("damped", pytest.approx(0.82))
-    assert len(found.groups) >= 3 and found.of_level.scale > 0
+    assert found.level.family == "loss" and found.difference.family == "levels"
+    assert len(found.groups) >= 5 and found.of_level.scale > found.of_difference.scale > 0
+    assert found.farthest == 8
+    without = found.errors[found.errors["family"] == "damped"]["error"].min()
+    assert found.errors.set_index("family").loc["levels", "error"] < without
 
 
 @pytest.mark.parametrize(

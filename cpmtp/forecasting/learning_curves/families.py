@@ -26,7 +26,6 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 from numpy.typing import ArrayLike
-from scipy.optimize import isotonic_regression
 
 RATIOS = np.linspace(0.0, 1.0, 101)
 _SWEEPS = 60
@@ -213,39 +212,3 @@ def _lines(seen: ndarray, known: ndarray, heights: ndarray) -> tuple[ndarray, nd
     centred = known * (heights - mean[:, None])  # (curves, points)
     slope = (centred * seen).sum(1) / np.maximum((centred**2).sum(1), 1e-300)
     return seen.sum(1) / count - slope * mean, slope
-
-
-@dataclass(frozen=True)
-class MonotoneLink:
-    """From a held-out loss to the logarithm of tokens per call, never rising; pooled over curves.
-
-    Attributes
-    ----------
-    losses, logs : (points,) float arrays
-        Knots, losses ascending; linear between, and beyond the ends at the slope of all knots.
-    """
-
-    losses: Float[ndarray, " points"]
-    logs: Float[ndarray, " points"]
-
-    @classmethod
-    def of(cls, losses: ndarray, logs: ndarray) -> MonotoneLink:
-        """Isotonic regression over points of any curves, at least two.
-
-        Examples
-        --------
-        >>> link = MonotoneLink.of(np.array([1.0, 2.0, 3.0]), np.array([0.9, 0.5, 0.7]))
-        >>> link.logs.tolist()
-        [0.9, 0.6, 0.6]
-        """
-        order = np.argsort(losses)
-        fitted = isotonic_regression(logs[order], increasing=False).x
-        knots, first = np.unique(losses[order], return_index=True)
-        return cls(knots, fitted[first])
-
-    def __call__(self, losses: ndarray) -> ndarray:
-        """Logarithms of tokens per call at any losses."""
-        width = max(float(self.losses[-1] - self.losses[0]), 1e-300)
-        slope = (self.logs[-1] - self.logs[0]) / width
-        beyond = np.minimum(losses - self.losses[0], 0) + np.maximum(losses - self.losses[-1], 0)
-        return np.interp(losses, self.losses, self.logs) + slope * beyond

@@ -96,8 +96,8 @@ class ShapeChoice:
 
     @classmethod
     def stored(cls) -> ShapeChoice:
-        """From the curves that come with the package, without their losses."""
-        return cls.of(pd.read_csv(_stored_curves()), losses=False)
+        """From the curves that come with the package."""
+        return cls.of(pd.read_csv(_stored_curves()))
 
     @classmethod
     def of(cls, curves: pd.DataFrame, *, losses: bool = True) -> ShapeChoice:
@@ -174,11 +174,14 @@ class ShapeChoice:
         return t * np.sqrt(variance)
 
     def forecast(
-        self, tasks: Tasks, logs: Float[ndarray, "*batch tasks probes"] | None = None
+        self,
+        tasks: Tasks,
+        logs: Float[ndarray, "*batch tasks probes"] | None = None,
+        losses: Float[ndarray, "*batch tasks probes"] | None = None,
     ) -> Float[ndarray, "*batch tasks"]:
         """Logarithms of tokens per call at the tasks' budget."""
         rows = reference_rows(tasks, self.reference)
-        return forecast_logs(self.level, self.difference, tasks, rows, logs)
+        return forecast_logs(self.level, self.difference, tasks, rows, logs, losses)
 
     def seed_weights(self, tasks: Tasks) -> Float[ndarray, " tasks"]:
         """How seeds count in each task's forecast: see `half_widths`."""
@@ -205,6 +208,7 @@ class _Judged:
     batches: list[Tasks]
     reference: str
     groups: tuple[str, ...]
+    known: dict[tuple[str, str, str], Shape] = field(default_factory=dict)
 
     def split(self, group: str) -> tuple[list[Tasks], list[Tasks]]:
         """Tasks of the other groups, and of this one."""
@@ -216,12 +220,18 @@ class _Judged:
                     side.append(tasks.of(keep))
         return sides[0], sides[1]
 
+    def without(self, group: str, kind: tuple[str, str]) -> Shape:
+        """The shape of a family fitted to the other groups."""
+        key = (group, *kind)
+        if key not in self.known:
+            self.known[key] = fitted(kind, self.split(group)[0])
+        return self.known[key]
+
     def level_error(self, family: str, scale: str) -> float:
         """Mean over groups of the mean absolute error of their logarithms."""
         means = []
         for group in self.groups:
-            others, mine = self.split(group)
-            shape = fitted((family, scale), others)
+            shape, mine = self.without(group, (family, scale)), self.split(group)[1]
             errors = [np.abs(shape.values(t, t.logs) - t.truths) for t in mine]
             means.append(np.concatenate(errors).mean())
         return float(np.mean(means))
@@ -237,7 +247,8 @@ class _Judged:
         parts = []
         for group in self.groups:
             others, mine = self.split(group)
-            shapes = fitted(level, others), fitted_difference(difference, others, self.reference)
+            apart = fitted_difference(difference, others, self.reference)
+            shapes = self.without(group, level), apart
             parts += [_columns(*shapes, tasks, self.reference) for tasks in mine]
         return pd.DataFrame({name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
 

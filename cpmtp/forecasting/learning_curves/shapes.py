@@ -16,11 +16,11 @@ from numpy import ndarray
 
 from cpmtp.forecasting.learning_curves.families import (
     RATIOS,
-    MonotoneLink,
     Profile,
     damped_trend,
     power_law,
 )
+from cpmtp.forecasting.learning_curves.losses import LossCurve
 from cpmtp.forecasting.learning_curves.tasks import Tasks, short_name
 
 # Family and the scale it is taken on.
@@ -42,20 +42,20 @@ class Shape:
     Attributes
     ----------
     family : {"damped", "power", "borrowed", "loss", "levels"}
-        ``loss``: a damped trend of the loss's logarithm, and the link from there; ``levels``, of
+        ``loss``: by way of the loss, see `cpmtp.forecasting.learning_curves.losses`; ``levels``, of
         differences: those of the forecast levels.
     scale : {"log", "tokens", "difference"}
     ratio : float
-        Per doubling, of damped trends and power laws.
+        Per doubling, of damped trends and power laws; of losses that of other groups.
     profile : Profile, optional
-    link : MonotoneLink, optional
+    curve : LossCurve, optional
     """
 
     family: str
     scale: str
     ratio: float = 0.0
     profile: Profile | None = None
-    link: MonotoneLink | None = None
+    curve: LossCurve | None = None
 
     @property
     def words(self) -> str:
@@ -68,8 +68,10 @@ class Shape:
         tasks: Tasks,
         logs: Float[ndarray, "*batch tasks probes"],
         ratio: float | Float[ndarray, " ratios"] | None = None,
+        losses: Float[ndarray, "*batch tasks probes"] | None = None,
     ) -> Float[ndarray, "..."]:
-        """Forecasts at the tasks' budget from probes' values in the place of the tasks' own.
+        """Forecasts at the tasks' budget from probes' values (and losses) in the place of the
+        tasks' own.
 
         Logarithms of tokens per call, between one token and the horizon; or differences of such.
         """
@@ -79,9 +81,8 @@ class Shape:
             assert self.profile is not None
             found = self.profile.extrapolate(budgets, logs, at)
         elif self.family == "loss":
-            assert self.link is not None
-            later = np.exp(damped_trend(budgets, np.log(tasks.losses), at, ratio))
-            found = logs[..., -1] + self.link(later) - self.link(tasks.losses[:, -1])
+            assert self.curve is not None
+            found = self.curve.values(tasks, logs, tasks.losses if losses is None else losses)
         elif self.family == "power":
             found = np.log(np.maximum(power_law(budgets, np.exp(logs), at, ratio, most=most), 1.0))
         elif self.scale == "tokens":
@@ -97,6 +98,7 @@ def forecast_logs(
     tasks: Tasks,
     reference: Int[ndarray, " tasks"],
     logs: Float[ndarray, "*batch tasks probes"] | None = None,
+    losses: Float[ndarray, "*batch tasks probes"] | None = None,
 ) -> Float[ndarray, "*batch tasks"]:
     """Levels: the reference's by the level's shape, the others' by their difference to it.
 
@@ -106,11 +108,11 @@ def forecast_logs(
     tasks : Tasks
     reference : (tasks,) int array
         The task of each one's reference, or -1 where it has none.
-    logs : (*batch, tasks, probes) float array, optional
+    logs, losses : (*batch, tasks, probes) float arrays, optional
         Probes' values in the place of the tasks' own.
     """
     logs = tasks.logs if logs is None else logs
-    direct = level.values(tasks, logs)  # (*batch, tasks)
+    direct = level.values(tasks, logs, losses=losses)  # (*batch, tasks)
     if difference.family == "levels":
         return direct
     steps = difference.values(tasks, logs - logs[..., reference, :])  # (*batch, tasks)
@@ -133,13 +135,12 @@ def fitted(kind: tuple[str, str], batches: list[Tasks]) -> Shape:
     family, scale = kind
     if family == "borrowed":
         return Shape(family, scale, profile=Profile.of(list(_curves(batches))))
-    link = None
     if family == "loss":
-        losses = np.concatenate([t.losses.ravel() for t in batches])
-        link = MonotoneLink.of(losses, np.concatenate([t.logs.ravel() for t in batches]))
-    shape = Shape(family, scale, link=link)
+        curve = LossCurve.of(batches)
+        return Shape(family, scale, ratio=curve.ratio, curve=curve)
+    shape = Shape(family, scale)
     errors = [_errors(shape, tasks, tasks.logs, tasks.truths) for tasks in batches]
-    return Shape(family, scale, ratio=_best_ratio(batches, errors), link=link)
+    return Shape(family, scale, ratio=_best_ratio(batches, errors))
 
 
 def fitted_difference(kind: tuple[str, str], batches: list[Tasks], reference: str) -> Shape:
@@ -179,8 +180,8 @@ def _curves(batches: list[Tasks]) -> Iterator[tuple[ndarray, ndarray]]:
 
 
 def losses_known(batches: list[Tasks]) -> bool:
-    """Whether every probe has a loss."""
-    return all(np.isfinite(tasks.losses).all() for tasks in batches)
+    """Whether every probe has a loss, and every end."""
+    return all(np.isfinite(t.losses).all() and np.isfinite(t.end_losses).all() for t in batches)
 
 
 def slopes_of(

@@ -3,8 +3,9 @@
 The table has a row per training: its `group` (a base model with a kind of text), the candidate's
 sizes, `seed`, `budget` in positions, `role` (probe or target), and what it reached:
 `tokens_per_call` on held-out documents, its standard error over documents `s_doc` (of the
-logarithm), and, where it is known, the held-out distillation `loss`. Targets have other seeds and
-other documents than probes.
+logarithm), and, where it is known, the held-out `loss`, see
+`cpmtp.forecasting.learning_curves.losses`. Targets have other seeds and other documents than
+probes.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Tasks:
         Trainings that the truth is the mean of.
     losses : (tasks, probes) float array
         NaN where they are not known.
+    end_losses : (tasks,) float array
+        At the budget wanted; NaN where it is not known.
     """
 
     budgets: Float[ndarray, " probes"]
@@ -60,6 +63,7 @@ class Tasks:
     noise: Float[ndarray, " tasks"]
     truth_seeds: Float[ndarray, " tasks"]
     losses: Float[ndarray, "tasks probes"]
+    end_losses: Float[ndarray, " tasks"]
 
     def __len__(self) -> int:
         return len(self.truths)
@@ -67,7 +71,7 @@ class Tasks:
     def of(self, keep: ndarray) -> Tasks:
         """Some of them."""
         arrays = ("groups", "candidates", "seeds", "logs", "truths", "noise", "truth_seeds")
-        chosen = {name: getattr(self, name)[keep] for name in (*arrays, "losses")}
+        chosen = {name: getattr(self, name)[keep] for name in (*arrays, "losses", "end_losses")}
         return Tasks(self.budgets, self.at, self.most, **chosen)
 
 
@@ -162,6 +166,7 @@ def _task(curve: list[dict], ends: list[dict]) -> dict:
         "losses": [row["loss"] for row in curve],
         "truth": np.mean([row["log_tokens"] for row in ends]),
         "truth_seeds": len(ends),
+        "end_loss": np.exp(np.mean(np.log([row["loss"] for row in ends]))),
         "noise": curve[-1]["s_doc"] ** 2 + np.mean([row["s_doc"] ** 2 for row in ends]),
     }
 
@@ -182,6 +187,7 @@ def _stacked(budgets: tuple, at: float, most: float, rows: list[dict]) -> Tasks:
         column("noise", float),
         column("truth_seeds", float),
         column("losses", float),
+        column("end_loss", float),
     )
 
 
