@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import paper
+import paper_temperature
 from page import Page
 
 STUDIES = Path(__file__).parents[1] / "data" / "studies"
@@ -15,7 +16,9 @@ SECTIONS = (
     paper.abstract,
     paper.setting,
     paper.learning_section,
+    paper_temperature.forms_lost_section,
     paper.forms_section,
+    paper_temperature.temperature_section,
     paper.rank_section,
     paper.told_section,
     paper.backtest_section,

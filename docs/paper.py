@@ -7,6 +7,7 @@ from functools import partial
 
 import pandas as pd
 from page import Page
+from paper_temperature import temperature_line
 
 from cpmtp.latency import memory_bound_latency
 from cpmtp.ranking.parts import OUTCOME
@@ -130,6 +131,7 @@ def abstract(page: Page) -> None:
         FORMS,
         holds=max(path.values()) < 0,
     )
+    temperature_line(page)
     cells = page.stored(DECODING)
     error = (cells["forecast"] / cells["measured"] - 1).abs()
     page.add(
@@ -585,6 +587,7 @@ LIMITS = """## What this does not show
 * **Engines.** Times are of this library's loop on a CPU. A serving engine's kernels, batching and drafters are its own: measure its step curve.
 * **Trees and adaptive lengths.** One path of a fixed length is drafted and verified. Trees of drafts, and stopping by confidence, change what a position is worth.
 * **Long horizons.** Three tokens in ceilings, four in heads. Published blocks have 7 to 16, where memory beyond one token may pay.
+* **Low temperatures, trained.** Ceilings at low temperatures are stored, heads trained for them are not: the grid is at temperature 1.
 * **Training at scale.** The grid ends far below what one trains for use; curves still rise there, and a candidate may overtake another later.
 
 ## Five objections

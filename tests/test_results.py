@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -91,7 +92,11 @@ SOURCES = (
     *("reference", "methods", "anchored/table.parquet", "forms/summary.csv"),
     *("curves/levels.csv", "curves/first_position.csv", "curves/winners.csv"),
     *("head/waterfall.parquet", "head/decoding.parquet", "backtest/backtest.parquet"),
+    *("real_model/heads.csv", "real_model/decoding_time.csv", "waterfall/summary.csv"),
 )
+STUDIES = Path(__file__).parents[1] / "data" / "studies"
+# Told where they are stored.
+SOURCES += tuple(name for name in ("bounds/proposals.csv",) if (STUDIES / name).is_file())
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,7 @@ def export(
         parts = (f"{one.first} to {one.last}: {one.drafted}" for one in table.schedule)
         print(f"  drafted tokens by batch: {'; '.join(parts)}")
     print(f"written   {file}\nconditions {whole}")
-    print(f"use       {form.use.format(file=file.name)}")
+    print(f"use       {form.use.format(file=shlex.quote(file.name))}")
 
 
 def _table(folder: Path, kind: str | None, wanted):

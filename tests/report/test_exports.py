@@ -226,6 +226,9 @@ def test_a_forecast_gives_the_differences_of_its_horizons(tmp_path):
     assert table.kind == "forecast" and table.rates == pytest.approx((0.7, 0.5))
     assert table.conditions["mean_length_interval"] == [1.8, 2.5]
     assert table.conditions["draft"] == "cp, rank 4"
+    model = {"name": "m", "fingerprint": "f" * 64, "device": "cpu", "dtype": "float32"}
+    of = table_of_forecast(HeadsForecast(found.table, found.told | {"model": model})).conditions
+    assert (of["model"], of["model_sha256"]) == ("m", "f" * 64)
     assert table.by_drafted == {1: 1.7, 2: 2.2}
     other = table_of_forecast(found, None, Wanted(head="markov 64"))
     assert other.mean_length == pytest.approx(2.1) and len(other.rates) == 2
@@ -367,6 +370,18 @@ def test_the_command_reads_the_shipped_study(monkeypatch, capsys, tmp_path, root
 def test_bad_input_is_one_line(monkeypatch, capsys, tmp_path, more, message):
     status, _, err = run(monkeypatch, capsys, "export", stored(tmp_path), *more)
     assert status == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_head_or_a_load_of_a_study_is_refused_and_what_to_use_is_quoted(
+    monkeypatch, capsys, tmp_path, root
+):
+    folder = root / "data" / "studies" / "reference"
+    arguments = ("export", folder, "--to", "vllm", "--model", "code")
+    for option, value in (("head", "markov 64"), ("load", "8")):
+        status, _, err = run(monkeypatch, capsys, *arguments, f"--{option}", value)
+        assert status == 2 and f"{option} " in err and "no " + option in err
+    _, out, _ = run(monkeypatch, capsys, *arguments, "--out", tmp_path / "a $(b) ;c.json")
+    assert "$(cat 'a $(b) ;c.json')" in out
 
 
 def test_folders_without_results_are_refused(monkeypatch, capsys, tmp_path):

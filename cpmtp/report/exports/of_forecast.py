@@ -108,9 +108,10 @@ def _conditions(
     found: HeadsForecast, row: pd.Series, lengths: pd.Series, latency: MeasuredLatency | None
 ) -> dict[str, Any]:
     settings, told = found.told["settings"], found.told
+    model = told.get("model") or {}
     return {
-        "model": told.get("model"),
-        "model_sha256": told.get("model_sha256"),
+        "model": told.get("studied_as") or model.get("name"),
+        "model_sha256": model.get("fingerprint"),
         "draft": described(row),
         "horizon": row["horizon"],
         "anchored": row.get("anchored", True),

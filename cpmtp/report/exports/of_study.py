@@ -35,8 +35,14 @@ def table_of_study(
     ------
     ValueError
         If the study has several models or kinds of contexts and none is named, or not what is
-        wanted.
+        wanted; a head or a load is nothing that ceilings have.
     """
+    for name in ("head", "load"):
+        if (value := getattr(wanted, name)) is not None:
+            raise ValueError(
+                f"{name} {value!r}: ceilings of a study are of no {name}; a forecast's or decoded "
+                "figures are"
+            )
     subject = _one_subject(table, wanted, extras)
     horizon, rank = subject.best
     horizon, rank = wanted.horizon or horizon, wanted.rank or rank
