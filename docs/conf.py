@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -41,6 +42,8 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "auto"  # notebooks are stored without outputs
 nb_execution_timeout = 300
+# Without widgets a bar is plain text; that is no finding of a notebook.
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")
 nb_execution_raise_on_error = True
 
 # Notebooks stand beside the package; a copy stands here while the pages are built.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -72,3 +73,15 @@ def test_a_figure_in_a_page_has_no_colour_of_its_own():
     assert "background" in svg and "background" not in themed
     assert themed.count("var(--series-0") >= 1
     assert "a $title$ &lt;b&gt;" in themed
+
+
+def test_the_style_leaves_a_notebook_showing_its_figures():
+    before = matplotlib.is_interactive()
+    try:
+        matplotlib.interactive(False)
+        size = matplotlib.rcParams["font.size"]
+        with plots.house_style():
+            matplotlib.interactive(True)  # as a notebook's first figure does
+        assert matplotlib.is_interactive() and matplotlib.rcParams["font.size"] == size
+    finally:
+        matplotlib.interactive(before)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
@@ -36,9 +36,14 @@ _LETTER, _LEFT_LABEL = 0.1, 0.08  # inches of a letter; share of the width for t
 _KL_FLOOR = 1e-6  # a logarithmic axis has no zero
 
 
-def house_style() -> AbstractContextManager[None]:
+@contextmanager
+def house_style() -> Iterator[None]:
     """The style as a context: ``with house_style(): figure, ax = plt.subplots()``."""
-    return matplotlib.rc_context(STYLE)
+    with matplotlib.rc_context(STYLE):
+        yield
+        shown = matplotlib.is_interactive()
+    # A notebook's first figure turns this on, and without it no later figure would be shown.
+    matplotlib.interactive(shown)
 
 
 def plot_error_against_rank(
