@@ -10,7 +10,9 @@ STAGE one of
   and 0. Held-out documents give none of them.
 * ``rates``: a recurrent head at three learning rates, for 32k positions each.
 * ``forms``: four candidates side by side on the same windows and kept hidden states.
-* ``long``: the best of them for longer.
+* ``more``: more such windows of other pieces of the same documents, 512 text and three times 128
+  written by the model, for each domain.
+* ``long``: a head of the best form for longer, on all of them.
 * ``judge``: what heads earn on held-out documents, and what prompt lookup does.
 
 Every head drafts the 4,096 most frequent tokens of the windows. `heads/NAME` holds a head, its
@@ -40,7 +42,9 @@ from cpmtp.training.heads import train_heads, windows_of_text
 from cpmtp.whole_files import write_tensors, write_text
 
 DOMAINS, TEMPERATURES = ("code", "prose"), (1.0, 0.7, 0.0)
-LENGTH, PROMPT, TEXT, OWN, HELD_OUT = 256, 32, 512, 64, 16
+LENGTH, PROMPT = 256, 32
+# Windows of each domain: of text, and written by the model at each temperature.
+WINDOWS = {"training": (512, 64), "more": (512, 128), "held_out": (0, 16)}
 SHARED = HeadTrainingSettings(
     width=576,
     blocks=1,
@@ -67,12 +71,17 @@ STAGES = {
         for rate in (4e-3, 8e-3, 1.6e-2)
     },
     "forms": {name: {"positions": 128 * 1024} | form for name, form in FORMS.items()},
-    # Goes on from what the training of the forms made of it.
+    # Narrower than the others: a draft is to cost little beside a call of the model.
     "long": {
-        "recurrent-long": {"learning_rate": 4e-3, "positions": 1024 * 1024} | FORMS["recurrent"],
+        "recurrent-long": {
+            "form": "recurrent",
+            "horizon": 5,
+            "width": 384,
+            "learning_rate": 8e-3,
+            "positions": 1536 * 1024,
+        },
     },
 }
-STARTS = {"recurrent-long": "recurrent"}
 
 
 def windows_of(lm, out: Path, part: str) -> Tensor:
@@ -82,15 +91,18 @@ def windows_of(lm, out: Path, part: str) -> Tensor:
         found = []
         for place, domain in enumerate(DOMAINS):
             kept, held_out = split_held_out(standard_library_documents(domain), 0.05)
-            texts = [document.text for document in (kept if part == "training" else held_out)]
+            texts = [document.text for document in (held_out if part == "held_out" else kept)]
             windows = windows_of_text(lm, texts, LENGTH)
             generator = torch.Generator().manual_seed(place)
             order = torch.randperm(len(windows), generator=generator)
-            counts = (TEXT, OWN) if part == "training" else (0, HELD_OUT)
-            found.append(windows[order[: counts[0]]])
+            if part == "more":  # after those of the training
+                text, own = WINDOWS["training"]
+                order = order[text + len(TEMPERATURES) * own :]
+            text, own = WINDOWS[part]
+            found.append(windows[order[:text]])
             for k, temperature in enumerate(TEMPERATURES):
-                begin = counts[0] + k * counts[1]
-                prompts = windows[order[begin : begin + counts[1]], :PROMPT]
+                begin = text + k * own
+                prompts = windows[order[begin : begin + own], :PROMPT]
                 found.append(continued(lm, prompts, temperature, generator))
                 print(time.strftime("%H:%M:%S"), part, domain, temperature, flush=True)
         write_tensors(file, {"tokens": torch.cat(found).to(torch.int32)})
@@ -123,6 +135,8 @@ def trained(lm, out: Path, stage: str) -> None:
     if not wanted:
         return
     tokens = windows_of(lm, out, "training")
+    if stage == "long":
+        tokens = torch.cat([tokens, windows_of(lm, out, "more")])  # (count, LENGTH)
     settings = [replace(SHARED, **options) for options in wanted.values()]
     folders = [out / "heads" / name for name in wanted]
 
@@ -131,10 +145,7 @@ def trained(lm, out: Path, stage: str) -> None:
             name = folders[index].name
             print(time.strftime("%H:%M:%S"), step, name, f"{loss.tokens_per_call:.3f}", flush=True)
 
-    starts = [
-        DraftHead.from_pretrained(out / "heads" / STARTS[name]) for name in wanted if name in STARTS
-    ]
-    train_heads(lm, settings, folders, tokens=tokens, starts=starts or None, callback=told)
+    train_heads(lm, settings, folders, tokens=tokens, callback=told)
 
 
 def judged(lm, out: Path, names: list[str] | None, measured: int) -> None:
@@ -188,7 +199,7 @@ def earned(lm, head: DraftHead, texts: Tensor, temperature: float, measured: int
 def main() -> None:
     """One stage."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=("samples", *STAGES, "judge"))
+    parser.add_argument("stage", choices=("samples", "more", *STAGES, "judge"))
     parser.add_argument("out", type=Path)
     parser.add_argument("model")
     parser.add_argument("--heads", nargs="*", help="whom to judge; default: all")
@@ -201,6 +212,8 @@ def main() -> None:
     if given.stage == "samples":
         windows_of(lm, given.out, "training")
         windows_of(lm, given.out, "held_out")
+    elif given.stage == "more":
+        windows_of(lm, given.out, "more")
     elif given.stage == "judge":
         judged(lm, given.out, given.heads, given.measured)
     else:
