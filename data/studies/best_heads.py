@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("model", choices=cpmtp.embedded_models())
-    parser.add_argument("--positions", type=int, default=5 * 1024 * 1024)
+    parser.add_argument("--positions", type=int, default=4 * 1024 * 1024)
     parser.add_argument("--learning-rate", type=float, default=1.6e-2)
     parser.add_argument("--windows", type=Path, nargs="*")
     parser.add_argument("--threads", type=int, default=1)

@@ -10,9 +10,7 @@ STAGE one of
   and 0. Held-out documents give none of them.
 * ``rates``: a recurrent head at three learning rates, for 32k positions each.
 * ``forms``: four candidates side by side on the same windows and kept hidden states.
-* ``more``: more such windows of other pieces of the same documents, 512 text and three times 128
-  written by the model, for each domain.
-* ``long``: a head of the best form for longer, on all of them.
+* ``long``: a head of the best form for longer.
 * ``judge``: what heads earn on held-out documents, and what prompt lookup does.
 
 Every head drafts the 4,096 most frequent tokens of the windows. `heads/NAME` holds a head, its
@@ -44,7 +42,7 @@ from cpmtp.whole_files import write_tensors, write_text
 DOMAINS, TEMPERATURES = ("code", "prose"), (1.0, 0.7, 0.0)
 LENGTH, PROMPT = 256, 32
 # Windows of each domain: of text, and written by the model at each temperature.
-WINDOWS = {"training": (512, 64), "more": (512, 128), "held_out": (0, 16)}
+WINDOWS = {"training": (512, 64), "held_out": (0, 16)}
 SHARED = HeadTrainingSettings(
     width=576,
     blocks=1,
@@ -78,7 +76,7 @@ STAGES = {
             "horizon": 5,
             "width": 384,
             "learning_rate": 8e-3,
-            "positions": 1536 * 1024,
+            "positions": 768 * 1024,
         },
     },
 }
@@ -95,9 +93,6 @@ def windows_of(lm, out: Path, part: str) -> Tensor:
             windows = windows_of_text(lm, texts, LENGTH)
             generator = torch.Generator().manual_seed(place)
             order = torch.randperm(len(windows), generator=generator)
-            if part == "more":  # after those of the training
-                text, own = WINDOWS["training"]
-                order = order[text + len(TEMPERATURES) * own :]
             text, own = WINDOWS[part]
             found.append(windows[order[:text]])
             for k, temperature in enumerate(TEMPERATURES):
@@ -135,8 +130,6 @@ def trained(lm, out: Path, stage: str) -> None:
     if not wanted:
         return
     tokens = windows_of(lm, out, "training")
-    if stage == "long":
-        tokens = torch.cat([tokens, windows_of(lm, out, "more")])  # (count, LENGTH)
     settings = [replace(SHARED, **options) for options in wanted.values()]
     folders = [out / "heads" / name for name in wanted]
 
@@ -199,7 +192,7 @@ def earned(lm, head: DraftHead, texts: Tensor, temperature: float, measured: int
 def main() -> None:
     """One stage."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=("samples", "more", *STAGES, "judge"))
+    parser.add_argument("stage", choices=("samples", *STAGES, "judge"))
     parser.add_argument("out", type=Path)
     parser.add_argument("model")
     parser.add_argument("--heads", nargs="*", help="whom to judge; default: all")
@@ -212,8 +205,6 @@ def main() -> None:
     if given.stage == "samples":
         windows_of(lm, given.out, "training")
         windows_of(lm, given.out, "held_out")
-    elif given.stage == "more":
-        windows_of(lm, given.out, "more")
     elif given.stage == "judge":
         judged(lm, given.out, given.heads, given.measured)
     else:
