@@ -2,7 +2,7 @@
 
 At temperature 0 tokens are compared and nothing else is computed. Above it probabilities have the
 precision of the model's scores, at least single, and only what the draft may emit is looked at,
-with all other tokens as one more; the last token's distribution, a difference of numbers that may
+with all other tokens as one more; what is left for the last token, a difference of numbers that may
 be nearly the same, and the sums that are drawn from are in double precision.
 """
 
@@ -67,7 +67,7 @@ def verified(
     length, inside, q = drafted.length, p, drafted.probs
     if drafted.ids is not None:
         # What is never drafted is one token more, which the draft gives nothing.
-        inside = p.index_select(-1, drafted.ids)  # (batch, length + 1, support)
+        inside = p[..., drafted.ids]  # (batch, length + 1, support)
         others = (1 - inside.sum(-1, keepdim=True)).clamp_min(0)  # (batch, length + 1, 1)
         inside = torch.cat([inside, others], -1)  # (batch, length + 1, support + 1)
         q = functional.pad(q, (0, 1))  # (batch, length, support + 1)
@@ -75,15 +75,30 @@ def verified(
     accepted = draw(lengths, uniform[:, 0])
 
     rows, at = torch.arange(len(p), device=p.device), accepted.clamp_max(length - 1)
-    whole = accepted == length
+    whole, last = accepted == length, p[rows, accepted]  # (batch,) and (batch, vocab)
     # (batch, support)
     taken = drafted.probs[rows, at].double().masked_fill(whole[:, None], 0.0)
-    if drafted.ids is not None:
-        wide = taken.new_zeros(len(p), p.shape[-1])
-        taken = wide.index_copy_(-1, drafted.ids, taken)  # (batch, vocab)
     shares = scale[rows, at].double().masked_fill(whole, 1.0)  # (batch,)
-    correction = residual_law(p[rows, accepted].double(), taken, shares)  # (batch, vocab)
-    return accepted, draw(correction, uniform[:, 1])
+    return accepted, draw(_correction(last, taken, shares, drafted.ids), uniform[:, 1])
+
+
+def _correction(
+    p: Float[Tensor, "batch vocab"],
+    taken: Float[Tensor, "batch support"],
+    shares: Float[Tensor, " batch"],
+    ids: Int[Tensor, " support"] | None,
+) -> Float[Tensor, "batch vocab"]:
+    """``max(share p - q, 0)``, which need not sum to one; `p` where nothing is left.
+
+    A difference only where the draft has tokens: over all others it is p times a number.
+    """
+    if ids is None:
+        return residual_law(p.double(), taken, shares)
+    left = (shares[:, None] * p[:, ids] - taken).clamp_min(0)  # (batch, support)
+    wide = shares.to(p.dtype)[:, None] * p  # (batch, vocab)
+    wide.index_copy_(-1, ids, left.to(p.dtype))
+    some = wide.amax(-1) > 0  # (batch,)
+    return wide if bool(some.all()) else torch.where(some[:, None], wide, p)
 
 
 def _check_numbers(values: Tensor) -> None:

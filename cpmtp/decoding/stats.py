@@ -71,6 +71,12 @@ class GenerationStats:
     way : str
         How the target was followed; see `cpmtp.decoding.trials`.
     audit_findings : AuditFindings, optional
+    running_share : float
+        Of the rows, how many still ran in a cycle, on average: a row that has ended waits for the
+        slowest.
+    full_tokens_per_second : float
+        Tokens per second over the cycles in which all rows ran: what a server gets that puts
+        another request in the place of one that has ended.
     """
 
     calls: int
@@ -83,6 +89,8 @@ class GenerationStats:
     tokens: int
     way: str = ""
     audit_findings: AuditFindings | None = None
+    running_share: float = 1.0
+    full_tokens_per_second: float = 0.0
 
     def __repr__(self) -> str:
         found = "" if self.audit is None else f", audit={self.audit:.1e}"
@@ -141,6 +149,7 @@ class Recorder:
     calls: int = 1
     emitted: int = 0
     cycles_of_rows: int = 0
+    full: tuple[int, float] = (0, 0.0)  # tokens and seconds of the cycles in which all rows ran
     accepted: list[list[int]] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     latencies: list[float] = field(default_factory=list)
@@ -151,11 +160,13 @@ class Recorder:
         """
         self.calls += 1
         self.accepted.append([accepted.get(row, -1) for row in range(self.rows)])
-        for name, seconds in stages.items():
-            self.stages[name] += seconds
-        emitted = sum(accepted.values()) / len(accepted) + 1
-        self.latencies.append(sum(stages.values()) / emitted)
-        self.emitted += sum(accepted.values()) + len(accepted)
+        for name, spent in stages.items():
+            self.stages[name] += spent
+        emitted, seconds = sum(accepted.values()) + len(accepted), sum(stages.values())
+        self.latencies.append(seconds * len(accepted) / emitted)
+        self.emitted += emitted
+        if len(accepted) == self.rows:
+            self.full = (self.full[0] + emitted, self.full[1] + seconds)
         self.cycles_of_rows += len(accepted)
         if self.watch:
             per_call = self.emitted / self.cycles_of_rows
@@ -184,4 +195,6 @@ class Recorder:
             tokens=tokens,
             way=way,
             audit_findings=audit,
+            running_share=self.cycles_of_rows / max((self.calls - 1) * self.rows, 1),
+            full_tokens_per_second=self.full[0] / self.full[1] if self.full[1] else 0.0,
         )

@@ -261,7 +261,7 @@ def _chain_in_turn(
             place = draw(probs, uniform[:, k])  # (batch,)
             along.append(probs)
         else:
-            place = logits.argmax(-1)  # (batch,)
+            place = logits.max(-1).indices  # (batch,); in half precision argmax is slow
         token = _ids(ids, place)
         places.append(place)
         tokens.append(token)
@@ -289,7 +289,7 @@ def _mixture_in_turn(
             place = draw(mixed, uniform[:, k])  # (batch,)
             along.append(mixed)
         else:
-            place = mixed.argmax(-1)  # (batch,)
+            place = mixed.max(-1).indices  # (batch,)
         if k + 1 < length:
             at = place[:, None, None].expand(-1, weights.shape[1], 1)  # (batch, rank, 1)
             weights = weights * factors.gather(-1, at).squeeze(-1)  # (batch, rank)

@@ -15,6 +15,8 @@ from cpmtp.heads.draft_head import DraftHead
 from cpmtp.sampling_law import exact_dtype
 
 _TABLES = 1 << 20  # entries of a product of all embeddings that is kept
+# Of one that every drafted token reads: it saves a product at each of them.
+_READ_OFTEN = 1 << 23
 _TINY = 1e-12
 
 
@@ -56,7 +58,7 @@ class Drafter:
             d = head.hidden_size
             self._enter = head.enter.weight[:, :d]
             read = head.enter.weight[:, d:] if head.anchored else None
-            self._first = None if read is None else _Embedded(head, read)
+            self._first = None if read is None else _Embedded(head, read, _TABLES)
             blocks: list[Any] = list(head.blocks)
             self._blocks = [
                 (block.up.weight * block.norm.weight * scale, block.down.weight) for block in blocks
@@ -65,9 +67,11 @@ class Drafter:
             step: Any = head.step
             width = head.maps.shape[-1]
             self._up = step.up.weight[:, :width] * step.norm.weight * scale
-            self._down, self._token = step.down.weight, _Embedded(head, step.up.weight[:, width:])
-            self._over_support = head.support_size <= head.hidden_size
-            self._readout = head.readout() * head.norm.weight * scale  # (maps, d or support, width)
+            self._down = step.down.weight
+            self._token = _Embedded(head, step.up.weight[:, width:], _READ_OFTEN)
+            self._over_support = _reads_less_over_support(head)
+            own = head.unembedding @ head.maps if self._over_support else head.maps
+            self._readout = own * head.norm.weight * scale  # (maps, d or support, width)
 
     @torch.no_grad()
     def block(self, hidden: Float[Tensor, "batch d"], first_token: Int[Tensor, " batch"]) -> Block:
@@ -115,32 +119,59 @@ class Drafter:
         base = _times(hidden, head.unembedding) if self._over_support else hidden
 
         def advance(state: Tensor, token: Tensor) -> Tensor:
-            read = _plus_times(self._token(token), _unit(state), self._up)  # (batch, 2 width)
-            return _plus_times(state, functional.silu(read), self._down)
+            return self._after(state, self._token.of_drafted(token))
 
         def logits(position: int, state: Tensor) -> Tensor:
             # (batch, support) or (batch, d)
             moved = _plus_times(base, _unit(state), self._readout[position + skipped])
             return moved if self._over_support else _times(moved, head.unembedding)
 
-        state = advance(stream, first_token) if skipped else stream
+        state = self._after(stream, self._token(first_token)) if skipped else stream
         return RecurrentBlock(state, head.horizon - 1, logits, advance, head.drafted_ids)
+
+    def _after(self, state: Tensor, embedded: Tensor) -> Tensor:
+        """The state (batch, width) after a token more, of which (batch, 2 width) is known."""
+        read = _plus_times(embedded, _unit(state), self._up)  # (batch, 2 width)
+        return _plus_times(state, functional.silu(read), self._down)
+
+
+def _reads_less_over_support(head: DraftHead) -> bool:
+    """Whether a draft reads fewer numbers of maps that are multiplied with the unembedding."""
+    d, width, size = head.hidden_size, head.maps.shape[-1], head.support_size
+    together = len(head.maps) * size * width
+    apart = len(head.maps) * d * (width + size)
+    return size <= d or (together <= _READ_OFTEN and d * size + together < apart)
 
 
 class _Embedded:
-    """Rows of normalised embeddings times a matrix: looked up where all of them are few."""
+    """Rows of normalised embeddings times a matrix: looked up where they are few.
 
-    def __init__(self, head: DraftHead, weight: Float[Tensor, "out d"]):
-        self._head, self._weight, self._table = head, weight, None
-        if len(head.embedding) * len(weight) <= _TABLES:
-            every = torch.arange(len(head.embedding), device=weight.device)
-            self._table = functional.linear(head.embedded(every), weight)  # (vocab, out)
+    Of all tokens where these make a table of at most `most` entries, else of those that may be
+    drafted; any others are multiplied.
+    """
+
+    def __init__(self, head: DraftHead, weight: Float[Tensor, "out d"], most: int):
+        self._head, self._weight = head, weight
+        self._every = self._table(torch.arange(len(head.embedding)).to(head.kept), most)
+        fewer = self._every is None and head.vocabulary is not None
+        self._drafted = self._table(head.kept, most) if fewer else None
 
     def __call__(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch out"]:
         """Of these tokens."""
-        if self._table is not None:
-            return self._table[tokens]
+        if self._every is not None:
+            return self._every[tokens]
         return _times(self._head.embedded(tokens), self._weight)  # (batch, out)
+
+    def of_drafted(self, tokens: Int[Tensor, " batch"]) -> Float[Tensor, "batch out"]:
+        """Of tokens that may be drafted."""
+        if self._drafted is None:
+            return self(tokens)
+        return self._drafted[self._head.places[tokens]]
+
+    def _table(self, tokens: Int[Tensor, " some"], most: int) -> Tensor | None:
+        if len(tokens) * len(self._weight) > most:
+            return None
+        return functional.linear(self._head.embedded(tokens), self._weight)  # (some, out)
 
 
 def _unit(x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
@@ -149,10 +180,12 @@ def _unit(x: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
 
 
 def _times(x: Float[Tensor, "batch width"], weight: Float[Tensor, "out width"]) -> Tensor:
-    """``x W'``, (batch, out); of one row as a vector, which takes half the time in bfloat16."""
+    """``x W'``, (batch, out); of one row as a vector, which takes half the time in bfloat16; of
+    several from the left, as the weight lies in memory.
+    """
     if len(x) == 1:
         return torch.mv(weight, x[0]).unsqueeze(0)
-    return functional.linear(x, weight)
+    return torch.mm(weight, x.T).T.contiguous()
 
 
 def _plus_times(
@@ -163,7 +196,7 @@ def _plus_times(
     """``before + x W'``."""
     if len(x) == 1:
         return torch.addmv(before[0], weight, x[0]).unsqueeze(0)
-    return torch.addmm(before, x, weight.T)
+    return torch.addmm(before.T, weight, x.T).T.contiguous()
 
 
 def drafter(head: DraftHead, dtype: torch.dtype) -> Drafter:

@@ -150,7 +150,8 @@ def decode_in_turns(
     list of dict
         ``head``, ``rule`` (none for the first two), ``rounds`` (turns that count), the head's
         shape, medians over turns of ``tokens_per_second``, ``peak_bytes`` and, for all but
-        Transformers, ``tokens_per_call``, seconds per token (``latency_p50``, ``latency_p95``) and
+        Transformers, ``tokens_per_call``, ``running_share``, ``full_tokens_per_second`` (see
+        `GenerationStats`), seconds per token (``latency_p50``, ``latency_p95``) and
         per cycle (``target_seconds``, …); ``speedup`` over the loop without drafts.
 
     Raises
@@ -217,6 +218,8 @@ def _by_cycles(
     return {
         "tokens_per_second": stats.tokens_per_second,
         "tokens_per_call": stats.tokens_per_call,
+        "running_share": stats.running_share,
+        "full_tokens_per_second": stats.full_tokens_per_second,
         "latency_p50": stats.latency(0.5),
         "latency_p95": stats.latency(0.95),
     } | stats.cycle_seconds

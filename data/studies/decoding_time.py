@@ -14,6 +14,10 @@ and batch:
 * `speedup`: tokens per second over the faster of the two plain ways
 * `of_bound`: that speedup over ``tokens_per_call target_1 / target_n``, which it would be if drafts
   and their verification took no time
+* `running_share`: of the requests of a batch, how many still ran in a cycle: all have the same
+  number of tokens to write, and wait for the slowest
+* `full_speedup`, `full_of_bound`: the same over the cycles in which all requests still ran, which
+  is what a server sees that puts another request in the place of one that has ended
 * `draft_share`, `verification_share`, `rest_share`: of a cycle
 """
 
@@ -73,6 +77,8 @@ def rows_of(table: list[dict], key: dict, threads: int) -> list[dict]:
         cycle = sum(row[f"{stage}_seconds"] for stage in STAGES)
         speedup = row["tokens_per_second"] / faster
         bound = row["tokens_per_call"] * plain["target_seconds"] / row["target_seconds"]
+        full = max(transformers["tokens_per_second"], plain["full_tokens_per_second"])
+        full_speedup = row["full_tokens_per_second"] / full
         values = {
             "horizon": row["horizon"],
             "tokens_per_call": row["tokens_per_call"],
@@ -83,6 +89,9 @@ def rows_of(table: list[dict], key: dict, threads: int) -> list[dict]:
             "transformers": transformers["tokens_per_second"],
             "speedup": speedup,
             "of_bound": speedup / bound,
+            "running_share": row["running_share"],
+            "full_speedup": full_speedup,
+            "full_of_bound": full_speedup / bound,
         }
         values |= {f"{stage}_share": row[f"{stage}_seconds"] / cycle for stage in STAGES[1:]}
         where = {"threads": threads, "processor": processor(), "torch": torch.__version__}
@@ -148,7 +157,8 @@ def written(out: Path, rows: list[dict]) -> None:
     table = table.drop_duplicates(cell, keep="last")
     write_text(out, table.to_csv(index=False))
     shown = ["head", "domain", "temperature", "batch", "tokens_per_call", "speedup", "of_bound"]
-    shown += ["target_1", "target_n", "draft_share", "verification_share", "rest_share"]
+    shown += ["running_share", "full_speedup", "full_of_bound", "target_1", "target_n"]
+    shown += ["draft_share", "verification_share", "rest_share"]
     print(pd.DataFrame(rows)[shown].round(4).to_string(index=False), flush=True)
 
 

@@ -299,3 +299,21 @@ def test_a_head_of_a_narrower_model_drafts_in_that_precision(form):
     own = along(head, hidden, torch.cat([first[:, None], found.tokens], 1))
     gap = 0.5 * (found.over_all(VOCAB) - own).abs().sum(-1)
     assert float(gap.mean()) < 0.02
+
+
+@pytest.mark.parametrize("most", [0, 30, 1 << 20], ids=["nothing", "drafted ids", "everything"])
+@pytest.mark.parametrize("anchored", [True, False], ids=["told", "not told"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_draft_is_the_same_whatever_is_multiplied_beforehand(most, anchored, count, monkeypatch):
+    """More ids than hidden numbers: maps and embeddings of drafted tokens may be multiplied with
+    what reads them, or each by itself.
+    """
+    monkeypatch.setattr(drafting, "_READ_OFTEN", most)
+    head = a_head(form="recurrent", anchored=anchored, vocabulary=KEPT[1], hidden_size=3)
+    hidden, first = states(count, 3), torch.tensor([1, 0, 4])[:count]
+    uniform = torch.rand(
+        count, HORIZON, generator=torch.Generator().manual_seed(4), dtype=torch.float64
+    )
+    found = drafted_block(head, hidden, first).sample(SamplingLaw(), uniform)
+    expected = along(head, hidden, torch.cat([first[:, None], found.tokens], 1))
+    torch.testing.assert_close(found.over_all(VOCAB), expected, atol=ROUNDING, rtol=0)
