@@ -70,8 +70,8 @@ class Drafter:
             self._down = step.down.weight
             self._token = _Embedded(head, step.up.weight[:, width:], _READ_OFTEN)
             self._over_support = _reads_less_over_support(head)
-            own = head.unembedding @ head.maps if self._over_support else head.maps
-            self._readout = own * head.norm.weight * scale  # (maps, d or support, width)
+            maps = head.unembedding @ head.maps if self._over_support else head.maps
+            self._readout = maps * head.norm.weight * scale  # (maps, d or support, width)
 
     @torch.no_grad()
     def block(self, hidden: Float[Tensor, "batch d"], first_token: Int[Tensor, " batch"]) -> Block:
