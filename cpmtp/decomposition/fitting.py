@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from jaxtyping import Float
 from torch import Tensor
@@ -27,6 +28,7 @@ from cpmtp.decomposition.restarts import (
 )
 from cpmtp.decomposition.starts import repeated_marginals, stacked_marginals
 from cpmtp.decomposition.trees.problem import TreeProblem
+from cpmtp.decomposition.trees.sizes import groups_by_width, solved_apart
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import JointDistribution
 from cpmtp.joint_distribution.given import takes_what_is_given
@@ -132,7 +134,9 @@ def fit(
         return fit_form(joint, [rank], asked, plan, anchored=anchored, effort=max_iterations)[0]
     started = time.perf_counter()
     problem = _problem(joint, anchored, rank)
-    solved = solve(problem.items, rank, problem.plan(plan))
+    own = problem.plan(plan)
+    groups = groups_by_width(problem.items)
+    solved = solved_apart(groups, lambda items, *_: solve(items, rank, own), None, None)
     return problem.result(solved, method, started)
 
 
@@ -225,22 +229,32 @@ def fit_path(
         raise ValueError(f"starts of ranks {given_ranks}: expected {ranks}, one each")
 
     problem, results = _problem(joint, anchored, ranks[-1]), []
+    groups = groups_by_width(problem.items)
     plan = problem.plan(plan)
     below: Runs | None = None
     for place, rank in enumerate(ranks):
         started = time.perf_counter()
+        start = None
         if starts is not None:
             started -= 0.0 if given else starts[place].seconds
-            solved = climb(problem.items, problem.mixtures(starts[place]), plan)
-        elif rank == 1:
-            solved = solve_rank_one(problem.items)
-        else:
-            solved = solve(problem.items, rank, plan)
-        if below is not None:
-            solved = not_above(problem.items, solved, below, plan)
+            start = problem.mixtures(starts[place])
+        solved = solved_apart(groups, partial(_step, rank, plan), start, below)
         below = solved.best
         results.append(problem.result(solved, method, started))
     return tuple(results)
+
+
+def _step(
+    rank: int, plan: Plan, items: Items, start: Mixtures | None, below: Runs | None
+) -> Solved:
+    """One rank of a path: from its start, where there is one, and never above the rank below."""
+    if start is not None:
+        solved = climb(items, start, plan)
+    elif rank == 1:
+        solved = solve_rank_one(items)
+    else:
+        solved = solve(items, rank, plan)
+    return solved if below is None else not_above(items, solved, below, plan)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -61,6 +61,11 @@ class Mixtures:
             torch.cat([part.weights for part in parts]),  # (runs, rank)
             torch.cat([part.factors for part in parts]),  # (runs, horizon, rank, vocab)
         )
+
+    def of_width(self, width: int) -> Mixtures:
+        """The same over so many places: what is cut off or added has no mass."""
+        more = width - self.factors.shape[-1]
+        return Mixtures(self.weights, torch.nn.functional.pad(self.factors, (0, more)))
 
     @classmethod
     def of(cls, distribution: CPDistribution) -> Mixtures:
@@ -251,6 +256,21 @@ class Runs:
             self.raw[index],
         )
 
+    def of_width(self, width: int) -> Runs:
+        """The same over so many places, see `Mixtures.of_width`."""
+        return replace(self, mixtures=self.mixtures.of_width(width))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Runs]) -> Runs:
+        """All runs of several, one after another."""
+        names = ("objective", "converged", "iterations", "raw")
+        return cls(
+            Mixtures.joined([part.mixtures for part in parts]),
+            failures=tuple(failure for part in parts for failure in part.failures),
+            traces=tuple(trace for part in parts for trace in part.traces),
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in names},
+        )
+
     def replaced(self, index: Tensor, other: Runs) -> Runs:
         """A copy with the runs at `index` (long) taken from `other`."""
         failures, traces = list(self.failures), list(self.traces)
@@ -290,6 +310,15 @@ class Solved:
         first = runs_per_item * torch.arange(len(objectives), device=objectives.device)
         chosen = first + objectives.argmin(1)  # (items,)
         return cls(runs[chosen], objectives, _match_scores(runs, chosen, runs_per_item))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Solved], order: Int[Tensor, " items"], width: int) -> Solved:
+        """Those of several groups of joints, widened to so many places, in another order."""
+        return cls(
+            Runs.joined([part.best.of_width(width) for part in parts])[order],
+            torch.cat([part.objectives for part in parts])[order],  # (items, restarts)
+            torch.cat([part.matches for part in parts])[order],  # (items, restarts)
+        )
 
 
 def factor_match_score(first: CPDistribution, second: CPDistribution) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +58,22 @@ def gguf_options(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def without_bar():
-    """No bar while weights are unpacked: transformers shows it whatever is asked of it."""
-    from transformers import modeling_gguf_pytorch_utils as unpacking
+def unpacking():
+    """While a file is unpacked: no bar, which transformers shows whatever is asked of it; and the
+    file's header is read once, and the names of tensors made once, where transformers would do so
+    for every part of a model.
+    """
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as unpacked
 
-    shown = unpacking.tqdm
-    unpacking.tqdm = partial(shown, disable=True)
+    shown, made = unpacked.tqdm, (gguf.GGUFReader, gguf.get_tensor_name_map)
+    unpacked.tqdm = partial(shown, disable=True)
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(cache, made)
     try:
         yield
     finally:
-        unpacking.tqdm = shown
+        unpacked.tqdm = shown
+        gguf.GGUFReader, gguf.get_tensor_name_map = made
 
 
 def without_quantization(model: Any) -> Any:

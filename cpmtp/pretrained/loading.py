@@ -22,7 +22,7 @@ from cpmtp.pretrained.gguf import (
     check_gguf,
     gguf_options,
     is_gguf,
-    without_bar,
+    unpacking,
     without_quantization,
 )
 from cpmtp.pretrained.trials import first_line
@@ -61,30 +61,30 @@ def load_language_model(
     """
     device, dtype = usable_device(device), usable_dtype(dtype)
     source = _locate(name)
-    # Nothing is ever unpickled and no code of a model's own is run.
-    options: dict[str, Any] = {"local_files_only": source.local, "trust_remote_code": False}
-    try:
-        with _LOADING, quiet(), without_bar() if source.gguf else contextlib.nullcontext():
-            model, found = AutoModelForCausalLM.from_pretrained(
-                source.place,
-                dtype=dtype,
-                output_loading_info=True,
-                **options,
-                **(gguf_options(source.gguf) if source.gguf else {"use_safetensors": True}),
-            )
-    except Exception as error:
-        raise ValueError(
-            f"the model {str(name)!r} could not be loaded: {first_line(error)}"
-        ) from error
-    _refuse_other_weights(str(name), found)
-    if source.gguf:
-        model, options["gguf_file"] = without_quantization(model), source.gguf.name
-    try:
-        with _LOADING, quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source.place, **options)
-    except Exception:  # a model without a tokenizer still takes token ids
-        tokenizer = None
+    with _LOADING, quiet(), unpacking() if source.gguf else contextlib.nullcontext():
+        model, tokenizer = _model_of(source, str(name), dtype), _tokenizer_of(source)
     return HuggingFaceLanguageModel(model.to(device), tokenizer, name=source.name)
+
+
+def _model_of(source: _Source, name: str, dtype: torch.dtype) -> Any:
+    options = gguf_options(source.gguf) if source.gguf else {"use_safetensors": True}
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source.place, dtype=dtype, output_loading_info=True, **source.options, **options
+        )
+    except Exception as error:
+        raise ValueError(f"the model {name!r} could not be loaded: {first_line(error)}") from error
+    _refuse_other_weights(name, found)
+    return without_quantization(model) if source.gguf else model
+
+
+def _tokenizer_of(source: _Source) -> Any:
+    """None for a model without one, which still takes token ids."""
+    options = {"gguf_file": source.gguf.name} if source.gguf else {}
+    try:
+        return AutoTokenizer.from_pretrained(source.place, **source.options, **options)
+    except Exception:
+        return None
 
 
 def _refuse_other_weights(name: str, found: dict) -> None:
@@ -187,6 +187,11 @@ class _Source:
     local: bool
     name: str
     gguf: Path | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For transformers' loaders: nothing is ever unpickled and no code of a model's own is run."""
+        return {"local_files_only": self.local, "trust_remote_code": False}
 
     @classmethod
     def of_folder(cls, folder: Path) -> _Source:

@@ -21,7 +21,9 @@ from cpmtp.decomposition.descent.gradient import (
 )
 from cpmtp.decomposition.fitting import fit, fit_path
 from cpmtp.decomposition.mixtures import Mixtures
+from cpmtp.decomposition.restarts import Items, climb, planned
 from cpmtp.decomposition.starts import disturbed_marginals
+from cpmtp.decomposition.trees import sizes
 from cpmtp.decomposition.trees.nodes import first_token_forest, tree_forest
 from cpmtp.decomposition.trees.starts import tree_fibre_starts
 from cpmtp.decomposition.trees.targets import TreeTargets
@@ -206,3 +208,30 @@ def test_a_fit_by_tokens_per_call_to_a_truncated_tree_raises_the_certified_lower
     assert low[1] >= low[0] - 1e-9
     kept = float(tree.levels[0].probs.sum())
     assert -best.objective == pytest.approx(low[1], abs=2 * (1 - kept) + 1e-9)
+
+
+@pytest.mark.parametrize("method", ["em", "acceptance"])
+def test_trees_that_are_fitted_apart_by_size_end_where_they_end_together(method, monkeypatch):
+    tree = truncated_joint(RecurrentModel(12), CONTEXT, 3, mass=0.8)
+    forest, *_ = first_token_forest(tree, 1e-8)
+    items = Items(TreeTargets.of(forest))
+    start = disturbed_marginals(forest.marginals, 3, 1, seed=4)
+    limits = {"max_iterations": 30, "tolerance": 1e-6, "restarts": 1, "seed": 0}
+    plan = planned(tree, method, **limits)
+    monkeypatch.setattr(sizes, "_OVERHEAD", 5)
+    groups = sizes.groups_by_width(items)
+    widths = [group.items.marginals.shape[-1] for group in groups]
+    assert len(groups) > 1 and max(widths) == forest.width > min(widths)
+    numbers = torch.cat([group.numbers for group in groups])
+    assert numbers.tolist() != sorted(numbers.tolist()) == list(range(len(forest)))
+
+    def climbed(some, begin, below):
+        assert below is None
+        return climb(some, begin, plan)
+
+    together = climbed(items, start, None)
+    apart = sizes.solved_apart(groups, climbed, start, None)
+    allowed = kl_rounding(torch.float64, 12) if method == "em" else 1e-9
+    assert torch.allclose(apart.best.objective, together.best.objective, atol=allowed, rtol=0)
+    assert apart.best.mixtures.factors.shape == together.best.mixtures.factors.shape
+    assert apart.best.traces[0][0] == pytest.approx(together.best.traces[0][0], abs=allowed)

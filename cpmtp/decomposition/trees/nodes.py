@@ -165,6 +165,18 @@ class Forest:
             shift = first - starts[depth, owner]  # (runs,)
         return tuple(copied)
 
+    def chosen(self, numbers: Int[Tensor, " chosen"]) -> Forest:
+        """Some of the trees by themselves, in this order."""
+        ids = []
+        for position, table in enumerate(self.support.ids):
+            size = int(self.support.filled(position)[numbers].sum(1).max())
+            ids.append(table[numbers, :size])  # (chosen, size)
+        return Forest(
+            self.for_runs(numbers),
+            self.roots[numbers],  # (chosen,)
+            Support(tuple(ids), self.support.vocab_size),
+        )
+
 
 def merged(forests: Sequence[Forest]) -> Forest:
     """The trees of several forests side by side, in their order."""
