@@ -212,7 +212,7 @@ def test_a_fit_by_tokens_per_call_to_a_truncated_tree_raises_the_certified_lower
 
 @pytest.mark.parametrize("method", ["em", "acceptance"])
 def test_trees_that_are_fitted_apart_by_size_end_where_they_end_together(method, monkeypatch):
-    tree = truncated_joint(RecurrentModel(12), CONTEXT, 3, mass=0.8)
+    tree = truncated_joint(RecurrentModel(24), CONTEXT, 3, mass=0.5, top_p=0.5)
     forest, *_ = first_token_forest(tree, 1e-8)
     items = Items(TreeTargets.of(forest))
     start = disturbed_marginals(forest.marginals, 3, 1, seed=4)
@@ -231,7 +231,7 @@ def test_trees_that_are_fitted_apart_by_size_end_where_they_end_together(method,
 
     together = climbed(items, start, None)
     apart = sizes.solved_apart(groups, climbed, start, None)
-    allowed = kl_rounding(torch.float64, 12) if method == "em" else 1e-9
+    allowed = kl_rounding(24**3) if method == "em" else 1e-9
     assert torch.allclose(apart.best.objective, together.best.objective, atol=allowed, rtol=0)
     assert apart.best.mixtures.factors.shape == together.best.mixtures.factors.shape
     assert apart.best.traces[0][0] == pytest.approx(together.best.traces[0][0], abs=allowed)
