@@ -70,7 +70,7 @@ def _table(folder: Path, kind: str | None, wanted):
     decoded = [p for p in (folder, folder / "results") if (p / "decoding.parquet").is_file()]
     there = {
         MEASURED: bool(decoded),
-        FORECAST: (folder / "forecast.json").is_file(),
+        FORECAST: bool(_forecasts(folder)),
         CEILING: (folder / "manifest.json").is_file(),
     }
     found = next((name for name, has in there.items() if has and kind in (None, name)), None)
@@ -80,8 +80,30 @@ def _table(folder: Path, kind: str | None, wanted):
             "decoding.parquet (measured), forecast.json (forecast) or manifest.json (a study's "
             "ceilings)"
         )
-    makers = {MEASURED: _measured, FORECAST: _forecast, CEILING: _ceiling}
+    makers = {MEASURED: _measured, CEILING: _ceiling}
+    if found == FORECAST:
+        return _forecast(_forecast_of(_forecasts(folder), wanted), wanted)
     return makers[found](decoded[0] if found == MEASURED else folder, wanted)
+
+
+def _forecasts(folder: Path) -> list[Path]:
+    """The folder where it is a forecast's, else those of a study's models."""
+    places = [folder, *sorted((folder / "forecast").glob("*"))]
+    return [place for place in places if (place / "forecast.json").is_file()]
+
+
+def _forecast_of(places: list[Path], wanted) -> Path:
+    """The place of the model that is wanted; the only one where none is named."""
+    from cpmtp.report.first_screen.forecast import HeadsForecast
+
+    if len(places) == 1:
+        return places[0]
+    told = {place: HeadsForecast.read(place).told for place in places}
+    named = {place: str(one.get("studied_as") or one["model"]["name"]) for place, one in told.items()}
+    found = [place for place in places if wanted.model in (None, named[place])]
+    if len(found) != 1:
+        raise ValueError(f"forecasts of {', '.join(named.values())}: choose one with --model")
+    return found[0]
 
 
 def _measured(folder: Path, wanted):

@@ -10,7 +10,6 @@ import typer
 
 from cpmtp.commands.options import (
     Device,
-    Dtype,
     TopK,
     TopP,
     anchored_choices,
@@ -20,7 +19,12 @@ from cpmtp.commands.options import (
     numbers,
     pair,
 )
-from cpmtp.commands.studying.timing import TimeFor, show_plan, watched_study
+from cpmtp.commands.studying.timing import (
+    TimeFor,
+    quick_dtype,
+    show_plan,
+    watched_study,
+)
 
 
 def study(
@@ -144,7 +148,15 @@ def study(
         ),
     ] = True,
     device: Device = "cpu",
-    dtype: Dtype = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            help="Precision of the model: float32, bfloat16, float16 or float64. Default: float32, "
+            "with --minutes bfloat16 where the device has units for it, but not of embedded "
+            "models.",
+        ),
+    ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="Print nothing; status 1 says that cells failed.")
     ] = False,
@@ -160,6 +172,8 @@ def study(
     """
     from cpmtp.study.settings import StudySettings
 
+    if dtype is None:
+        dtype = "float32" if minutes is None else quick_dtype(model, device)
     usual = _USUAL if minutes is None else _WITHIN_MINUTES
     kinds = usual["anchored"] if 2 not in integers("--horizons", horizons) else None
     given = usual["methods"] if methods is None else methods

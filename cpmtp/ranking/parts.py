@@ -4,6 +4,7 @@ fit.
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 OUTCOME = "tokens_per_call_block_target"
@@ -29,7 +30,8 @@ def best_fits(table: pd.DataFrame, *, column: str = OUTCOME) -> pd.DataFrame:
     Parameters
     ----------
     table : pandas.DataFrame
-        Of `run_study` or `read_study`; its column `best` marks the same rows.
+        Of `run_study` or `read_study`; its column `best` marks the same rows where
+        every context was fitted by the same methods.
     column : str
         What is to be high.
 
@@ -64,6 +66,9 @@ def best_fits(table: pd.DataFrame, *, column: str = OUTCOME) -> pd.DataFrame:
 def usable_rows(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """Rows whose fit did not fail and that have a value.
 
+    Methods that only some contexts were fitted by, where there are others, are left out: a mean
+    over contexts compares like with like.
+
     Raises
     ------
     ValueError
@@ -75,10 +80,45 @@ def usable_rows(table: pd.DataFrame, column: str) -> pd.DataFrame:
         raise ValueError(
             f"the table has no column {', '.join(missing)}: expected a table of run_study"
         )
-    usable = table[(table["status"] != "failed") & table[column].notna()]
+    usable = table[(table["status"] != "failed") & table[column].notna() & ~_is_partial(table)]
     if usable.empty:
         raise ValueError("the table has no usable row: every fit failed; look at the messages")
     return usable
+
+
+def partial_methods(table: pd.DataFrame) -> dict[str, tuple[int, int]]:
+    """Methods that means over contexts leave out, since only some contexts were fitted by them: how
+    many, of how many.
+
+    Examples
+    --------
+    >>> row = dict(model="m", domain="d", document="a", horizon=2)
+    >>> rows = [row | dict(context=i, method="em") for i in range(3)]
+    >>> partial_methods(pd.DataFrame([*rows, rows[0] | dict(method="acceptance")]))
+    {'acceptance': (1, 3)}
+    """
+    rows = table[_is_partial(table)]
+    every = len(table[CONTEXT_KEYS].drop_duplicates())
+    counted = rows.groupby("method")[CONTEXT_KEYS].apply(lambda own: len(own.drop_duplicates()))
+    return {str(method): (int(count), every) for method, count in counted.items()}
+
+
+def _is_partial(table: pd.DataFrame) -> np.ndarray:
+    """Rows of a method that other contexts of the same horizon and kind of draft lack, unless every
+    method is like that; (rows,) bool.
+    """
+    kinds = [name for name in _KINDS if name in table]
+    places = ["model", "domain", *kinds, "horizon"]
+    columns = [*dict.fromkeys([*places, *CONTEXT_KEYS]), "method"]
+    once = table[columns].drop_duplicates()
+    contexts = once.drop(columns="method").drop_duplicates().groupby(places, dropna=False).size()
+    counts = once.groupby([*places, "method"], dropna=False).size().rename("fitted").reset_index()
+    counts = counts.merge(contexts.rename("there").reset_index(), on=places)
+    counts["partial"] = counts["fitted"] < counts["there"]
+    whole = counts.groupby(places, dropna=False)["partial"].transform("all")
+    counts["partial"] &= ~whole
+    found = table[[*places, "method"]].merge(counts, on=[*places, "method"], how="left")
+    return found["partial"].to_numpy(dtype=bool)
 
 
 def require_one_part(table: pd.DataFrame, *, pooled: bool) -> None:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pandas as pd
 
-from cpmtp.ranking.parts import OUTCOME, best_fits, reference_form, require_one_part
+from cpmtp.ranking.parts import (
+    CONTEXT_KEYS,
+    OUTCOME,
+    best_fits,
+    reference_form,
+    require_one_part,
+    usable_rows,
+)
 
 
 def method_summary(
@@ -85,3 +92,21 @@ def objective_gap(table: pd.DataFrame, column: str = OUTCOME) -> pd.DataFrame:
     means["lost_to_rank"] = means["exact_limit"] - means["acceptance_fit"]
     means["lost_to_objective"] = means["acceptance_fit"] - means["em_fit"]
     return means.assign(contexts=grouped.size().to_numpy()).rename_axis(columns=None)
+
+
+def partial_gains(table: pd.DataFrame, method: str, *, column: str = OUTCOME) -> pd.Series:
+    """What a method that only some contexts were fitted by earns there beyond all others, on
+    average of those contexts, by horizon and rank.
+
+    Raises
+    ------
+    ValueError
+        If no context has such a fit and another one.
+    """
+    keys = [*CONTEXT_KEYS, "horizon", "rank"]
+    own, others = (
+        usable_rows(rows, column).groupby(keys)[column].max()
+        for rows in (table[table["method"] == method], table[table["method"] != method])
+    )
+    gains = (own - others).dropna().clip(lower=0)
+    return gains.groupby(["horizon", "rank"]).mean()

@@ -20,9 +20,10 @@ from cpmtp.latency import (
     read_latency,
 )
 from cpmtp.ranking.criteria import throughput_choice
-from cpmtp.ranking.parts import reference_form, table_parts
+from cpmtp.ranking.parts import partial_methods, reference_form, table_parts
 from cpmtp.ranking.scores import sampled_rows
 from cpmtp.ranking.selection import RankChoice, compare_criteria
+from cpmtp.ranking.summary import partial_gains
 from cpmtp.report.first_screen.forecast import HeadsForecast
 from cpmtp.report.learned import (
     LEARNED_SHARE,
@@ -274,7 +275,7 @@ class Subject:
         return int(row["horizon"]), int(row["rank"])
 
     def truncation_sentences(self) -> Iterator[str]:
-        """What is not exact, horizon by horizon."""
+        """What is not exact, horizon by horizon, and fits that means leave out."""
         for horizon, (mean, lowest) in self.truncated.items():
             yield (
                 f"Horizon {horizon} is truncated: its joints hold {100 * mean:.1f} % of the "
@@ -300,6 +301,14 @@ class Subject:
                     "The other contexts count by certified lower bounds, in the upper end of the "
                     "interval by upper ones."
                 )
+        for method, (number, every) in partial_methods(self.table).items():
+            gains = partial_gains(self.table, method)
+            gains = gains.loc[gains.index.get_level_values("horizon").max()]
+            yield (
+                f"Fits by {method} are of {number} of {every} contexts, and means leave them out; "
+                f"on those {number} they earn {gains.iloc[0]:.2f} more at rank {gains.index[0]} "
+                f"and {gains.iloc[-1]:.2f} more at rank {gains.index[-1]}."
+            )
 
 
 def subjects_of(table: pd.DataFrame, extras: ReportExtras) -> list[Subject]:

@@ -76,7 +76,8 @@ def run_study(
         Whether to show a bar (default: on a terminal and in a notebook).
     limit : StudyLimit, optional
         As much of it as there is time for, see `cpmtp.study.effort.limits.planned_limit`. Contexts
-        are taken in turn from all models and domains: less time is a smaller study.
+        are taken in turn from all models and domains: less time is a smaller study, and an
+        interruption leaves the table of what is finished.
     callback : callable, optional
         Called with each context and its rows as soon as they are there.
     changes
@@ -108,8 +109,15 @@ def run_study(
                 units = limit.first_of(units)
                 limit.write(path)
             watched = _Watched(progress, limit, callback)
-            parts = _computed(folder, units, executor, 1 if objects else workers, watched)
-            table = with_best(_with_domain_bits(joined(parts, chosen)))
+            try:
+                parts = _computed(folder, units, executor, 1 if objects else workers, watched)
+            except KeyboardInterrupt:
+                # What has a limit is a whole study wherever it is stopped.
+                kept = [] if limit is None else _finished(folder, units)
+                if kept:
+                    folder.write_table(_table_of(kept, chosen))
+                raise
+            table = _table_of(parts, chosen)
             folder.write_table(table)
     return _frame(table)
 
@@ -222,6 +230,17 @@ def _computed(
     for unit, table in unwritten:
         _kept(folder, unit, table)
     return [part for part in parts.values() if part is not None]
+
+
+def _finished(folder: StudyFolder, units: Sequence[StudyUnit]) -> list[bytes]:
+    """Rows of the units that the folder has, packed."""
+    found = (folder.read(unit) for unit in units)
+    return [packed(table) for table in found if table is not None]
+
+
+def _table_of(parts: list[bytes], settings: StudySettings) -> pa.Table:
+    """The study's table from its contexts' rows."""
+    return with_best(_with_domain_bits(joined(parts, settings)))
 
 
 def _kept(folder: StudyFolder, unit: StudyUnit, table: pa.Table) -> bool:

@@ -137,6 +137,10 @@ def test_a_full_disk_and_a_stop_cost_nothing_within_a_plan(domains, tmp_path, mo
     monkeypatch.setattr(StudyFolder, "write", full_once)
     with pytest.raises(KeyboardInterrupt):
         run_study(domains, tmp_path / "out", workers=1, limit=limit, callback=stopped)
+    # what was finished is a smaller study; the part that could not be written is not in it
+    kept = read_study(tmp_path / "out")[0]
+    assert 3 <= len(kept[["domain", "context"]].drop_duplicates()) <= 5
+    assert Report.of(kept, read_study(tmp_path / "out")[1]).summary
     found = run_study(domains, tmp_path / "out", workers=1, limit=limit)
     pd.testing.assert_frame_equal(without_times(found), without_times(expected))
 

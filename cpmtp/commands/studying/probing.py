@@ -156,6 +156,7 @@ def _affordable(lm, texts, seed: int, seconds: float) -> dict[str, Any]:
     few, _ = training_windows(lm, training, length=plan.length, positions=plan.step, seed=seed)
     begun, spent = time.perf_counter(), 0.0
     chosen: list[dict[str, Any]] = []
+    fewest_steps = FEWEST_STEPS / STEPS_OF_PROBES[1]  # of the largest of two probes
 
     def steps(all_seconds: float) -> int:
         """Of the largest probe, the smaller ones with it."""
@@ -168,14 +169,17 @@ def _affordable(lm, texts, seed: int, seconds: float) -> dict[str, Any]:
     for keywords in _by_preference():
         candidates = candidates_of(lm, with_draft_vocabulary(lm, [keywords], training, seed=seed))
         own = step_seconds(lm, candidates, plan, few[: plan.rows * 4])
-        if len(chosen) >= _FEWEST and steps(spent + own) < FEWEST_STEPS / STEPS_OF_PROBES[1]:
+        if not chosen and steps(own) < fewest_steps:
+            chosen, spent = [keywords], own  # not even one has the time
+            break
+        if len(chosen) >= _FEWEST and steps(spent + own) < fewest_steps:
             break
         chosen, spent = [*chosen, keywords], spent + own
     found = steps(spent)
     return {
         "candidates": chosen,
         "positions": max(found, 1) * plan.step,
-        "enough": found >= FEWEST_STEPS / STEPS_OF_PROBES[1],
+        "enough": found >= fewest_steps,
     }
 
 

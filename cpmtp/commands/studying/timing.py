@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -51,6 +52,23 @@ class TimeFor:
         return max(60 * self.minutes * (1 - _REPORT_SHARE) - spent, 1.0)
 
 
+def quick_dtype(names: Sequence[str], device: str) -> str:
+    """The precision for models in a hurry: that of the device's fastest matrix products. Embedded
+    models are faster in float32, and what a factory gives has a precision of its own.
+
+    Examples
+    --------
+    >>> quick_dtype(["code"], "cpu"), quick_dtype(["package:factory"], "cpu")
+    ('float32', 'float32')
+    """
+    from cpmtp.forecasting.probes import probe_precision
+    from cpmtp.pretrained import embedded_models
+    from cpmtp.pretrained.loading import usable_device
+
+    small = any(name in embedded_models() or ":" in name for name in names)
+    return "float32" if small else probe_precision(usable_device(device).type)
+
+
 def watched_study(settings, out: Path, executor, workers, time_for: TimeFor, *, quiet: bool):
     """Contexts, then probes; says what is done as it is done."""
     from cpmtp.study.effort.limits import planned_limit
@@ -61,7 +79,7 @@ def watched_study(settings, out: Path, executor, workers, time_for: TimeFor, *, 
     asked: dict = {}
     if time_for.minutes is not None:
         minutes = time_for.minutes
-        say(f"loading {', '.join(settings.models)}")
+        say(f"loading {', '.join(settings.models)} in {settings.dtype}")
         time_for, asked = _shared(settings, time_for, out)
         limit = planned_limit(
             settings,
