@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +59,16 @@ def gguf_options(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def unpacking():
-    """While a file is unpacked: no bar, which transformers shows whatever is asked of it; and the
-    file's header is read once, and the names of tensors made once, where transformers would do so
-    for every part of a model.
+    """While a file is unpacked: no bar, which transformers shows whatever is asked of it, nor a
+    hidden one, whose lock a worker that is stopped would leave behind; and the file's header is
+    read once, and the names of tensors made once, where transformers would do so for every part of
+    a model.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as unpacked
 
     shown, made = unpacked.tqdm, (gguf.GGUFReader, gguf.get_tensor_name_map)
-    unpacked.tqdm = partial(shown, disable=True)
+    unpacked.tqdm = lambda items, **_: items
     gguf.GGUFReader, gguf.get_tensor_name_map = map(cache, made)
     try:
         yield
