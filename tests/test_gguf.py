@@ -4,6 +4,7 @@ cannot be read.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 
@@ -134,3 +135,18 @@ def test_what_a_model_cannot_be_loaded_with_is_refused_in_one_line(
 def test_a_folder_of_gguf_files_says_which_path_to_give(written):
     with pytest.raises(ValueError, match=r"it holds tiny\.gguf: give that file's path"):
         load_language_model(written[0].parent)
+
+
+def test_a_files_header_is_read_once_and_everything_is_as_before_afterwards(written, monkeypatch):
+    gguf = importlib.import_module("gguf")
+    read, before = [], (gguf.GGUFReader, gguf.get_tensor_name_map)
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path, *more):
+            read.append(str(path))
+            super().__init__(path, *more)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    load_language_model(written[0])
+    assert read == [str(written[0])]
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (Reader, before[1])

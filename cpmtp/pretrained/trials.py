@@ -6,6 +6,7 @@ cross every window or rope boundary below that length.
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -84,12 +85,16 @@ class Trials:
         wanted = [None, *boundaries(self._lm.model.config, longest)]
         with self._lock:
             new = [at for at in wanted if (way, at) not in self.outcomes]
-            twin = self._lm.twin if new else None
+            twin = self._lm.twin if new else self._lm
             for at in new:
-                self.outcomes[way, at] = outcome = _tried(twin, at, gap)
-                if not outcome.passed:
-                    return False
-            return all(self.outcomes[way, at].passed for at in wanted)
+                self.outcomes[way, at] = _tried(twin, at, gap)
+                if not self.outcomes[way, at].passed:
+                    break
+            if twin is not self._lm:
+                del twin
+                gc.collect()  # a model refers to itself: it would stay for long
+            found = [self.outcomes.get((way, at)) for at in wanted]
+            return all(outcome is not None and outcome.passed for outcome in found)
 
     def said(self, way: str) -> str:
         """What was found of a way that failed, in words."""

@@ -1,5 +1,8 @@
 """What a larger vocabulary changes: rank needed, worth of anchoring and losses by rank, from the
-tables of finished studies; fits by em, three tokens, block verification.
+tables of finished studies; fits by em, three tokens, block verification, temperature 1.
+
+Where joints are truncated, tokens per call are certified lower bounds: then a loss is at most what
+is said, and at least what `least` says, from the upper bounds of the same fits.
 
 Run from the checkout: python data/studies/vocabulary_axis.py OUT.csv NAME:V=FOLDER[,FOLDER] …
 such as code:104=data/studies/reference,data/studies/anchored
@@ -16,30 +19,41 @@ from cpmtp.resampling import Clusters, intervals
 
 HORIZON, RANKS, WITHIN = 3, (1, 2, 4, 8, 16), 0.01
 OUTCOME = "tokens_per_call_block_target"
+UPPER = "tokens_per_call_upper_block_target"
 KEYS = ["model", "domain", "document", "context"]
 
 
-def scores(folders: list[Path], name: str) -> pd.DataFrame:
-    """Tokens per call: a row per context, a column per kind of draft and rank."""
+def scores(folders: list[Path], name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tokens per call and their upper bounds: a row per context, a column per kind of draft and
+    rank.
+    """
     tables = [pd.read_parquet(folder / "table.parquet") for folder in folders]
     table = pd.concat([t.assign(anchored=t.get("anchored", False)) for t in tables])
     temperatures = table["temperature"].fillna(1.0) if "temperature" in table else 1.0
     chosen = (table["horizon"] == HORIZON) & (table["method"] == "em") & (temperatures == 1.0)
     chosen &= table["rank"].isin(RANKS) & (table["status"] != "failed")
-    wide = table[chosen].pivot_table(index=KEYS, columns=["anchored", "rank"], values=OUTCOME)
+    rows = table[chosen]
+    upper = rows[UPPER].fillna(rows[OUTCOME]) if UPPER in rows else rows[OUTCOME]
+    columns = ["anchored", "rank"]
+    wide, above = (
+        values.pivot_table(index=KEYS, columns=columns, values=OUTCOME)
+        for values in (rows, rows.assign(**{OUTCOME: upper}))
+    )
     named = [name in (index[0], index[1], f"{index[0]} {index[1]}") for index in wide.index]
-    return wide[named].dropna() if any(named) else wide.dropna()
+    wide = wide[named].dropna() if any(named) else wide.dropna()
+    return wide, above.loc[wide.index]
 
 
 def rows(name: str, vocabulary: int, folders: list[Path]):
     """What is said of one model and kind of text."""
-    wide = scores(folders, name)
-    measured = {}
+    wide, above = scores(folders, name)
+    measured, least = {}, {}
     for anchored, kind in ((False, "not told"), (True, "told")):
         own = wide[anchored]
         last = own.columns.max()
         for rank in own.columns:
             measured[f"lost at rank {rank}", kind] = HORIZON - own[rank]
+            least[f"lost at rank {rank}", kind] = HORIZON - above[anchored][rank].mean()
         measured[f"rank {last} over rank 1", kind] = own[last] - own[1]
         means = own.mean()
         enough = means.index[means >= (1 - WITHIN) * means.max()].min()
@@ -55,12 +69,14 @@ def rows(name: str, vocabulary: int, folders: list[Path]):
     clusters = Clusters.of(pd.DataFrame(measured))
     low, high = intervals(clusters, seed=0)
     for place, (figure, kind) in enumerate(measured):
+        mean = clusters.means()[place]
         yield named(name, vocabulary, len(wide)) | {
             "figure": figure,
             "draft": kind,
-            "mean": clusters.means()[place],
+            "mean": mean,
             "low": low[place],
             "high": high[place],
+            "least": least.get((figure, kind), mean),
         }
 
 

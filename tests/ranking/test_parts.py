@@ -7,9 +7,9 @@ import pytest
 from samples import study_table
 
 import cpmtp
-from cpmtp.ranking.parts import table_parts
+from cpmtp.ranking.parts import partial_methods, table_parts
 from cpmtp.ranking.selection import compare_criteria, needed_ranks, paired_gains, select_rank
-from cpmtp.ranking.summary import method_summary, survival_by_rank
+from cpmtp.ranking.summary import method_summary, partial_gains, survival_by_rank
 
 
 def loss(rank: int) -> float:
@@ -93,3 +93,23 @@ def test_a_table_without_its_columns_or_any_usable_row_has_no_best_fits():
         cpmtp.best_fits(study_table(loss).drop(columns="rank"))
     with pytest.raises(ValueError, match="every fit failed"):
         cpmtp.best_fits(study_table(loss).assign(status="failed"))
+
+
+def test_means_compare_like_with_like_where_a_method_is_of_some_contexts_only():
+    table = study_table(loss, contexts=12, documents=12).replace({"method": {"als": "acceptance"}})
+    accepted = table["method"] == "acceptance"
+    table.loc[accepted, "tokens_per_call_block_target"] += 0.2 / table["rank"]
+    few = table[~accepted | (table["context"] < 6)]
+    assert partial_methods(few) == {"acceptance": (6, 12)} and partial_methods(table) == {}
+    best = cpmtp.best_fits(few)
+    assert set(best["method"]) == {"em"} and len(best) == 12 * 4
+    alone = select_rank(few[few["method"] == "em"], latency=None).table
+    pd.testing.assert_frame_equal(select_rank(few, latency=None).table, alone)
+    # what is left out is told beside them: 0.1 below em, and 0.2 / r on top of that
+    gains = partial_gains(few, "acceptance")
+    assert gains.index.names == ["horizon", "rank"]
+    assert 0.05 < gains.loc[3, 1] < 0.15 and gains.loc[3, 8] < 0.05
+    # contexts of all methods are as they were, and so are those that share none
+    assert set(cpmtp.best_fits(table)["method"]) == {"em", "acceptance"}
+    apart = table[accepted == (table["context"] < 6)]
+    assert partial_methods(apart) == {} and len(cpmtp.best_fits(apart)) == 12 * 4

@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 from samples import tiny_study, without_times
 
+from cpmtp.commands.studying.probing import affordable_probes
+from cpmtp.forecasting import probes
 from cpmtp.report.document import Report
 from cpmtp.study.effort.estimate import estimate_study
 from cpmtp.study.effort.limits import StudyLimit, planned_limit
@@ -171,3 +173,18 @@ def test_killed_at_ten_moments_a_planned_study_has_the_same_table(tmp_path):
     found = read_study(tmp_path / "killed")[0]
     assert not found.duplicated(list(KEY_COLUMNS)).any() and found["context"].nunique() == 16
     pd.testing.assert_frame_equal(without_times(found), without_times(expected))
+
+
+@pytest.mark.parametrize(("step", "tried", "enough"), [(10.0, 1, False), (0.01, 4, True)])
+def test_no_second_head_is_tried_where_one_alone_has_no_time(step, tried, enough, monkeypatch):
+    seen = []
+
+    def timed(lm, candidates, plan, windows):
+        seen.append(candidates)
+        return step
+
+    monkeypatch.setattr(probes, "step_seconds", timed)
+    settings = replace(MANY, models=("code",))
+    found = affordable_probes(settings, 60.0)["code"]
+    assert len(seen) == tried and found["enough"] is enough
+    assert len(found["candidates"]) == tried

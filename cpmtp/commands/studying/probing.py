@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,11 @@ def _asked(lm, settings, folder: Path, texts, seconds: float, known) -> dict[str
     file = folder / "asked.json"
     if file.is_file():
         return dict(json.loads(file.read_text("utf-8")))
-    found = known or _affordable(lm, texts, settings.seed, _STEPS_SHARE * seconds)
+    share = _STEPS_SHARE * seconds
+    if known is None:
+        found = _affordable(lm, texts, settings.seed, share)
+    else:  # contexts may have left more time, or less
+        found = known | _positions(share, known["step_seconds"], known["step"])
     if found["enough"]:
         write_text(file, json.dumps(found))
     return found
@@ -143,8 +148,6 @@ def _affordable(lm, texts, seed: int, seconds: float) -> dict[str, Any]:
     from cpmtp.forecasting.candidates import candidates_of, with_draft_vocabulary
     from cpmtp.forecasting.held_out import split_texts
     from cpmtp.forecasting.probes import (
-        FEWEST_STEPS,
-        STEPS_OF_PROBES,
         ProbePlan,
         probe_precision,
         step_seconds,
@@ -156,31 +159,41 @@ def _affordable(lm, texts, seed: int, seconds: float) -> dict[str, Any]:
     few, _ = training_windows(lm, training, length=plan.length, positions=plan.step, seed=seed)
     begun, spent = time.perf_counter(), 0.0
     chosen: list[dict[str, Any]] = []
-    fewest_steps = FEWEST_STEPS / STEPS_OF_PROBES[1]  # of the largest of two probes
-
-    def steps(all_seconds: float) -> int:
-        """Of the largest probe, the smaller ones with it."""
-        left = seconds - (time.perf_counter() - begun)
-        three = int(left / all_seconds / sum(STEPS_OF_PROBES))
-        two = int(left / all_seconds / sum(STEPS_OF_PROBES[1:]))
-        fewest = int(FEWEST_STEPS / STEPS_OF_PROBES[0])
-        return three if three >= fewest else min(two, fewest - 1)
-
     for keywords in _by_preference():
-        candidates = candidates_of(lm, with_draft_vocabulary(lm, [keywords], training, seed=seed))
-        own = step_seconds(lm, candidates, plan, few[: plan.rows * 4])
-        if not chosen and steps(own) < fewest_steps:
-            chosen, spent = [keywords], own  # not even one has the time
+        asked = with_draft_vocabulary(lm, [*chosen, keywords], training, seed=seed)
+        # All together: one pass of the base model serves them all.
+        together = step_seconds(lm, candidates_of(lm, asked), plan, few[: plan.rows * 4])
+        left = seconds - (time.perf_counter() - begun)
+        enough = _largest_steps(left, together) > 0
+        if len(chosen) >= _FEWEST and not enough:
             break
-        if len(chosen) >= _FEWEST and steps(spent + own) < fewest_steps:
+        chosen, spent = [*chosen, keywords], together
+        if not enough:  # others only add to it
             break
-        chosen, spent = [*chosen, keywords], spent + own
-    found = steps(spent)
     return {
         "candidates": chosen,
-        "positions": max(found, 1) * plan.step,
-        "enough": found >= fewest_steps,
+        "step_seconds": spent,
+        "step": plan.step,
+        **_positions(left, spent, plan.step),
     }
+
+
+def _positions(seconds: float, step_seconds: float, step: int) -> dict[str, Any]:
+    """Positions of the largest probe that a time is enough for, and whether it is for any."""
+    steps = _largest_steps(seconds, step_seconds)
+    return {"positions": max(steps, 1) * step, "enough": steps > 0}
+
+
+def _largest_steps(seconds: float, step_seconds: float) -> int:
+    """Steps of the largest of three or at least two probes that there is time for; else 0."""
+    from cpmtp.forecasting.probes import FEWEST_STEPS, STEPS_OF_PROBES
+
+    three = int(seconds / step_seconds / sum(STEPS_OF_PROBES))
+    if three * STEPS_OF_PROBES[0] >= FEWEST_STEPS:
+        return three
+    most = math.ceil(FEWEST_STEPS / STEPS_OF_PROBES[0]) - 1  # one more would be three probes
+    two = min(int(seconds / step_seconds / sum(STEPS_OF_PROBES[1:])), most)
+    return two if two * STEPS_OF_PROBES[1] >= FEWEST_STEPS else 0
 
 
 def _by_preference() -> list[dict[str, Any]]:
