@@ -25,9 +25,10 @@ _MOST_PILOTS, _PILOT_SECONDS = 4, 5.0
 # What starting a worker takes beside loading its models.
 STARTING_SECONDS = 4.0
 # Ranks that pilots fit. What larger ones take grows with the rank by a power, a method's own: read
-# off fits to dense joints of 104 tokens and to trees of SmolLM2's, ranks 1 to 16.
+# off fits to dense joints of 104 tokens and to trees of SmolLM2's, ranks 2 to 16. Rank 1
+# counts by itself: by `em` it takes no sweeps.
 _PILOT_RANKS = 2
-_POWERS = {"em": 1.25, "gradient": 1.0, "acceptance": 0.9, "als": 1.0, "hals": 1.0, "mu": 1.0}
+_POWERS = {"em": 0.8, "gradient": 0.35, "acceptance": 0.35, "als": 1.0, "hals": 1.1, "mu": 0.8}
 
 
 @dataclass(frozen=True)
@@ -171,11 +172,16 @@ def _pilot(settings: StudySettings, unit: StudyUnit) -> tuple[float, float, int]
 
 def _fitting(settings: StudySettings, ranks: tuple[int, ...], fits: dict) -> dict[str, float]:
     """Seconds of all fits by method, from those of small ranks."""
-    found = {}
+    found = dict.fromkeys(settings.methods, 0.0)
     for method in settings.methods:
-        power = _POWERS[method]
-        work = [sum(rank**power for rank in some) for some in (settings.ranks, ranks)]
-        mine = [f for cell, f in fits.items() if cell.method == method]
-        spent = sum(f.seconds for f in mine if isinstance(f, FitResult))
-        found[method] = spent * work[0] / work[1]
+        mine = [(c.rank, f) for c, f in fits.items() if c.method == method]
+        spent = [(rank, f.seconds) for rank, f in mine if isinstance(f, FitResult)]
+        # of rank 1 alone nothing else is known
+        lowest = 1 if max(ranks) > 1 else 0
+        wanted, tried = (
+            sum(rank ** _POWERS[method] for rank in some if rank > lowest)
+            for some in (settings.ranks, ranks)
+        )
+        more = sum(seconds for rank, seconds in spent if rank > lowest)
+        found[method] = sum(s for rank, s in spent if rank <= lowest) + more * wanted / tried
     return found
