@@ -99,7 +99,9 @@ def _forecast_of(places: list[Path], wanted) -> Path:
     if len(places) == 1:
         return places[0]
     told = {place: HeadsForecast.read(place).told for place in places}
-    named = {place: str(one.get("studied_as") or one["model"]["name"]) for place, one in told.items()}
+    named = {
+        place: str(one.get("studied_as") or one["model"]["name"]) for place, one in told.items()
+    }
     found = [place for place in places if wanted.model in (None, named[place])]
     if len(found) != 1:
         raise ValueError(f"forecasts of {', '.join(named.values())}: choose one with --model")

@@ -27,8 +27,7 @@ from cpmtp.decomposition.restarts import (
     solve_rank_one,
 )
 from cpmtp.decomposition.starts import repeated_marginals, stacked_marginals
-from cpmtp.decomposition.trees.problem import TreeProblem
-from cpmtp.decomposition.trees.sizes import groups_by_width, solved_apart
+from cpmtp.decomposition.trees.problem import TreeProblem, groups_by_width, solved_apart
 from cpmtp.drafts.cp_distribution import CPDistribution
 from cpmtp.joint_distribution import JointDistribution
 from cpmtp.joint_distribution.given import takes_what_is_given

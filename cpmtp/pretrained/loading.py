@@ -190,7 +190,7 @@ class _Source:
 
     @property
     def options(self) -> dict[str, Any]:
-        """For transformers' loaders: nothing is ever unpickled and no code of a model's own is run."""
+        """For loaders: nothing is ever unpickled and no code of a model's own is run."""
         return {"local_files_only": self.local, "trust_remote_code": False}
 
     @classmethod

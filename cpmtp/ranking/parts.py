@@ -99,7 +99,7 @@ def partial_methods(table: pd.DataFrame) -> dict[str, tuple[int, int]]:
     """
     rows = table[_is_partial(table)]
     every = len(table[CONTEXT_KEYS].drop_duplicates())
-    counted = rows.groupby("method")[CONTEXT_KEYS].apply(lambda own: len(own.drop_duplicates()))
+    counted = rows[[*CONTEXT_KEYS, "method"]].drop_duplicates().groupby("method").size()
     return {str(method): (int(count), every) for method, count in counted.items()}
 
 

@@ -23,7 +23,7 @@ from cpmtp.decomposition.fitting import fit, fit_path
 from cpmtp.decomposition.mixtures import Mixtures
 from cpmtp.decomposition.restarts import Items, climb, planned
 from cpmtp.decomposition.starts import disturbed_marginals
-from cpmtp.decomposition.trees import sizes
+from cpmtp.decomposition.trees import problem
 from cpmtp.decomposition.trees.nodes import first_token_forest, tree_forest
 from cpmtp.decomposition.trees.starts import tree_fibre_starts
 from cpmtp.decomposition.trees.targets import TreeTargets
@@ -218,8 +218,8 @@ def test_trees_that_are_fitted_apart_by_size_end_where_they_end_together(method,
     start = disturbed_marginals(forest.marginals, 3, 1, seed=4)
     limits = {"max_iterations": 30, "tolerance": 1e-6, "restarts": 1, "seed": 0}
     plan = planned(tree, method, **limits)
-    monkeypatch.setattr(sizes, "_OVERHEAD", 5)
-    groups = sizes.groups_by_width(items)
+    monkeypatch.setattr(problem, "_OVERHEAD", 5)
+    groups = problem.groups_by_width(items)
     widths = [group.items.marginals.shape[-1] for group in groups]
     assert len(groups) > 1 and max(widths) == forest.width > min(widths)
     numbers = torch.cat([group.numbers for group in groups])
@@ -230,7 +230,7 @@ def test_trees_that_are_fitted_apart_by_size_end_where_they_end_together(method,
         return climb(some, begin, plan)
 
     together = climbed(items, start, None)
-    apart = sizes.solved_apart(groups, climbed, start, None)
+    apart = problem.solved_apart(groups, climbed, start, None)
     allowed = kl_rounding(24**3) if method == "em" else 1e-9
     assert torch.allclose(apart.best.objective, together.best.objective, atol=allowed, rtol=0)
     assert apart.best.mixtures.factors.shape == together.best.mixtures.factors.shape
