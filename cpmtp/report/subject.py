@@ -333,7 +333,8 @@ def _served(part: pd.DataFrame, said: str) -> str:
     """Temperature and truncation of one part, unless they are the usual or said already."""
     row = part.iloc[0]
     temperature = 1.0 if "temperature " in said else float(row.get("temperature", 1.0))
-    return served_as(temperature, row.get("top_k"), row.get("top_p"))
+    kept = [row.get(name) for name in ("top_k", "top_p")]
+    return served_as(temperature, *(None if value is None else float(value) for value in kept))
 
 
 def by_forecast(subjects: Sequence[Subject]) -> list[tuple[HeadsForecast | None, list[Subject]]]:

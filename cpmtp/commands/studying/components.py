@@ -53,9 +53,10 @@ def _of_model(settings, name: str, rows: pd.DataFrame, seconds: float) -> list[p
         return []
     lm: Any = open_language_model(name, settings.device, settings.dtype)
     text = str(middle["context_text"])
-    if not writes_text(lm) or not text:
+    reads = getattr(lm, "encode", None) or getattr(lm, "encode_document", None)
+    if not writes_text(lm) or not text or reads is None:
         return []
-    ids = tuple(int(token) for token in lm.encode(text).tolist())
+    ids = tuple(int(token) for token in reads(text).tolist())
     unit = StudyUnit(
         *(name, str(middle["domain"]), str(middle["document"]), int(middle["context"]), ids, text),
         temperature=settings.temperatures[0],
