@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -40,6 +41,34 @@ def test_a_study_is_stale_without_a_record_after_another_command_and_after_other
         assert "the code has changed" in study.why_stale
     finally:
         space.update(kept)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_study_takes_the_old_ones_place_when_it_is_done(made, tmp_path, fails):
+    for name, said in (("s", "old"), ("s.new", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "table").write_text(said)
+    study = made["Stored"]("s", f"python -c 'raise SystemExit({int(fails)})'", (), ("table",))
+    space = type(study).make.__globals__
+    kept = {name: space[name] for name in ("HERE", "ROOT")}
+    space.update(HERE=tmp_path, ROOT=tmp_path)
+    try:
+        if fails:
+            with pytest.raises(subprocess.CalledProcessError):
+                study.make()
+        else:
+            study.make()
+    finally:
+        space.update(kept)
+    assert (tmp_path / "s" / "table").read_text() == ("old" if fails else "new")
+    assert (tmp_path / "s.new").exists() is fails
+
+
+def test_studies_are_made_where_nothing_else_is_and_without_probes(made):
+    for study in made["STUDIES"]:
+        if study.files:
+            assert f"--out data/studies/{study.name}.new" in study.command
+            assert "--no-probe" in study.command
 
 
 def test_an_unknown_study_is_refused(made):

@@ -135,7 +135,7 @@ def fit(
     problem = _problem(joint, anchored, rank)
     own = problem.plan(plan)
     groups = groups_by_width(problem.items)
-    solved = solved_apart(groups, lambda items, *_: solve(items, rank, own), None, None)
+    solved = solved_apart(groups, lambda items, *_: solve(items, rank, own))
     return problem.result(solved, method, started)
 
 

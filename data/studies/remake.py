@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -35,11 +36,16 @@ class Stored:
         What makes it, from the checkout.
     modules : tuple of str
         Files and folders of the package whose results it holds.
+    files : tuple of str
+        What is kept of it. Where that is said it is made in `NAME.new`, where it goes on if it was
+        stopped, and takes the old one's place when it is done: a study refuses the folder of
+        another.
     """
 
     name: str
     command: str
     modules: tuple[str, ...]
+    files: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -66,14 +72,20 @@ class Stored:
         """Run its command and keep a record of it."""
         before = self.digest
         subprocess.run(shlex.split(self.command), cwd=ROOT, check=True)
+        new = HERE / f"{self.name}.new"
+        for file in self.files:
+            (new / file).replace(HERE / self.name / file)
+        if self.files:
+            shutil.rmtree(new)
         told = {"command": self.command, "modules": self.modules, "sha256": before}
         text = json.dumps(told, indent=1) + "\n"
         (HERE / self.name / "made.json").write_text(text, encoding="utf-8")
 
 
 def _study(name: str, options: str) -> Stored:
-    out = f"--workers 1 --out data/studies/{name}"
-    return Stored(name, f"cpmtp study {options} {out}", (*_FITS, "study"))
+    out = f"--no-probe --workers 1 --out data/studies/{name}.new"
+    files = ("manifest.json", "table.parquet")
+    return Stored(name, f"cpmtp study {options} {out}", (*_FITS, "study"), files)
 
 
 STUDIES = (

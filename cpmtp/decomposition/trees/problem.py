@@ -237,8 +237,8 @@ def _alike(widths: Sequence[int], begin: int = 0) -> list[slice]:
 def solved_apart(
     groups: Sequence[Group],
     work: Callable[[Items, Mixtures | None, Runs | None], Solved],
-    start: Mixtures | None,
-    below: Runs | None,
+    start: Mixtures | None = None,
+    below: Runs | None = None,
 ) -> Solved:
     """What `work` finds of each group, in the forest's order.
 
