@@ -2,7 +2,7 @@
 stopped.
 
 Run from the checkout:
-python data/studies/curves.py OUT [--minutes M] [--threads T] [--largest N] [--at-once C].
+python data/studies/curves.py OUT [--minutes M] [--threads T] [--largest N] [--at-once C] [--model M].
 
 For each base model, budget and seed all candidates are trained side by side, on the same windows of
 the base model's own samples in the same order, each budget with its full decay of the learning
@@ -329,6 +329,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--largest", type=int, default=max(BUDGETS), help="budget, in thousands")
     parser.add_argument("--at-once", type=int, help="candidates side by side, cheapest first")
+    parser.add_argument("--model", choices=MODELS, help="of one only")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     deadline = time.monotonic() + 60 * given.minutes
@@ -336,6 +337,8 @@ def main() -> None:
         (given.out / folder).mkdir(parents=True, exist_ok=True)
     restore(given.out)
     for training in trainings(given.largest):
+        if given.model not in (None, training.model):
+            continue
         print(time.strftime("%H:%M:%S"), training.name, flush=True)
         try:
             while run(given.out, training, deadline, given.at_once):
