@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from cpmtp.commands.latency import head_grid
-from cpmtp.commands.options import Device, Dtype, integers
+from cpmtp.commands.options import Device, QuickDtype, integers
+from cpmtp.commands.studying.timing import quick_dtype
 
 _SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9}
 
@@ -58,7 +59,7 @@ def forecast(
         Path, typer.Option(help="Folder of probes and tables; the same folder again goes on.")
     ] = Path("runs/forecast"),
     device: Device = "cpu",
-    dtype: Dtype = "float32",
+    dtype: QuickDtype = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, windows and draws.")] = 0,
 ) -> None:
     """Forecast what heads earn, from short probes.
@@ -80,7 +81,7 @@ def forecast(
     measured = None if latency is None else read_latency(latency)
     texts = [d.text for d in read_documents(list(corpus))] if corpus else None
     ceilings = None if study is None else study_ceilings(study)
-    lm = load_language_model(model, device=device, dtype=dtype)
+    lm = load_language_model(model, device=device, dtype=dtype or quick_dtype([model], device))
     found = forecast_heads(
         lm,
         candidates,

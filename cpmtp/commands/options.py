@@ -15,6 +15,15 @@ Dtype = Annotated[
     str,
     typer.Option("--dtype", help="Precision of the model: float32, bfloat16, float16 or float64."),
 ]
+# Of commands that have so many minutes.
+QuickDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Precision of the model: float32, bfloat16, float16 or float64. Default: bfloat16 "
+        "where the device has units for it, but not of embedded models; else float32.",
+    ),
+]
 TopK = Annotated[
     int | None, typer.Option("--top-k", help="Only the k most probable tokens are sampled from.")
 ]

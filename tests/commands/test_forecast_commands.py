@@ -54,6 +54,19 @@ def test_a_forecast_without_time_says_that_it_is_not_enough(monkeypatch, capsys,
     assert out.startswith("not enough for a forecast")
 
 
+@pytest.mark.parametrize("fastest", ["bfloat16", "float32"])
+def test_a_forecast_takes_the_precision_that_is_fastest_on_the_device(
+    monkeypatch, capsys, base, tmp_path, fastest
+):
+    monkeypatch.setattr("cpmtp.forecasting.probes.probe_precision", lambda device: fastest)
+    command = ("forecast", "--model", base, "--forms", "cp", "--ranks", 1, "--horizons", 2)
+    short = ("--minutes", 0.001, "--out", tmp_path / "f")
+    status, _, err = run(monkeypatch, capsys, *command, *short)
+    assert (status, err) == (0, "")
+    told = json.loads((tmp_path / "f" / "forecast.json").read_text())
+    assert told["model"]["dtype"] == fastest
+
+
 def test_the_answer_says_what_it_rests_on_with_ceilings_and_loads_beside(
     monkeypatch, capsys, larger, tmp_path
 ):
