@@ -2,7 +2,8 @@
 stopped.
 
 Run from the checkout:
-python data/studies/curves.py OUT [--minutes M] [--threads T] [--largest N] [--at-once C] [--model M].
+python data/studies/curves.py OUT [--minutes M] [--threads T] [--largest N] [--at-once C]
+[--model NAME].
 
 For each base model, budget and seed all candidates are trained side by side, on the same windows of
 the base model's own samples in the same order, each budget with its full decay of the learning
