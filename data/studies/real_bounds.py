@@ -10,6 +10,7 @@ neighbours  at text positions: the four likeliest next tokens, and what follows 
 factors     left and right factors from more and more of these positions, of several ranks
 population  three tokens under top-k 50 on held-out texts, drafts told the first: every form with
             these factors, and logits that the unembedding can make
+mixtures    of these, chains with weights, in fewer contexts
 curve       of these, only single chains without gates, by rank and positions
 horizons    anchored fits under top-k 4, 3 to 8 tokens
 others      a population fit of 48 contexts under top-k 16, judged on 16 others
@@ -45,9 +46,10 @@ WINDOWS, AT_ONCE = 416, 26
 SHARES, WIDTHS, MOST_WIDTHS = (1 / 16, 1 / 4), (16, 64), (4, 16, 64, 256)
 STEPS, RATE = 240, 0.05
 # Contexts and their tokens; contexts of a population fit and of its judgement.
-CONTEXTS, OTHERS, CONTEXT = {"population": 12, "curve": 12, "horizons": 24}, (48, 16), 96
-# Contexts that are studied at a lower temperature as well, and those of mixtures.
-COOLER, MIXED = range(6, 12), range(0)
+CONTEXTS = {"population": 12, "mixtures": 6, "curve": 12, "horizons": 24}
+OTHERS, CONTEXT = (48, 16), 96
+# Contexts that are studied at a lower temperature as well; components of mixtures.
+COOLER, MIXTURES = range(6, 12), (2, 4)
 # First tokens of less mass earn one token where logits through the unembedding are compared.
 LEAST_MASS = 1e-2
 # Passes of fits with given factors, of one chain and of mixtures.
@@ -191,14 +193,23 @@ def population(unit: Unit, lm, out: Path) -> pd.DataFrame:
         if temperature == 1.0:
             asked |= {"cp 8": {"rank": 8, "max_iterations": 30}}
             asked["markov 64 gated"] = given(out, 64, True)
-            if unit.context in MIXED:
-                asked["markov_mixture 2, 16 gated"] = given(out, 16, True, 2)
         rows += [named | row for row in readouts(tree, lm, out, temperature == 1.0)]
         for name, options in asked.items():
             rows.append(
                 named | bounds.row_of(tree, name, cpmtp.fit(tree, anchored=True, **options))
             )
         rows.append(named | bounds.best_path(tree))
+    return pd.DataFrame(rows)
+
+
+def mixtures(unit: Unit, lm, out: Path) -> pd.DataFrame:
+    """One context under top-k 50: chains of `population` with weights."""
+    tree = cpmtp.complete_joint(lm, unit.token_ids, 3, top_k=50)
+    named = bounds.common(unit) | {"horizon": 3, "top_k": 50, "temperature": 1.0}
+    rows = []
+    for rank in MIXTURES:
+        fit = cpmtp.fit(tree, anchored=True, **given(out, 16, True, rank))
+        rows.append(named | bounds.row_of(tree, f"markov_mixture {rank}, 16 gated", fit))
     return pd.DataFrame(rows)
 
 
@@ -266,16 +277,37 @@ def by_context(lm, out: Path, stage: str) -> None:
             if stage == "horizons":
                 made = bounds.horizons(unit, lm, horizon)
             else:
-                made = {"population": population, "curve": curve}[stage](unit, lm, out)
+                of_stage = {"population": population, "mixtures": mixtures, "curve": curve}
+                made = of_stage[stage](unit, lm, out)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_parquet(file, made)
             print(time.strftime("%H:%M:%S"), file.name, flush=True)
 
 
-def tables(lm, out: Path) -> None:
-    """Of the parts that are there."""
+def restore(out: Path) -> None:
+    """Contexts of stored tables as parts again, so that a run goes on from the tables alone."""
     for stage in ("population", "curve", "horizons"):
-        files = sorted((out / "parts").glob(f"{stage}-*.parquet"))
+        file = out / f"{stage}.parquet"
+        rows = pd.read_parquet(file) if file.exists() else pd.DataFrame(columns=["context"])
+        mixed = rows["draft"].str.startswith("markov_mixture") if len(rows) else []
+        parts = {stage: rows[~mixed], "mixtures": rows[mixed]} if len(rows) else {}
+        for name, part in parts.items():
+            for (context, horizon), own in part.groupby(["context", "horizon"]):
+                place = out / "parts" / f"{name}-{horizon}-{context:03d}.parquet"
+                if not place.exists():
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    write_parquet(place, own)
+
+
+def tables(lm, out: Path) -> None:
+    """Of the parts that are there; mixtures in the table of the others."""
+    parts = out / "parts"
+    for stage, names in (
+        ("population", ("population", "mixtures")),
+        ("curve", ("curve",)),
+        ("horizons", ("horizons",)),
+    ):
+        files = [file for name in names for file in sorted(parts.glob(f"{name}-*.parquet"))]
         if files:
             table = pd.concat(map(pd.read_parquet, files), ignore_index=True)
             write_parquet(out / f"{stage}.parquet", table)
@@ -287,6 +319,7 @@ def main(out: Path, model: str, stages: list[str]) -> None:
     """The stages in turn."""
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
+    restore(out)
     lm = cpmtp.load_language_model(model, dtype="bfloat16")
     at_once = {"neighbours": neighbours, "factors": factors, "others": others, "tables": tables}
     for stage in stages:
