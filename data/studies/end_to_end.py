@@ -4,12 +4,15 @@ to.
 Run from the checkout, and commit the folder of the first before the second is run:
 
     python data/studies/end_to_end.py forecast OUT MODEL [--budget N] [--probe N]
-    python data/studies/end_to_end.py measure OUT MODEL
+    python data/studies/end_to_end.py measure OUT MODEL [--name NAME] [--corpus FOLDER] [--dtype D]
+    [--threads T]
 
-`forecast` probes three candidates and writes OUT/MODEL. `measure` trains the one chosen there as
-its probes were trained, to the budget, from another seed; then it decodes, in turns with plain
-decoding, after prompts that no other stage has seen. Its row parts a miss into what the curve, the
-weighting of cycles and step times have to do with it.
+`forecast` probes three candidates and writes OUT/MODEL; `cpmtp forecast --out OUT/NAME` does for
+`measure` as well, which is then told its model's folder, its name here, its text and precision.
+`measure` trains the head of most tokens per second there as its probes were trained, to the budget,
+from another seed; then it decodes, in turns with plain decoding, after prompts that no other stage
+has seen. Its row parts a miss into what the curve, the weighting of cycles and step times have to
+do with it.
 """
 
 from __future__ import annotations
@@ -22,9 +25,12 @@ import pandas as pd
 import torch
 
 import cpmtp
-from cpmtp.forecasting.candidates import Candidate
-from cpmtp.forecasting.held_out import held_out_texts
+from cpmtp.corpora import read_documents
+from cpmtp.forecasting.candidates import Candidate, with_draft_vocabulary
+from cpmtp.forecasting.held_out import held_out_texts, split_texts
+from cpmtp.forecasting.outlook import HEAD
 from cpmtp.forecasting.probes import probe_precision, training_windows
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.latency import read_latency
 from cpmtp.sampling_law import SamplingLaw
 from cpmtp.training.heads import HeadTrainingSettings, train_head
@@ -36,8 +42,9 @@ CANDIDATES = [
     {"form": "recurrent", "horizon": 4},
 ]
 ROWS, LENGTH, START, DRAWN = 4, 64, 32, 48
+SIZES = ("horizon", "rank", "transition_rank", "width", "blocks")
 SEED = 500  # of training and decoding; forecasts have seed 0
-TEXTS, TURNS, TIMED = 128, 3, 8
+TEXTS, TURNS, TIMED, ELSEWHERE = 128, 3, 8, 500
 
 
 def forecast(out: Path, model: str, budget: int, probe: int) -> None:
@@ -51,45 +58,64 @@ def forecast(out: Path, model: str, budget: int, probe: int) -> None:
     print(found.table[found.table["budget"] == budget].to_string())
 
 
-def measure(out: Path, model: str) -> None:
-    """The chosen head, trained and decoded with."""
-    lm, folder = cpmtp.load_language_model(model), out / model
-    told = json.loads((folder / "forecast.json").read_text("utf-8"))
-    choice, budget = told["choices"][0], int(told["settings"]["budget"])
+def best_head(folder: Path, budget: float) -> pd.Series:
+    """The row of the head of most tokens per second at the budget, whatever else is faster."""
     table = pd.read_parquet(folder / "forecast.parquet")
-    row = table[(table["option"] == choice["name"]) & (table["budget"] == budget)].iloc[0]
-    mine = next(c for c in CANDIDATES if c["form"] == row["form"])
-    keywords = Candidate.of(lm, mine).keywords
-    sizes = {"rows": ROWS, "length": LENGTH, "positions": budget, "seed": SEED}
-    settings = HeadTrainingSettings(**keywords, **sizes, precision=probe_precision("cpu"))
-    # Windows enough for one pass.
-    windows, _ = training_windows(lm, None, length=LENGTH, positions=4 * budget, seed=SEED)
-    head = train_head(lm, settings, tokens=windows)
+    heads = table[(table["kind"] == HEAD) & (table["budget"] == budget)]
+    return heads.loc[heads["tokens_per_second"].idxmax()]
 
-    law, other = SamplingLaw(), {"count": TEXTS, "start": START, "drawn": DRAWN, "seed": SEED + 1}
-    texts = held_out_texts(lm, None, law=law, **other)
-    along = texts.drawn * TEXTS / float(texts.cycles_of_head(head, [4], "block").sum())
-    prompts = list(texts.tokens[:, :START])
-    more = {"max_new_tokens": DRAWN + 1, "seed": SEED + 2}
+
+def trained_as_probed(lm, row: pd.Series, told: dict, texts: list[str] | None) -> DraftHead:
+    """A head of the row's sizes, from the text and by the settings of its probes."""
+    sizes = {name: int(row[name]) for name in SIZES}
+    asked = [{"form": row["form"], **sizes}]
+    keywords = with_draft_vocabulary(lm, asked, texts, seed=told["seed"])[0]
+    budget = {"rows": told["rows"], "length": told["length"], "positions": int(told["budget"])}
+    chosen = Candidate.of(lm, keywords).keywords | budget
+    settings = HeadTrainingSettings(**chosen, seed=SEED, precision=probe_precision("cpu"))
+    # Windows enough for one pass.
+    most = {"length": settings.length, "positions": 4 * settings.positions, "seed": SEED}
+    windows, _ = training_windows(lm, texts, **most)
+    return train_head(lm, settings, tokens=windows)
+
+
+def measure(out: Path, name: str, lm, documents: list[str] | None) -> None:
+    """The chosen head, trained and decoded with."""
+    folder = out / name
+    told = json.loads((folder / "forecast.json").read_text("utf-8"))["settings"]
+    row = best_head(folder, told["budget"])
+    training, held_back = (None, None) if documents is None else split_texts(documents)
+    head = trained_as_probed(lm, row, told, training)
+
+    law, start, drawn = SamplingLaw(), told["start"], told["drawn"]
+    other = {"count": TEXTS, "start": start, "drawn": drawn, "seed": SEED + 1}
+    # The forecast's own beginnings are those of the documents.
+    held_back = held_back and [document[ELSEWHERE:] for document in held_back]
+    texts = held_out_texts(lm, held_back, law=law, **other)
+    along = texts.drawn * TEXTS / float(texts.cycles_of_head(head, [head.horizon], "block").sum())
+    prompts = list(texts.tokens[:, :start])
+    more = {"max_new_tokens": drawn + 1, "seed": SEED + 2}
     stats = cpmtp.speculative_generate(lm, head, prompts, **more).stats
+    decoded, each = stats.tokens_per_call, torch.tensor(stats.tokens_per_call_by_row)
     alone = timed(lm, head, prompts, more)
-    seconds = read_latency(folder / "latency.json")
-    cycle, plain = row["cycle_seconds"], seconds.plain_seconds()
+    cycle, usual = row["cycle_seconds"], read_latency(folder / "latency.json").plain_seconds()
     found = {
-        "model": model,
+        "model": name,
         "option": row["option"],
-        "budget": budget,
+        "horizon": head.horizon,
+        "budget": told["budget"],
         "forecast": row["tokens_per_call"],
         "forecast_low": row["tokens_per_call_low"],
         "forecast_high": row["tokens_per_call_high"],
         "trained_along_texts": along,
-        "decoded": stats.tokens_per_call,
+        "decoded": decoded,
+        "decoded_error": float(each.std()) / len(each) ** 0.5,
         "forecast_speedup": row["speedup"],
         "decoded_speedup": alone["plain"] / alone["head"],
-        "forecast_cycle_over_plain": cycle / plain,
+        "forecast_cycle_over_plain": cycle / usual,
         "decoded_cycle_over_plain": alone["cycle"] / alone["plain"],
         "of_curve": along / row["tokens_per_call"] - 1,
-        "of_cycles": stats.tokens_per_call / along - 1,
+        "of_cycles": decoded / along - 1,
     }
     write_parquet(folder / "measured.parquet", pd.DataFrame([found]))
     print(json.dumps(found, indent=1, default=float))
@@ -122,12 +148,18 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--budget", type=int, default=131072)
     parser.add_argument("--probe", type=int, default=16384)
+    parser.add_argument("--name", help="of the forecast's folder; default: the model")
+    parser.add_argument("--corpus", help="text of a forecast that had some")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(given.threads)
     if given.stage == "forecast":
         forecast(given.out, given.model, given.budget, given.probe)
     else:
-        measure(given.out, given.model)
+        lm = cpmtp.load_language_model(given.model, dtype=given.dtype)
+        corpus = given.corpus and [document.text for document in read_documents([given.corpus])]
+        measure(given.out, given.name or given.model, lm, corpus)
 
 
 if __name__ == "__main__":
