@@ -3,7 +3,7 @@ stopped.
 
 Run from the checkout:
 python data/studies/curves.py OUT [--minutes M] [--threads T] [--largest N] [--at-once C]
-[--model NAME].
+[--model NAME] [--only CANDIDATE …].
 
 For each base model, budget and seed all candidates are trained side by side, on the same windows of
 the base model's own samples in the same order, each budget with its full decay of the learning
@@ -203,11 +203,18 @@ def cheapest_first(out: Path, training: Training, shapes: list[dict]) -> list[di
     return sorted(shapes, key=lambda shape: seconds.get(label(shape), math.inf))
 
 
-def run(out: Path, training: Training, deadline: float, at_once: int | None) -> bool:
+def run(
+    out: Path,
+    training: Training,
+    deadline: float,
+    at_once: int | None,
+    only: list[str] | None = None,
+) -> bool:
     """Train what is missing of a training, at most so many side by side, and write the rows; false
     where nothing was missing.
     """
     shapes = candidates(out, training)
+    shapes = [shape for shape in shapes if only is None or label(shape) in only]
     if not shapes:
         return False
     # Rates are chosen among all of them.
@@ -331,6 +338,7 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=max(BUDGETS), help="budget, in thousands")
     parser.add_argument("--at-once", type=int, help="candidates side by side, cheapest first")
     parser.add_argument("--model", choices=MODELS, help="of one only")
+    parser.add_argument("--only", nargs="*", help="names of candidates, as in the table")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     deadline = time.monotonic() + 60 * given.minutes
@@ -342,7 +350,7 @@ def main() -> None:
             continue
         print(time.strftime("%H:%M:%S"), training.name, flush=True)
         try:
-            while run(given.out, training, deadline, given.at_once):
+            while run(given.out, training, deadline, given.at_once, given.only):
                 pass
         except TimeoutError:
             print("the minutes are over; the same command goes on from here", file=sys.stderr)

@@ -76,7 +76,7 @@ STAGES = {
             "horizon": 5,
             "width": 384,
             "learning_rate": 8e-3,
-            "positions": 768 * 1024,
+            "positions": 512 * 1024,
         },
     },
 }
