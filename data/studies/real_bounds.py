@@ -10,8 +10,9 @@ neighbours  at text positions: the four likeliest next tokens, and what follows 
 factors     left and right factors from more and more of these positions, of several ranks
 population  three tokens under top-k 50 on held-out texts, drafts told the first: every form with
             these factors, and logits that the unembedding can make
-mixtures    of these, chains with weights, in fewer contexts
-curve       of these, only single chains without gates, by rank and positions
+cooler      three tokens at temperature 0.7, without the text's factors
+mixtures    of `population`, chains with weights, in fewer contexts
+curve       of `population`, only single chains without gates, by rank and positions
 horizons    anchored fits under top-k 4, 3 to 8 tokens
 others      a population fit of 48 contexts under top-k 16, judged on 16 others
 """
@@ -46,10 +47,10 @@ WINDOWS, AT_ONCE = 416, 26
 SHARES, WIDTHS, MOST_WIDTHS = (1 / 16, 1 / 4), (16, 64), (4, 16, 64, 256)
 STEPS, RATE = 240, 0.05
 # Contexts and their tokens; contexts of a population fit and of its judgement.
-CONTEXTS = {"population": 12, "mixtures": 6, "curve": 12, "horizons": 24}
+CONTEXTS = {"population": 12, "mixtures": 6, "curve": 12, "horizons": 24, "cooler": 12}
 OTHERS, CONTEXT = (48, 16), 96
-# Contexts that are studied at a lower temperature as well; components of mixtures.
-COOLER, MIXTURES = range(6, 12), (2, 4)
+# A lower temperature; components of mixtures.
+COOL, MIXTURES = 0.7, (2, 4)
 # First tokens of less mass earn one token where logits through the unembedding are compared.
 LEAST_MASS = 1e-2
 # Passes of fits with given factors, of one chain and of mixtures.
@@ -184,52 +185,58 @@ def given(out: Path, width: int, gated: bool, rank: int = 1) -> dict:
 
 
 def population(unit: Unit, lm, out: Path) -> pd.DataFrame:
-    """One context under top-k 50 at both temperatures."""
-    rows = []
-    for temperature in (1.0, 0.7) if unit.context in COOLER else (1.0,):
-        tree = cpmtp.complete_joint(lm, unit.token_ids, 3, top_k=50, temperature=temperature)
-        named = bounds.common(unit) | {"horizon": 3, "top_k": 50, "temperature": temperature}
-        asked = {"cp 2": {"rank": 2}, "markov 16 gated": given(out, 16, True)}
-        if temperature == 1.0:
-            asked |= {"cp 8": {"rank": 8, "max_iterations": 30}}
-            asked["markov 64 gated"] = given(out, 64, True)
-        rows += [named | row for row in readouts(tree, lm, out, temperature == 1.0)]
-        for name, options in asked.items():
-            rows.append(
-                named | bounds.row_of(tree, name, cpmtp.fit(tree, anchored=True, **options))
-            )
-        rows.append(named | bounds.best_path(tree))
-    return pd.DataFrame(rows)
+    """One context under top-k 50, with the text's factors."""
+    tree = cpmtp.complete_joint(lm, unit.token_ids, 3, top_k=50)
+    named = bounds.common(unit) | {"horizon": 3, "top_k": 50, "temperature": 1.0}
+    asked = {"cp 2": {"rank": 2}, "cp 8": {"rank": 8, "max_iterations": 30}}
+    asked |= {f"markov {width} gated": given(out, width, True) for width in (16, 64)}
+    rows = [named | row for row in readouts(tree, lm, out)]
+    rows += [named | row for row in fitted(tree, asked)]
+    return pd.DataFrame([*rows, named | bounds.best_path(tree)])
+
+
+def cooler(unit: Unit, lm, out: Path) -> pd.DataFrame:
+    """One context under top-k 50 at temperature 0.7, factors its own."""
+    tree = cpmtp.complete_joint(lm, unit.token_ids, 3, top_k=50, temperature=COOL)
+    named = bounds.common(unit) | {"horizon": 3, "top_k": 50, "temperature": COOL}
+    asked = {f"cp {rank}": {"rank": rank, "max_iterations": 30} for rank in (1, 2, 8)}
+    own = {"form": "markov", "transition_rank": 16, "gated": True, "max_iterations": OF_CHAINS}
+    rows = fitted(tree, asked | {"markov 16 gated, own factors": own})
+    return pd.DataFrame([named | row for row in [*rows, bounds.best_path(tree)]])
+
+
+def fitted(tree, asked: dict[str, dict]) -> list[dict]:
+    """A row for each of these fits."""
+    return [
+        bounds.row_of(tree, name, cpmtp.fit(tree, anchored=True, **options))
+        for name, options in asked.items()
+    ]
 
 
 def mixtures(unit: Unit, lm, out: Path) -> pd.DataFrame:
     """One context under top-k 50: chains of `population` with weights."""
     tree = cpmtp.complete_joint(lm, unit.token_ids, 3, top_k=50)
     named = bounds.common(unit) | {"horizon": 3, "top_k": 50, "temperature": 1.0}
-    rows = []
-    for rank in MIXTURES:
-        fit = cpmtp.fit(tree, anchored=True, **given(out, 16, True, rank))
-        rows.append(named | bounds.row_of(tree, f"markov_mixture {rank}, 16 gated", fit))
-    return pd.DataFrame(rows)
+    asked = {f"markov_mixture {r}, 16 gated": given(out, 16, True, r) for r in MIXTURES}
+    return pd.DataFrame([named | row for row in fitted(tree, asked)])
 
 
 def curve(unit: Unit, lm, out: Path) -> pd.DataFrame:
     """One context under top-k 50: by rank and positions, and through the unembedding."""
     tree = cpmtp.complete_joint(lm, unit.token_ids, 3, top_k=50)
     named = bounds.common(unit) | {"horizon": 3, "top_k": 50, "temperature": 1.0}
-    return pd.DataFrame([named | row for row in readouts(tree, lm, out, True)])
+    return pd.DataFrame([named | row for row in readouts(tree, lm, out)])
 
 
-def readouts(tree, lm, out: Path, every: bool) -> Iterator[dict]:
+def readouts(tree, lm, out: Path) -> Iterator[dict]:
     """Single chains with given factors: any logits, and those through the unembedding."""
     readout = lm.unembedding.detach()
-    chosen = grid() if every else [(1.0, 16)]
-    for share, width in [(0.0, 0), *chosen]:
+    for share, width in [(0.0, 0), *grid()]:
         transitions, positions = stored_factors(out, share, width) if width else (None, 0)
         named = {"rank": 1, "transition_rank": width, "positions": positions}
         name = "cp 1" if not width else f"markov {width}" + (share < 1) * f" of {positions}"
         ways = {"": (None, {})}
-        if every and share in (0.0, 1.0) and width in (0, 16):
+        if share in (0.0, 1.0) and width in (0, 16):
             ways |= {", few first": (None, {"least_mass": LEAST_MASS})}
             ways |= {", unembedding": (readout, {"least_mass": LEAST_MASS})}
         for way, (matrix, how) in ways.items():
@@ -278,7 +285,7 @@ def by_context(lm, out: Path, stage: str) -> None:
                 made = bounds.horizons(unit, lm, horizon)
             else:
                 of_stage = {"population": population, "mixtures": mixtures, "curve": curve}
-                made = of_stage[stage](unit, lm, out)
+                made = (of_stage | {"cooler": cooler})[stage](unit, lm, out)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_parquet(file, made)
             print(time.strftime("%H:%M:%S"), file.name, flush=True)
@@ -286,7 +293,7 @@ def by_context(lm, out: Path, stage: str) -> None:
 
 def restore(out: Path) -> None:
     """Contexts of stored tables as parts again, so that a run goes on from the tables alone."""
-    for stage in ("population", "curve", "horizons"):
+    for stage in ("population", "curve", "horizons", "cooler"):
         file = out / f"{stage}.parquet"
         rows = pd.read_parquet(file) if file.exists() else pd.DataFrame(columns=["context"])
         mixed = rows["draft"].str.startswith("markov_mixture") if len(rows) else []
@@ -306,6 +313,7 @@ def tables(lm, out: Path) -> None:
         ("population", ("population", "mixtures")),
         ("curve", ("curve",)),
         ("horizons", ("horizons",)),
+        ("cooler", ("cooler",)),
     ):
         files = [file for name in names for file in sorted(parts.glob(f"{name}-*.parquet"))]
         if files:
