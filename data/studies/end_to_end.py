@@ -5,14 +5,14 @@ Run from the checkout, and commit the folder of the first before the second is r
 
     python data/studies/end_to_end.py forecast OUT MODEL [--budget N] [--probe N]
     python data/studies/end_to_end.py measure OUT MODEL [--name NAME] [--corpus FOLDER] [--dtype D]
-    [--threads T]
+    [--threads T] [--head FOLDER]
 
 `forecast` probes three candidates and writes OUT/MODEL; `cpmtp forecast --out OUT/NAME` does for
 `measure` as well, which is then told its model's folder, its name here, its text and precision.
 `measure` trains the head of most tokens per second there as its probes were trained, to the budget,
 from another seed; then it decodes, in turns with plain decoding, after prompts that no other stage
-has seen. Its row parts a miss into what the curve, the weighting of cycles and step times have to
-do with it.
+has seen; `--head` keeps the head, so that it is measured again without training. Its row parts a
+miss into what the curve, the weighting of cycles and step times have to do with it.
 """
 
 from __future__ import annotations
@@ -65,8 +65,12 @@ def best_head(folder: Path, budget: float) -> pd.Series:
     return heads.loc[heads["tokens_per_second"].idxmax()]
 
 
-def trained_as_probed(lm, row: pd.Series, told: dict, texts: list[str] | None) -> DraftHead:
+def trained_as_probed(
+    lm, row: pd.Series, told: dict, texts: list[str] | None, place: Path | None
+) -> DraftHead:
     """A head of the row's sizes, from the text and by the settings of its probes."""
+    if place is not None and (place / "config.json").exists():
+        return DraftHead.from_pretrained(place).attach(lm).requires_grad_(False)
     sizes = {name: int(row[name]) for name in SIZES}
     asked = [{"form": row["form"], **sizes}]
     keywords = with_draft_vocabulary(lm, asked, texts, seed=told["seed"])[0]
@@ -76,16 +80,15 @@ def trained_as_probed(lm, row: pd.Series, told: dict, texts: list[str] | None) -
     # Windows enough for one pass.
     most = {"length": settings.length, "positions": 4 * settings.positions, "seed": SEED}
     windows, _ = training_windows(lm, texts, **most)
-    return train_head(lm, settings, tokens=windows)
+    return train_head(lm, settings, tokens=windows, out=place)
 
 
-def measure(out: Path, name: str, lm, documents: list[str] | None) -> None:
+def measure(folder: Path, lm, documents: list[str] | None, place: Path | None) -> None:
     """The chosen head, trained and decoded with."""
-    folder = out / name
     told = json.loads((folder / "forecast.json").read_text("utf-8"))["settings"]
     row = best_head(folder, told["budget"])
     training, held_back = (None, None) if documents is None else split_texts(documents)
-    head = trained_as_probed(lm, row, told, training)
+    head = trained_as_probed(lm, row, told, training, place)
 
     law, start, drawn = SamplingLaw(), told["start"], told["drawn"]
     other = {"count": TEXTS, "start": start, "drawn": drawn, "seed": SEED + 1}
@@ -100,7 +103,7 @@ def measure(out: Path, name: str, lm, documents: list[str] | None) -> None:
     alone = timed(lm, head, prompts, more)
     cycle, usual = row["cycle_seconds"], read_latency(folder / "latency.json").plain_seconds()
     found = {
-        "model": name,
+        "model": folder.name,
         "option": row["option"],
         "horizon": head.horizon,
         "budget": told["budget"],
@@ -150,6 +153,7 @@ def main() -> None:
     parser.add_argument("--probe", type=int, default=16384)
     parser.add_argument("--name", help="of the forecast's folder; default: the model")
     parser.add_argument("--corpus", help="text of a forecast that had some")
+    parser.add_argument("--head", type=Path, help="where the trained head is kept")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
@@ -159,7 +163,7 @@ def main() -> None:
     else:
         lm = cpmtp.load_language_model(given.model, dtype=given.dtype)
         corpus = given.corpus and [document.text for document in read_documents([given.corpus])]
-        measure(given.out, given.name or given.model, lm, corpus)
+        measure(given.out / (given.name or given.model), lm, corpus, given.head)
 
 
 if __name__ == "__main__":
