@@ -34,3 +34,13 @@ def stories() -> Path:
     if not folder.is_dir():
         pytest.skip("the pretrained stories260K model is not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_bfloat16_units():
+    """Heads are trained in single precision on every processor, unless a test asks otherwise."""
+    from cpmtp.training import head_settings  # under the import hook, which is installed by now
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(head_settings, "has_bfloat16_units", lambda device: False)
+        yield

@@ -99,8 +99,12 @@ def train_one_head(
         int | None, typer.Option(help="Train on so many positions instead of --steps.")
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="Of the head's products: float32 or bfloat16.")
-    ] = "float32",
+        str,
+        typer.Option(
+            help="Of the head's products: float32, bfloat16, or auto: bfloat16 where there are "
+            "units for it."
+        ),
+    ] = "auto",
     corpus: Annotated[
         list[str] | None,
         typer.Option(

@@ -17,7 +17,6 @@ from cpmtp.forecasting.probes import (
     ProbePlan,
     largest_affordable,
     probe_budgets,
-    probe_precision,
     step_seconds,
     training_windows,
 )
@@ -25,6 +24,7 @@ from cpmtp.forecasting.step_times import measure_latency
 from cpmtp.joint_distribution.habits import knows_habits
 from cpmtp.latency import MeasuredLatency
 from cpmtp.sampling_law import SamplingLaw
+from cpmtp.training.head_settings import quick_precision
 from cpmtp.whole_files import write_text
 
 LOADS = (1,)
@@ -162,7 +162,7 @@ class Work:
             (),
             horizons=self.horizons,
             rule=settings.rule,
-            precision=probe_precision(self.lm.device.type),
+            precision=quick_precision(self.lm.device.type),
             **sizes,
         )
         asked = {"length": settings.length, "seed": settings.seed}

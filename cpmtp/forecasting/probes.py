@@ -62,21 +62,6 @@ class ProbePlan:
         return self.rows * self.length
 
 
-def probe_precision(device: str) -> str:
-    """The precision of matrix products that heads are probed in on a kind of device: bfloat16 where
-    it has units for that.
-
-    Examples
-    --------
-    >>> probe_precision("cpu") in ("bfloat16", "float32")
-    True
-    """
-    if device == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    has_units = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bfloat16" if device == "cpu" and has_units() else "float32"
-
-
 def probe_budgets(largest: int, step: int) -> tuple[int, ...]:
     """A quarter, a half and the whole of the largest budget, in whole steps; those that are at
     least 32 steps long.

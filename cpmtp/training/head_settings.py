@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from cpmtp.heads.losses import OBJECTIVES
 from cpmtp.heads.shape import HeadSizes
 from cpmtp.joint_distribution.habits import knows_habits
 
-PRECISIONS = ("float32", "bfloat16")
+AUTO = "auto"
+PRECISIONS = (AUTO, "float32", "bfloat16")
 SHAPE = (
     "form",
     "horizon",
@@ -22,6 +25,25 @@ SHAPE = (
     "blocks",
     "vocabulary",
 )
+
+
+def quick_precision(device: str) -> str:
+    """The precision of the fastest matrix products of a kind of device.
+
+    Examples
+    --------
+    >>> quick_precision("cpu") in ("bfloat16", "float32")
+    True
+    """
+    return "bfloat16" if has_bfloat16_units(device) else "float32"
+
+
+def has_bfloat16_units(device: str) -> bool:
+    """Whether a kind of device multiplies bfloat16 faster than float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return device == "cpu" and known()
 
 
 @knows_habits
@@ -54,8 +76,9 @@ class HeadTrainingSettings:
         Peak rate of AdamW; Muon, which trains the matrices of trunk and maps, takes twice as much.
         Linear warm-up over 30 steps or a tenth of them, constant, and linear decay to zero
         over the second half.
-    precision : {"float32", "bfloat16"}
-        Of the head's matrix products; weights, losses and probabilities stay in float32.
+    precision : {"auto", "float32", "bfloat16"}
+        Of the head's matrix products; weights, losses and probabilities stay in float32. ``auto``:
+        bfloat16 where the device has units for it, see `quick_precision`; the recipe says which.
     seed : int
         Of weights, samples and the order of windows.
     """
@@ -79,7 +102,7 @@ class HeadTrainingSettings:
     length: int = 256
     sequences: int = 1024
     learning_rate: float = 2e-3
-    precision: str = "float32"
+    precision: str = AUTO
     seed: int = 0
 
     def __post_init__(self):
@@ -104,6 +127,18 @@ class HeadTrainingSettings:
             raise ValueError(
                 f"windows of {self.length} tokens for a horizon of {self.horizon}: lengthen them"
             )
+
+    def on(self, device: str) -> HeadTrainingSettings:
+        """The same with the precision that is trained in on a kind of device.
+
+        Examples
+        --------
+        >>> HeadTrainingSettings(precision="float32").on("cpu").precision
+        'float32'
+        """
+        if self.precision != AUTO:
+            return self
+        return replace(self, precision=quick_precision(device))
 
     @property
     def sizes(self) -> HeadSizes:

@@ -112,7 +112,7 @@ def train_heads(
     The settings may differ in what describes a head and its loss, not in the data or the budget.
     `callback` gets the head's index first.
     """
-    settings = list(settings)
+    settings = [setting.on(lm.device.type) for setting in settings]
     plan = settings[0]
     shared = ("steps", "positions", "seconds", "rows", "length", "sequences", "seed")
     if any(getattr(s, name) != getattr(plan, name) for s in settings for name in shared):

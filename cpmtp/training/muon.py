@@ -7,6 +7,8 @@ same update in float32, with matrices of one shape stacked, is a tenth of that.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 # Quintic Newton-Schulz coefficients: steepest at zero, singular values end in about [0.7, 1.2]
@@ -24,7 +26,8 @@ class Muon(torch.optim.Optimizer):
 
     Matrices that do the same work in several components are a family: a parameter group with
     ``members`` holds stacks of families of so many. Were each moved at the full rate by its own few
-    examples, they would learn what all of them need more slowly than a single one.
+    examples, they would learn what all of them need more slowly than a single one. So what each has
+    of its own moves at the group's ``own`` share of the rate (a number, or one of each family).
     """
 
     def __init__(
@@ -37,7 +40,8 @@ class Muon(torch.optim.Optimizer):
         iterations: int = 5,
         dtype: torch.dtype = torch.float32,
     ):
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "members": 1}
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        defaults |= {"members": 1, "own": OWN}
         super().__init__(params, defaults)
         self._iterations, self._dtype = iterations, dtype
 
@@ -53,7 +57,7 @@ class Muon(torch.optim.Optimizer):
                 # (parameters, *shape)
                 updates = torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
                 if group["members"] > 1:
-                    updates = self._shared_and_own(updates, group["members"])
+                    updates = self._shared_and_own(updates, group["members"], group["own"])
                 else:
                     updates = orthogonalise(updates, self._iterations)
                 rate = group["lr"] * 0.2 * max(shape[-2:]) ** 0.5
@@ -62,16 +66,19 @@ class Muon(torch.optim.Optimizer):
                         parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.sub_(update, alpha=rate)
 
-    def _shared_and_own(self, updates: torch.Tensor, members: int) -> torch.Tensor:
-        """Of stacks of families: what a family's matrices have in common, and more slowly what each
-        has of its own.
+    def _shared_and_own(
+        self, updates: torch.Tensor, members: int, share: float | Sequence[float]
+    ) -> torch.Tensor:
+        """Of stacks of families: what a family's matrices have in common, and at a share of the
+        rate what each has of its own.
         """
         families = updates.unflatten(-3, (-1, members))  # (…, families, members, rows, columns)
         common = families.mean(-3, keepdim=True)  # (…, families, 1, rows, columns)
         own = orthogonalise(families - common, self._iterations)
         # (…, families * members, rows, columns)
         shared = orthogonalise(common, self._iterations)
-        return torch.add(shared, own, alpha=OWN).flatten(-4, -3)
+        shares = torch.tensor(share).to(own).view(-1, 1, 1, 1)  # of all families, or of each
+        return torch.addcmul(shared, own, shares).flatten(-4, -3)
 
     def _nesterov(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
         gradient = parameter.grad

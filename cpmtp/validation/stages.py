@@ -160,6 +160,7 @@ def head_settings(preset: Preset) -> list[HeadTrainingSettings]:
         seconds=preset.head_seconds,
         rows=preset.rows,
         length=preset.window,
+        precision="float32",
     )
     shapes = itertools.product(preset.horizons, preset.ranks, (False, True))
     return [replace(shared, horizon=n, rank=r, anchored=anchored) for n, r, anchored in shapes]

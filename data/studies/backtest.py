@@ -46,8 +46,9 @@ from cpmtp.forecasting.candidates import Candidate, candidates_of, with_draft_vo
 from cpmtp.forecasting.held_out import held_out_texts, split_texts
 from cpmtp.forecasting.learning_curves.losses import DIVERGENCES, pooled_loss
 from cpmtp.forecasting.learning_curves.shape_choice import ShapeChoice
-from cpmtp.forecasting.probes import ProbePlan, probe_precision, train_probes, training_windows
+from cpmtp.forecasting.probes import ProbePlan, train_probes, training_windows
 from cpmtp.sampling_law import SamplingLaw
+from cpmtp.training.head_settings import quick_precision
 from cpmtp.whole_files import write_parquet, write_text
 
 HORIZON, HORIZONS = 4, (2, 3, 4)
@@ -117,7 +118,7 @@ class Size:
         """Budgets of probes or targets."""
         budgets = tuple(k * self.unit for k in (PROBES if role == "probe" else self.targets))
         sizes = (self.rows, self.length, HORIZONS)
-        return ProbePlan(budgets, *sizes, precision=probe_precision("cpu"), seed=seed)
+        return ProbePlan(budgets, *sizes, precision=quick_precision("cpu"), seed=seed)
 
     def model(self, name: str):
         """The base model of this name, in the precision asked for."""

@@ -29,7 +29,7 @@ from cpmtp.corpora import read_documents
 from cpmtp.forecasting.candidates import Candidate, with_draft_vocabulary
 from cpmtp.forecasting.held_out import held_out_texts, split_texts
 from cpmtp.forecasting.outlook import HEAD
-from cpmtp.forecasting.probes import probe_precision, training_windows
+from cpmtp.forecasting.probes import training_windows
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.latency import read_latency
 from cpmtp.sampling_law import SamplingLaw
@@ -76,7 +76,7 @@ def trained_as_probed(
     keywords = with_draft_vocabulary(lm, asked, texts, seed=told["seed"])[0]
     budget = {"rows": told["rows"], "length": told["length"], "positions": int(told["budget"])}
     chosen = Candidate.of(lm, keywords).keywords | budget
-    settings = HeadTrainingSettings(**chosen, seed=SEED, precision=probe_precision("cpu"))
+    settings = HeadTrainingSettings(**chosen, seed=SEED)
     # Windows enough for one pass.
     most = {"length": settings.length, "positions": 4 * settings.positions, "seed": SEED}
     windows, _ = training_windows(lm, texts, **most)

@@ -1,9 +1,12 @@
 """Where tokens per call are lost by trained heads of every form, on the reference study's own
 contexts; goes on where it was stopped.
 
-Run from the checkout: python data/studies/waterfall.py OUT HEADS [CONTEXTS [FORM …]]
+Run from the checkout: python data/studies/waterfall.py train HEADS CURVES [THOUSANDS], then
+python data/studies/waterfall.py OUT HEADS [CONTEXTS [FORM …]]
 
-HEADS holds folders of heads whose names begin with their model's. A row per context and head: what
+HEADS holds folders of heads whose names begin with their model's; ``train`` makes one of each form
+and model, in the grid's narrow trunk and at its best rates, on the windows and by the table in the
+folder CURVES of `curves.py`. A row per context and head: what
 an equal draft would earn, what the best draft of the head's form and rank does with the left and
 right factors that the head has stored, and what the head itself does. What a draft with factors of
 the context's own would earn is in the table of the study `forms`.
@@ -14,6 +17,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import curves
 import pandas as pd
 import torch
 from head import SETTINGS
@@ -23,10 +27,12 @@ from cpmtp.heads.evaluation import head_ceilings, learned_scores
 from cpmtp.resampling import CLUSTER_KEYS, Clusters, intervals
 from cpmtp.study.models import open_language_model
 from cpmtp.study.plan import plan_study
+from cpmtp.training.heads import HeadTrainingSettings, train_heads
 from cpmtp.whole_files import write_parquet, write_text
 
 HORIZON, RULE = 3, "block"
 LEVELS = ("exact_limit", "acceptance_fit", "em_fit", "learned")
+TRAINED = (0, 3, 5, 6, 7)  # of the grid's forms
 GAPS = ("rank_gap", "objective_gap", "learning_gap")
 
 
@@ -59,6 +65,34 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def train(heads: Path, grid: Path, thousands: int = 256) -> None:
+    """A head of each form and model that is not there."""
+    torch.set_num_threads(1)
+    for folder in ("rows", "samples"):
+        (grid / folder).mkdir(parents=True, exist_ok=True)
+    curves.restore(grid)
+    for model in curves.MODELS:
+        best = curves.best_rates(curves.read_rows(grid), model)
+        shapes = [curves.SMALL | curves.FORMS[i] for i in TRAINED]
+        folders = [heads / f"{model}-{thousands}k-{curves.label(shape)}" for shape in shapes]
+        if all((folder / "config.json").exists() for folder in folders):
+            continue
+        settings = [
+            HeadTrainingSettings(
+                horizon=curves.HORIZON,
+                positions=thousands * 1024,
+                rows=curves.ROWS,
+                length=curves.LENGTH,
+                learning_rate=best[curves.kind(shape)],
+                **shape,
+            )
+            for shape in shapes
+        ]
+        lm = cpmtp.load_language_model(model)
+        tokens = curves.windows(lm, grid, thousands * 1024 // curves.LENGTH, 0)
+        train_heads(lm, settings, folders, tokens=tokens)
+
+
 def main(out: Path, heads: Path, contexts: int = 16, *forms: str) -> None:
     """A part per context and head, then the tables."""
     torch.set_num_threads(1)
@@ -83,4 +117,7 @@ def main(out: Path, heads: Path, contexts: int = 16, *forms: str) -> None:
 
 if __name__ == "__main__":
     place, heads_, *more = sys.argv[1:]
-    main(Path(place), Path(heads_), *map(int, more[:1]), *more[1:])
+    if place == "train":
+        train(Path(heads_), Path(more[0]), *map(int, more[1:]))
+    else:
+        main(Path(place), Path(heads_), *map(int, more[:1]), *more[1:])

@@ -58,7 +58,7 @@ def test_a_forecast_without_time_says_that_it_is_not_enough(monkeypatch, capsys,
 def test_a_forecast_takes_the_precision_that_is_fastest_on_the_device(
     monkeypatch, capsys, base, tmp_path, fastest
 ):
-    monkeypatch.setattr("cpmtp.forecasting.probes.probe_precision", lambda device: fastest)
+    monkeypatch.setattr("cpmtp.training.head_settings.quick_precision", lambda device: fastest)
     command = ("forecast", "--model", base, "--forms", "cp", "--ranks", 1, "--horizons", 2)
     short = ("--minutes", 0.001, "--out", tmp_path / "f")
     status, _, err = run(monkeypatch, capsys, *command, *short)

@@ -24,6 +24,7 @@ from cpmtp.report.blocks import Table
 from cpmtp.report.findings.forecast import forecast_sections
 from cpmtp.report.first_screen.forecast import HeadsForecast, forecast_answer
 from cpmtp.sampling_law import SamplingLaw
+from cpmtp.training.head_settings import quick_precision
 from cpmtp.training.heads import train_head
 from cpmtp.training.new_models import new_llama
 
@@ -97,7 +98,7 @@ def test_what_a_probe_scored_is_what_a_head_trained_so_is_forecast_to_earn(lm, f
     held_out = held_out_texts(lm, None, count=12, start=6, drawn=16, law=SamplingLaw(), seed=1)
     windows, _ = probes.training_windows(lm, None, length=16, positions=64 * STEP, seed=0)
     shape = {"rows": 2, "length": 16, "seed": 0, "positions": 32 * STEP}
-    shape |= {"learning_rate": LEARNING_RATE, "precision": probes.probe_precision("cpu")}
+    shape |= {"learning_rate": LEARNING_RATE, "precision": quick_precision("cpu")}
     head = train_head(lm, **CANDIDATES[0], **shape, tokens=windows)
     direct = forecast_cycles(lm, head, held_out.tokens, start=6)
     curve = found.curve("cp 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -20,8 +21,8 @@ from cpmtp.heads.evaluation import head_draft, held_out_survival
 from cpmtp.heads.losses import HeadLoss
 from cpmtp.joint_distribution import exact_joint
 from cpmtp.pretrained import HuggingFaceLanguageModel
+from cpmtp.training import head_settings, kept_states, loop
 from cpmtp.training import heads as head_training
-from cpmtp.training import kept_states, loop
 from cpmtp.training.heads import HeadTrainingSettings, train_head, train_heads, windows_of_text
 from cpmtp.training.new_models import new_llama
 
@@ -31,7 +32,9 @@ FORMS = [
     {"form": "recurrent", "rank": 1, "precision": "bfloat16"},
     {"form": "recurrent", "rank": 1, "over_text": True},
 ]
-TINY = HeadTrainingSettings(horizon=3, rank=2, steps=6, rows=2, length=16, sequences=8)
+TINY = HeadTrainingSettings(
+    horizon=3, rank=2, steps=6, rows=2, length=16, sequences=8, precision="float32"
+)
 VOCAB = 6
 
 
@@ -239,6 +242,33 @@ def test_a_time_budget_ends_a_training_with_the_step_that_spends_it(lm, monkeypa
     train_head(lm, TINY, seconds=0.95, callback=tick)
     assert steps == list(range(1, 11))
     assert steps[-1] > TINY.steps  # which are not what ends it
+
+
+@pytest.mark.parametrize(("units", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_a_precision_nobody_asked_for_is_the_processors_best_and_is_told(
+    lm, tmp_path, monkeypatch, units, precision
+):
+    monkeypatch.setattr(head_settings, "has_bfloat16_units", lambda device: units)
+    train_head(lm, TINY, precision="auto", out=tmp_path / "auto")
+    train_head(lm, TINY, precision=precision, out=tmp_path / "asked")
+    assert weights(tmp_path / "auto") == weights(tmp_path / "asked")
+    recipe = json.loads((tmp_path / "auto" / "recipe.json").read_text())
+    assert recipe["settings"]["precision"] == precision
+    assert HeadTrainingSettings().precision == "auto"
+
+
+def test_a_checkpoint_in_another_precision_is_not_gone_on_from(lm, tmp_path, monkeypatch):
+    def stop(step, out):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    units = {"cpu": True}
+    monkeypatch.setattr(head_settings, "has_bfloat16_units", units.get)
+    with pytest.raises(KeyboardInterrupt):
+        train_head(lm, TINY, precision="auto", out=tmp_path, checkpoint_seconds=0.0, callback=stop)
+    units["cpu"] = False
+    with pytest.raises(ValueError, match="other settings"):
+        train_head(lm, TINY, precision="auto", out=tmp_path)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(lm, tmp_path):

@@ -96,13 +96,16 @@ def test_muon_moves_what_a_family_shares_at_the_full_rate_and_the_rest_more_slow
     own = torch.randint(-9, 10, (2, 2, 4, 6)).float()
     own = torch.cat([own, -own.sum(1, keepdim=True)], 1)
 
-    def moved(gradient, members):
+    def moved(gradient, members, **share):
         maps = torch.nn.Parameter(torch.zeros(6, 4, 6))
         maps.grad = gradient.reshape(6, 4, 6).clone()
-        Muon([{"params": [maps], "members": members}], 1.0, momentum=0.0).step()
+        Muon([{"params": [maps], "members": members} | share], 1.0, momentum=0.0).step()
         return -maps.detach().view(2, 3, 4, 6)
 
     torch.testing.assert_close(moved(shared, 3), moved(shared, 1))
     torch.testing.assert_close(moved(own, 3), OWN * moved(own, 1), rtol=1e-4, atol=1e-5)
+    shares = moved(own, 3, own=(0.5, 0.1))
+    torch.testing.assert_close(shares[0], 0.5 * moved(own, 1)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shares[1], 0.1 * moved(own, 1)[1], rtol=1e-4, atol=1e-5)
     both = moved(10 * shared + own, 3)
     torch.testing.assert_close(both, moved(shared, 1) + OWN * moved(own, 1), rtol=1e-3, atol=1e-4)

@@ -147,14 +147,10 @@ def _affordable(lm, texts, seed: int, seconds: float) -> dict[str, Any]:
     """As many candidates as can have two probes, and positions for those."""
     from cpmtp.forecasting.candidates import candidates_of, with_draft_vocabulary
     from cpmtp.forecasting.held_out import split_texts
-    from cpmtp.forecasting.probes import (
-        ProbePlan,
-        probe_precision,
-        step_seconds,
-        training_windows,
-    )
+    from cpmtp.forecasting.probes import ProbePlan, step_seconds, training_windows
+    from cpmtp.training.head_settings import quick_precision
 
-    plan = ProbePlan((), precision=probe_precision(lm.device.type), seed=seed)
+    plan = ProbePlan((), precision=quick_precision(lm.device.type), seed=seed)
     training = None if texts is None else split_texts(texts)[0][:_TEXTS_TRIED]
     few, _ = training_windows(lm, training, length=plan.length, positions=plan.step, seed=seed)
     begun, spent = time.perf_counter(), 0.0

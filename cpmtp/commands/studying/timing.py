@@ -61,12 +61,12 @@ def quick_dtype(names: Sequence[str], device: str) -> str:
     >>> quick_dtype(["code"], "cpu"), quick_dtype(["package:factory"], "cpu")
     ('float32', 'float32')
     """
-    from cpmtp.forecasting.probes import probe_precision
     from cpmtp.pretrained import embedded_models
     from cpmtp.pretrained.loading import usable_device
+    from cpmtp.training.head_settings import quick_precision
 
     small = any(name in embedded_models() or ":" in name for name in names)
-    return "float32" if small else probe_precision(usable_device(device).type)
+    return "float32" if small else quick_precision(usable_device(device).type)
 
 
 def watched_study(settings, out: Path, executor, workers, time_for: TimeFor, *, quiet: bool):
