@@ -159,10 +159,13 @@ def levels(rows: pd.DataFrame, cells: dict[tuple[str, int], Cell]) -> list[dict]
 
 
 def first_position(cells: dict[tuple[str, int], Cell]) -> list[dict]:
-    """``S_2`` of every rank of form cp less that of rank 1, paired."""
+    """``S_2`` of every rank of form cp less that of rank 1, paired; in the narrow trunk, the only
+    one that rank 1 was trained in.
+    """
     found = []
     for (name, budget), cell in cells.items():
-        if name.startswith("cp ") and name != REFERENCE and (REFERENCE, budget) in cells:
+        of_cp = name.startswith("cp ") and "," not in name
+        if of_cp and name != REFERENCE and (REFERENCE, budget) in cells:
             one = cells[REFERENCE, budget]
             line = {"budget": budget, "candidate": name, "survival_2": cell.survival[1].value}
             line["survival_2_of_cp_1"] = one.survival[1].value

@@ -1,7 +1,8 @@
 """What makes a head of a higher rank learn its first drafted position as fast as one of rank 1;
 goes on where it was stopped.
 
-Run from the checkout: python data/studies/learning_rank.py OUT [--models M …] [--seeds S …]
+Run from the checkout:
+python data/studies/learning_rank.py OUT [--models M …] [--seeds S …] [--variants NAME …]
 
 Heads of form cp, told the first token, of four tokens, are trained on the windows of the grid
 (`curves.py`) for 128k positions, at the grid's rates, and judged on its held-out texts. A variant
@@ -208,12 +209,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", nargs="+", default=list(RATES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--variants", nargs="+", help="names of some; default: all")
     given = parser.parse_args()
     torch.set_num_threads(1)
     for folder in ("rows", "samples"):
         (given.out / folder).mkdir(parents=True, exist_ok=True)
     for seed, model in product(given.seeds, given.models):
-        files = {v: given.out / "rows" / f"{model}-{v.name}-{seed}.json" for v in VARIANTS}
+        asked = [v for v in VARIANTS if given.variants is None or v.name in given.variants]
+        files = {v: given.out / "rows" / f"{model}-{v.name}-{seed}.json" for v in asked}
         missing = [variant for variant, file in files.items() if not file.exists()]
         for at in range(0, len(missing), AT_ONCE):
             lm, some = cpmtp.load_language_model(model), missing[at : at + AT_ONCE]

@@ -1,10 +1,10 @@
 """Whether half of a budget of distillation, and half of acceptance, earns more than distillation
 alone, for heads of every form.
 
-Run from the checkout: python data/studies/phases.py OUT, where OUT is the folder of `curves.py` in
-which heads of 64k positions of the second seed were trained: they go on for 64k more, on the
-windows that follow, and are judged on the texts of the curves beside those of 128k of
-distillation. Writes `phases.csv` there.
+Run from the checkout: python data/studies/phases.py OUT [MODEL …], where OUT is the folder of
+`curves.py` in which heads of 64k positions of the second seed were trained: they go on for 64k
+more, on the windows that follow, and are judged on the texts of the curves beside those of 128k of
+distillation. Writes `phases.csv` there, where the lines of models that are not asked for stay.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def trained(out: Path, model: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def main(out: Path) -> None:
-    """Both models, and the comparison."""
+def main(out: Path, *models: str) -> None:
+    """The models asked for, or both, and the comparison."""
     torch.set_num_threads(1)
     known, lines = curves.read_rows(out), []
     known = known[(known["seed"] == SEED) & known["tokens_per_call"].notna()]
-    for model in curves.MODELS:
+    for model in models or curves.MODELS:
         for _, row in trained(out, model).iterrows():
             same = known[(known["model"] == model) & (known["candidate"] == row["candidate"])]
             both = curves_summary.Cell.of(row.to_frame().T)
@@ -79,8 +79,12 @@ def main(out: Path) -> None:
             line |= curves_summary.with_interval("difference", both.tokens - cell.tokens)
             first = both.survival[1] - cell.survival[1]
             lines.append(line | curves_summary.with_interval("difference_of_survival_2", first))
-    write_text(out / "phases.csv", pd.DataFrame(lines).to_csv(index=False, float_format="%.5g"))
+    table, file = pd.DataFrame(lines), out / "phases.csv"
+    if file.exists():
+        before = pd.read_csv(file)
+        table = pd.concat([before[~before["model"].isin(table["model"])], table])
+    write_text(file, table.to_csv(index=False, float_format="%.5g"))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -30,7 +30,7 @@ import cpmtp
 from cpmtp.training.heads import HeadTrainingSettings, train_heads
 from cpmtp.whole_files import write_text
 
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+RATES = (2e-3, 8e-3, 1.6e-2)
 FORMS: list[dict[str, Any]] = [curves.FORMS[i] for i in (0, 3, 5, 6, 7)]
 REAL_FORMS: list[dict[str, Any]] = [{"form": "cp", "rank": 4}, curves.FORMS[5], curves.FORMS[7]]
 REAL_RATES, REAL_THOUSANDS, JUDGED = (2e-3, 4e-3, 8e-3, 1.6e-2), 32, 96

@@ -115,6 +115,7 @@ def test_of_drafts_only_those_that_earn_more_than_all_faster_ones_are_left(summa
 
 
 def test_the_first_position_of_a_rank_is_less_that_of_rank_one(summary):
-    table = pd.concat([rows().iloc[:1], rows(second_share=0.25).iloc[:1].assign(name="cp 8")])
+    others = [rows(second_share=0.25).iloc[:1].assign(name=n) for n in ("cp 8", "cp 8, wide")]
+    table = pd.concat([rows().iloc[:1], *others])
     (line,) = summary.first_position(summary.cells_of(table))
     assert line["difference"] == pytest.approx(-0.25) and line["candidate"] == "cp 8"
