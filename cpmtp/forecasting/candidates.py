@@ -11,15 +11,15 @@ import torch
 from cpmtp.forecasting.learning_curves.tasks import candidate_name
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.language_model import sample_sequences
+from cpmtp.training.head_settings import LEARNING_RATE
 from cpmtp.training.new_models import locally_seeded
 
 # What a head is asked for where a candidate says nothing.
 DEFAULTS = {"form": "cp", "horizon": 4, "anchored": True, "blocks": 1}
 KNOWN = (*DEFAULTS, "rank", "transition_rank", "gated", "width", "vocabulary", "over_text")
-# Of the training, not of the head. With steps of 256 positions this rate is the best of three for
-# every form after 256 steps, and within one per cent of the best one after 32.
+# Of the training, not of the head. With steps of 256 positions the default rate is the best of
+# three for every form after 256 steps, and within one per cent of the best one after 32.
 TRAINING = ("learning_rate",)
-LEARNING_RATE = 8e-3
 # From so many tokens on, heads draft the most frequent ones alone unless they are told otherwise.
 LARGE_VOCABULARY, DRAFTED = 1 << 14, 1 << 12
 _SAMPLED = (64, 64)  # of a model that is given no text: samples and tokens of each

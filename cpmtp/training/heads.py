@@ -33,6 +33,9 @@ from cpmtp.whole_files import require_folder, write_tensors, write_text
 
 _SAMPLED_AT_ONCE = 128
 _TRUNK = ("enter", "blocks", "step")  # whose matrices Muon trains, with the maps
+# Components begin with one map of a position and this share of each one's own: so they learn what
+# all of them need faster (`data/studies/learning_rank`).
+APART = 0.1
 _METRICS = "step,seconds,loss,tokens_per_call"
 
 
@@ -307,7 +310,8 @@ def _samples_key(lm, plan: HeadTrainingSettings) -> str:
     return f"{lm.fingerprint[:16]}.{plan.seed}.{plan.sequences}.{plan.length}"
 
 
-def _new_head(lm, settings: HeadTrainingSettings) -> DraftHead:
+def _new_head(lm, settings: HeadTrainingSettings, apart: float | None = APART) -> DraftHead:
+    """A head to be trained; None: its components' maps are drawn one by one."""
     shape = {name: getattr(settings, name) for name in SHAPE}
     with locally_seeded(settings.seed):
         head = DraftHead(
@@ -318,6 +322,10 @@ def _new_head(lm, settings: HeadTrainingSettings) -> DraftHead:
             tokenizer_sha256=lm.tokenizer_fingerprint,
             **shape,
         )
+    if head.rank > 1 and apart is not None:
+        with torch.no_grad():
+            maps = head.maps.unflatten(0, (head.drafted, head.rank))  # (drafted, rank, d, width)
+            head.maps.copy_((maps[:, :1] + apart * maps).flatten(0, 1))
     return head.to(lm.device).attach(lm)
 
 

@@ -4,13 +4,14 @@ goes on where it was stopped.
 Run from the checkout:
 python data/studies/learning_rank.py OUT [--models M …] [--seeds S …] [--variants NAME …]
 
-Heads of form cp, told the first token, of four tokens, are trained on the windows of the grid
-(`curves.py`) for 128k positions, at the grid's rates, and judged on its held-out texts. A variant
-changes one thing: how fast the components' maps part, how equal they begin, the rate of the mixture
-weights or of all, the weight of the load-balancing loss, the trunk, or the horizon (two tokens: the
-first position alone). `rows/` in OUT has a file per head; `learning_rank.csv` has, per model and
-variant with its seeds averaged, S_2 less that of rank 1 in the same trunk and horizon, and less
-that of rank 8 as it is, with 95 % intervals over documents, paired; the same of tokens per call.
+Heads of form cp (and mixtures of chains, for what wins), told the first token, of four tokens, are
+trained on the windows of the grid (`curves.py`) for 128k positions, at the grid's rates, and judged
+on its held-out texts. A variant changes one
+thing: how fast the components' maps part, how equal they begin, the rate of the mixture weights or
+of all, the weight of the load-balancing loss, the trunk, or the horizon (two tokens: the first
+position alone). `rows/` in OUT has a file per head; `learning_rank.csv` has, per model and variant
+with its seeds averaged, S_2 less that of rank 1 in the same trunk and horizon, and less that of the
+same head as it was before, with 95 % intervals over documents, paired; the same of tokens per call.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ import curves
 import curves_summary
 import pandas as pd
 import torch
-from torch import Tensor
 
 import cpmtp
 from cpmtp.training import heads as head_training
@@ -36,15 +36,18 @@ from cpmtp.whole_files import write_text
 
 THOUSANDS, AT_ONCE = 128, 6
 RATES = {"code": 1.6e-2, "prose": 3.2e-2}  # of form cp in the grid
+CHAINED_RATE = 3.2e-2  # of form markov_mixture, on both models
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train a head of form cp; the defaults are how it is done.
+    """One way to train a head; the defaults are how it was done before this study.
 
     Attributes
     ----------
     rank, horizon : int
+    chained : bool
+        Form markov_mixture, with transitions of rank 32, in the place of cp.
     wide : bool
         The grid's wide trunk.
     own, first : float, optional
@@ -61,6 +64,7 @@ class Variant:
 
     rank: int = 8
     horizon: int = curves.HORIZON
+    chained: bool = False
     wide: bool = False
     own: float | None = None
     first: float | None = None
@@ -74,27 +78,32 @@ class Variant:
         """What it changes, for files and tables."""
         usual = Variant()
         named = vars(self).items()
-        changes = [f"{k} {v}" for k, v in named if k != "rank" and v != getattr(usual, k)]
-        return " ".join([f"cp {self.rank}", *changes])
+        changes = [
+            f"{k} {v}" for k, v in named if k not in ("rank", "chained") and v != getattr(usual, k)
+        ]
+        form = "mixture" if self.chained else "cp"
+        return " ".join([f"{form} {self.rank}", *changes])
 
     @property
     def single(self) -> Variant:
         """Rank 1 in the same trunk and horizon."""
-        return Variant(1, self.horizon, self.wide)
+        return Variant(1, self.horizon, wide=self.wide)
 
     @property
     def usual(self) -> Variant:
         """As it is, of the same rank, trunk and horizon."""
-        return Variant(self.rank, self.horizon, self.wide)
+        return Variant(self.rank, self.horizon, self.chained, self.wide)
 
     def settings(self, model: str, seed: int) -> HeadTrainingSettings:
         """Of a head."""
+        forms = {"form": "markov_mixture", "transition_rank": 32}
         return HeadTrainingSettings(
+            **(forms if self.chained else {"form": "cp"}),
             rank=self.rank,
             horizon=self.horizon,
             **(curves.LARGE if self.wide else curves.SMALL),
             balance=self.balance,
-            learning_rate=RATES[model] * self.rate,
+            learning_rate=(CHAINED_RATE if self.chained else RATES[model]) * self.rate,
             positions=THOUSANDS * 1024,
             rows=curves.ROWS,
             length=curves.LENGTH,
@@ -119,7 +128,7 @@ VARIANTS = [
     Variant(16),
     Variant(16, own=0.1),
     Variant(16, apart=0.1),
-    Variant(16, first=0.1, apart=0.1),
+    *(Variant(4, chained=True, apart=share) for share in (None, 0.1)),
 ]
 
 
@@ -142,25 +151,14 @@ def optimisers(variant: Variant, usual: Any, head: Any, settings: Any) -> list:
     return found
 
 
-def first_head(lm: Any, variant: Variant, settings: HeadTrainingSettings) -> Any:
-    """The head that training begins with."""
-    with torch.no_grad():
-        head = head_training._new_head(lm, settings)
-        maps = head.maps.unflatten(0, (head.drafted, head.rank))  # (drafted, rank, d, width)
-        head.maps.copy_(begun(maps, variant.apart).flatten(0, 1))
-    return head
-
-
-def begun(maps: Tensor, apart: float | None) -> Tensor:
-    """The first component's maps for all, and a share of each one's own; (drafted, rank, …)."""
-    return maps if apart is None else maps[:, :1] + apart * maps
-
-
 def trained(out: Path, lm: Any, variants: list[Variant], seed: int) -> list[dict]:
     """A row per variant: sums on the held-out texts, as the curves' rows have them."""
     settings = [variant.settings(lm.name, seed) for variant in variants]
     # A start is copied into the head that is trained.
-    starts = [first_head(lm, *each) for each in zip(variants, settings, strict=True)]
+    starts = [
+        head_training._new_head(lm, own, variant.apart)
+        for variant, own in zip(variants, settings, strict=True)
+    ]
     tokens = curves.windows(lm, out, THOUSANDS * 1024 // curves.LENGTH, seed)
     usual, order = head_training._optimisers, iter(variants)
 

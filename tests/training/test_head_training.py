@@ -244,6 +244,18 @@ def test_a_time_budget_ends_a_training_with_the_step_that_spends_it(lm, monkeypa
     assert steps[-1] > TINY.steps  # which are not what ends it
 
 
+@pytest.mark.parametrize("form", [{}, {"form": "markov_mixture", "transition_rank": 2}], ids=str)
+def test_components_begin_alike_and_a_single_one_as_it_was_drawn(lm, form):
+    settings = replace(TINY, rank=3, **form)
+    drawn, begun = (
+        head_training._new_head(lm, settings, *apart).maps.unflatten(0, (-1, 3))
+        for apart in ((None,), ())
+    )
+    torch.testing.assert_close(begun, drawn[:, :1] + head_training.APART * drawn)
+    one, drawn = (head_training._new_head(lm, replace(TINY, rank=1), a).maps for a in (0.1, None))
+    assert torch.equal(one, drawn)
+
+
 @pytest.mark.parametrize(("units", "precision"), [(True, "bfloat16"), (False, "float32")])
 def test_a_precision_nobody_asked_for_is_the_processors_best_and_is_told(
     lm, tmp_path, monkeypatch, units, precision

@@ -6,7 +6,6 @@ import importlib
 import sys
 
 import pytest
-import torch
 
 from cpmtp.heads.draft_head import DraftHead
 from cpmtp.training import heads as head_training
@@ -52,10 +51,3 @@ def test_a_variant_changes_the_rates_it_names_and_every_parameter_is_trained_onc
     assert rates["mixture.weight"] == rates["mixture.bias"] == rate
     assert rates["norm.weight"] == 0.5 and rates["maps"] == 1.0
     assert next(group for group in groups if group["params"][0] is head.maps)["own"] == shares
-
-
-def test_components_that_begin_alike_differ_by_the_share_that_is_asked_for(study):
-    maps = torch.randn(3, 4, 8, 6)
-    alike = study.begun(maps, 0.1)
-    torch.testing.assert_close(alike - maps[:, :1], 0.1 * maps)
-    assert study.begun(maps, None) is maps
