@@ -66,7 +66,7 @@ TEXTS, START, DRAWN = 64, 32, 48
 STAGES = ("curves", "latency", "adopt", "commit", "judge", "store")
 TRUNK = ("width", "blocks")
 COLUMNS = ["group", "role", "seed", "budget", "form", "horizon", "rank", "transition_rank"]
-COLUMNS += [*TRUNK, "tokens_per_call", "s_doc", "loss", "seconds_per_position"]
+COLUMNS += [*TRUNK, "tokens_per_call", "s_doc", "loss", "limit", "seconds_per_position"]
 
 
 @dataclass(frozen=True)
@@ -185,16 +185,17 @@ def curve_rows(
     table: pd.DataFrame, sizes: list[dict], group: str, role: str, seed: int
 ) -> pd.DataFrame:
     """A row per training and horizon from its texts: pooled tokens per call, its error over
-    documents, and the loss.
+    documents, the loss, and tokens per call of an exact draft.
     """
     rows = []
     for (candidate, budget, horizon), part in table.groupby(["candidate", "budget", "horizon"]):
-        sums = part.groupby("document")[["tokens", "cycles"]].sum()
+        sums = part.groupby("document")[["tokens", "cycles", "exact_cycles"]].sum()
         ratio = sums["tokens"].sum() / sums["cycles"].sum()
         off = (sums["tokens"] - ratio * sums["cycles"]).std() / len(sums) ** 0.5
         found = {"tokens_per_call": ratio, "s_doc": off / sums["tokens"].mean()}
         divergences = part[list(DIVERGENCES[: horizon - 1])].sum() / part["tokens"].sum()
         found["loss"] = float(pooled_loss(divergences.to_numpy()))
+        found["limit"] = sums["tokens"].sum() / sums["exact_cycles"].sum()
         costs = {"seconds_per_position": part["seconds_per_position"].iloc[0]}
         key = {"group": group, "role": role, "seed": seed, "budget": budget}
         rows.append(key | sizes[candidate] | {"horizon": horizon} | found | costs)
@@ -224,7 +225,8 @@ def adopt(out: Path, file: Path) -> None:
         for file in sorted((out / "groups" / group).glob("*/curve.parquet")):
             file.unlink()
     for (group, role, seed), rows in table.groupby(["group", "role", "seed"]):
-        write_parquet(out / "groups" / group / f"{role}-{seed}" / "curve.parquet", rows[COLUMNS])
+        place = out / "groups" / group / f"{role}-{seed}"
+        write_parquet(place / "curve.parquet", rows.reindex(columns=COLUMNS))
 
 
 def commit(out: Path, groups: list[Group]) -> None:

@@ -72,8 +72,9 @@ def forecast_rows(table: pd.DataFrame, group: str, form: str | None) -> pd.DataF
     for tasks in tasks_of(checked_curves(mine)):
         logs, reference = shapes.forecast(tasks), reference_rows(tasks, shapes.reference)
         gains, weights = logs - tasks.logs[:, -1], shapes.seed_weights(tasks)
-        half = shapes.half_widths(gains, tasks.noise, weights, confidence=CONFIDENCE)
-        between = (np.abs(gains) + np.abs(gains[reference])) / 2
+        wide = gains * shapes.widening(tasks.at / tasks.budgets[-1])
+        half = shapes.half_widths(wide, tasks.noise, weights, confidence=CONFIDENCE)
+        between = (np.abs(wide) + np.abs(wide[reference])) / 2
         apart = shapes.half_widths(between, 0 * gains, weights, differences=True)
         truths = tasks.truths
         found = {
