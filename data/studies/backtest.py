@@ -51,13 +51,13 @@ from cpmtp.sampling_law import SamplingLaw
 from cpmtp.whole_files import write_parquet, write_text
 
 HORIZON, HORIZONS = 4, (2, 3, 4)
-CANDIDATES = [
+CANDIDATES = [  # those that are trained where there is time for some
     {"form": "cp", "rank": 1},
-    {"form": "cp", "rank": 4},
-    {"form": "cp", "rank": 8},
     {"form": "markov", "transition_rank": 64},
-    {"form": "markov_mixture", "rank": 4, "transition_rank": 32},
     {"form": "recurrent"},
+    {"form": "cp", "rank": 4},
+    {"form": "markov_mixture", "rank": 4, "transition_rank": 32},
+    {"form": "cp", "rank": 8},
 ]
 PROBES, TARGETS = (1, 2, 4), (16, 32)
 SEEDS = {"probe": (0, 1), "target": (100, 101)}
@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--unit", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--candidates", type=int, default=len(CANDIDATES))
+    parser.add_argument("--candidates", type=int, default=len(CANDIDATES), help="the first")
     parser.add_argument("--targets", default="16,32", help="in units")
     parser.add_argument("--seeds", type=int, default=2, help="of probes and of targets")
     parser.add_argument("--dtype", default="float32")
