@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("model")
     parser.add_argument("--budget", type=int, default=131072)
-    parser.add_argument("--probe", type=int, default=16384)
+    parser.add_argument("--probe", type=int, default=32768)
     parser.add_argument("--name", help="of the forecast's folder; default: the model")
     parser.add_argument("--corpus", help="text of a forecast that had some")
     parser.add_argument("--head", type=Path, help="where the trained head is kept")
