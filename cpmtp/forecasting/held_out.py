@@ -72,6 +72,17 @@ class HeldOut:
         # (horizons, texts), (drafted, texts)
         return self._cycles(ratios, horizons, rule), divergences_along(ratios).T.numpy()
 
+    def cycles_of_exact(
+        self, head: DraftHead, horizons: Sequence[int], rule: str
+    ) -> Float[ndarray, "horizons texts"]:
+        """The same for drafts that are exact over the tokens that a head can draft."""
+        drafted = max(horizons) - 1
+        known = torch.isin(self.tokens, head.kept.to(self.tokens))  # (texts, time)
+        # What lies beyond a text's end is read by nobody.
+        padded = torch.cat([known, known.new_zeros(len(known), drafted)], 1)
+        following = padded[:, self.start + 1 :].unfold(1, drafted, 1)[:, : self.drawn]
+        return self._cycles(following.double(), horizons, rule)  # (texts, starts, drafted)
+
     def cycles_of_lookup(
         self, horizons: Sequence[int], rule: str
     ) -> Float[ndarray, "horizons texts"]:

@@ -90,6 +90,8 @@ class Scores:
     losses : (options, probes) array
         See `cpmtp.forecasting.learning_curves.losses`; NaN of untrained options.
     drawn_losses : (draws, options, probes) array
+    limits : (options,) array
+        Tokens per call of an exact draft; of a head over the tokens that it can draft.
     """
 
     options: tuple[Option, ...]
@@ -98,6 +100,7 @@ class Scores:
     drawn: Float[ndarray, "draws options probes"]
     losses: Float[ndarray, "options probes"]
     drawn_losses: Float[ndarray, "draws options probes"]
+    limits: Float[ndarray, " options"]
 
     @classmethod
     def of(
@@ -113,10 +116,11 @@ class Scores:
         whole = pd.concat([probes, lookup], ignore_index=True)
         options, columns = [Option(PLAIN, "plain decoding", 1, -1, {})], []
         told = [name for name in DIVERGENCES if name in whole]
+        more = ["exact_cycles", *told] if told else []
         sums = whole.pivot_table(
             index="document",
             columns=["candidate", "horizon", "budget"],
-            values=["tokens", "cycles", *told],
+            values=["tokens", "cycles", *more],
             aggfunc="sum",
         )
         for candidate, horizon in sorted({key[1:3] for key in sums.columns}):
@@ -136,13 +140,15 @@ class Scores:
         logs = np.log(totals[0] / totals[1]).reshape(len(weights), -1, len(budgets))
         logs = np.concatenate([np.zeros_like(logs[:, :1]), logs], 1)  # plain decoding: one token
         losses = np.full(logs.shape, np.nan)  # (1 + draws, options, probes)
+        limits = np.array([float(option.horizon) for option in options])  # (options,)
         for i, option in enumerate(options):
             if option.kind == HEAD and told:
                 keys = [(option.candidate, option.horizon, budget) for budget in budgets]
                 off = [weights @ sums[name][keys].to_numpy() for name in told[: option.horizon - 1]]
                 tokens = weights @ sums["tokens"][keys].to_numpy()  # (1 + draws, probes)
                 losses[:, i] = pooled_loss(np.stack(off, -1) / tokens[..., None])
-        return cls(tuple(options), budgets, logs[0], logs[1:], losses[0], losses[1:])
+                limits[i] = sums["tokens"][keys[-1]].sum() / sums["exact_cycles"][keys[-1]].sum()
+        return cls(tuple(options), budgets, logs[0], logs[1:], losses[0], losses[1:], limits)
 
     def outlook(self, shapes: ShapeChoice, budget: float, confidence: float, seed: int) -> Outlook:
         """All options at a budget; one that was probed is as it was measured."""
@@ -161,13 +167,14 @@ class Scores:
             weights[mine] = shapes.seed_weights_of(tasks, reference)
         gains = logs - self.logs[:, -1]
         variances = shapes.of_level.seeds * weights
-        half = shapes.half_widths(gains, documents.var(0), weights, confidence=confidence)
+        wide = gains * shapes.widening(budget / self.budgets[-1])
+        half = shapes.half_widths(wide, documents.var(0), weights, confidence=confidence)
         # What is not trained is not extrapolated: its documents are all that is uncertain.
         trained = np.array([option.kind == HEAD for option in self.options])
         half = np.where(trained, half, normal_half_width(1.0, confidence) * documents.std(0))
-        most = np.log([max(option.horizon, 1) for option in self.options])
+        most = np.log(self.limits)
         low, high = np.maximum(logs - half, 0.0), np.minimum(logs + half, most)
-        off = self._off(shapes, gains, variances, len(documents), seed)
+        off = self._off(shapes, wide, variances, len(documents), seed)
         return Outlook(budget, logs, low, high, gains, documents, documents + off, variances)
 
     def _tasks(self, rows: ndarray, budget: float, horizon: int) -> Tasks:
@@ -185,6 +192,7 @@ class Scores:
             np.ones(count),
             self.losses[rows],
             np.full(count, np.nan),
+            self.limits[rows],
         )
 
     def _reference(self, rows: ndarray) -> Int[ndarray, " tasks"]:

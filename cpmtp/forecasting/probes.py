@@ -155,7 +155,8 @@ def train_probes(
     -------
     pandas.DataFrame
         A row per candidate, budget, horizon and text: `candidate` (its number), `document`,
-        `tokens` emitted, expected `cycles`, and `divergence_2`, … summed over the tokens, see
+        `tokens` emitted, expected `cycles`, those of a draft that is exact over the tokens the head
+        can draft, `exact_cycles`, and `divergence_2`, … summed over the tokens, see
         `cpmtp.forecasting.cycles.divergences_along`; and what a step of the head took per position,
         `seconds_per_position`, and of all together, `seconds_of_all`.
 
@@ -206,10 +207,12 @@ def _trained(
         horizons = [n for n in plan.horizons if n <= head.horizon]
         # (horizons, texts), (drafted, texts)
         cycles, divergences = held_out.scores_of_head(head, horizons, plan.rule)
+        exact = held_out.cycles_of_exact(head, horizons, plan.rule)  # (horizons, texts)
         off = dict(zip(DIVERGENCES, held_out.drawn * divergences, strict=False))
-        for horizon, row in zip(horizons, cycles, strict=True):
+        for horizon, row, best in zip(horizons, cycles, exact, strict=True):
             found = {"candidate": index, "budget": budget, "horizon": horizon}
-            told = {"document": held_out.documents, "tokens": held_out.drawn, "cycles": row}
+            told = {"document": held_out.documents, "tokens": held_out.drawn}
+            told |= {"cycles": row, "exact_cycles": best}
             costs = {
                 "seconds_per_position": spent[index] / budget,
                 "seconds_of_all": sum(spent) / budget,
@@ -246,7 +249,8 @@ def _claim(
     """The folder is of these probes, or of none yet."""
     own = asdict(plan) | {"budgets": []}  # others may be added
     described = {
-        "told": list(DIVERGENCES[:1]),  # earlier tables say nothing of divergences
+        # Earlier tables say nothing of these.
+        "told": [*DIVERGENCES[:1], "exact_cycles"],
         "model": lm.fingerprint,
         "candidates": [_short(c.keywords) for c in candidates],
         "plan": own | {"horizons": list(plan.horizons)},

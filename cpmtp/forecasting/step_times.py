@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor
 
 from cpmtp.decoding.speculative import speculative_generate
+from cpmtp.decoding.stats import STAGES, Progress
 from cpmtp.decoding.trials import open_target
 from cpmtp.forecasting.candidates import Candidate, new_head, sizes_of
 from cpmtp.heads.draft_head import DraftHead
@@ -38,7 +39,8 @@ from cpmtp.pretrained.trials import trial_ids
 
 VERIFIED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 HEADS: tuple[dict[str, Any], ...] = ({"rank": 1}, {"rank": 4})
-_CYCLES = 6
+# The first cycles after a prompt find everything else in the caches: they warm up.
+_CYCLES, _WARMING = 6, 3
 _LEAST_SECONDS, _MOST_REPEATS = 0.02, 8
 _FEWEST_ROUNDS, _MUCH_TOO_LONG = 3, 1.5
 _SHORT_CALL = 16
@@ -199,9 +201,9 @@ class _Stopwatch:
         return self.targets[batch]
 
     def cycles(self, batch: int, head: DraftHead | None) -> Callable[[], dict[str, float]]:
-        """Mean seconds of each stage over some cycles of the loop."""
+        """Mean seconds of each stage over some cycles of the loop, but for the first ones."""
         drafted = 1 if head is None else head.horizon
-        cycles = _CYCLES
+        cycles = _CYCLES + _WARMING
         if self.lm.max_context is not None:
             cycles = min(cycles, (self.lm.max_context - self.context) // drafted - 2)
         if cycles < 1:
@@ -210,8 +212,13 @@ class _Stopwatch:
                 f"{self.lm.max_context}: shorten the context"
             )
 
+        warming = min(_WARMING, cycles - 1)
+
         def timed() -> dict[str, float]:
-            blocks = [0] * batch
+            blocks, before = [0] * batch, [dict.fromkeys(STAGES, 0.0)]
+
+            def noted(progress: Progress) -> None:
+                before.append(progress.stage_seconds)
 
             def goes_on(row: int, _: Tensor) -> bool:
                 blocks[row] += 1
@@ -223,10 +230,15 @@ class _Stopwatch:
                 self.prompts(batch),
                 max_new_tokens=(cycles + 1) * drafted,
                 callback=goes_on,
+                watch=noted,
                 seed=self.seed,
             ).stats
-            calls = max(stats.calls - 1, 1)
-            stages = {name: spent / calls for name, spent in stats.stage_seconds.items()}
+            skipped = min(warming, len(before) - 2)
+            counted = len(before) - 1 - skipped
+            stages = {
+                name: (spent - before[skipped][name]) / counted
+                for name, spent in stats.stage_seconds.items()
+            }
             return stages | {"cycle": sum(stages.values())}
 
         return timed

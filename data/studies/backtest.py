@@ -7,7 +7,7 @@ Run from the checkout, one after the other:
     python data/studies/backtest.py latency OUT --group NAME=MODEL[:CORPUS]
     python data/studies/backtest.py adopt OUT --table FILE
     python data/studies/backtest.py commit OUT --group NAME=MODEL[:CORPUS]
-    python data/studies/backtest.py judge OUT [--ceilings FILE]
+    python data/studies/backtest.py judge OUT
     python data/studies/backtest.py store OUT
 
 `curves` trains every candidate side by side in every group (a base model with a kind of text; by
@@ -52,13 +52,14 @@ from cpmtp.training.head_settings import quick_precision
 from cpmtp.whole_files import write_parquet, write_text
 
 HORIZON, HORIZONS = 4, (2, 3, 4)
+# The first ones are those that tell most where there is time for few.
 CANDIDATES = [
     {"form": "cp", "rank": 1},
+    {"form": "markov", "transition_rank": 64},
+    {"form": "recurrent"},
     {"form": "cp", "rank": 4},
     {"form": "cp", "rank": 8},
-    {"form": "markov", "transition_rank": 64},
     {"form": "markov_mixture", "rank": 4, "transition_rank": 32},
-    {"form": "recurrent"},
 ]
 PROBES, TARGETS = (1, 2, 4), (16, 32)
 SEEDS = {"probe": (0, 1), "target": (100, 101)}
@@ -67,7 +68,7 @@ TEXTS, START, DRAWN = 64, 32, 48
 STAGES = ("curves", "latency", "adopt", "commit", "judge", "store")
 TRUNK = ("width", "blocks")
 COLUMNS = ["group", "role", "seed", "budget", "form", "horizon", "rank", "transition_rank"]
-COLUMNS += [*TRUNK, "tokens_per_call", "s_doc", "loss", "seconds_per_position"]
+COLUMNS += [*TRUNK, "tokens_per_call", "s_doc", "loss", "limit", "seconds_per_position"]
 
 
 @dataclass(frozen=True)
@@ -186,16 +187,17 @@ def curve_rows(
     table: pd.DataFrame, sizes: list[dict], group: str, role: str, seed: int
 ) -> pd.DataFrame:
     """A row per training and horizon from its texts: pooled tokens per call, its error over
-    documents, and the loss.
+    documents, the loss, and tokens per call of an exact draft.
     """
     rows = []
     for (candidate, budget, horizon), part in table.groupby(["candidate", "budget", "horizon"]):
-        sums = part.groupby("document")[["tokens", "cycles"]].sum()
+        sums = part.groupby("document")[["tokens", "cycles", "exact_cycles"]].sum()
         ratio = sums["tokens"].sum() / sums["cycles"].sum()
         off = (sums["tokens"] - ratio * sums["cycles"]).std() / len(sums) ** 0.5
         found = {"tokens_per_call": ratio, "s_doc": off / sums["tokens"].mean()}
         divergences = part[list(DIVERGENCES[: horizon - 1])].sum() / part["tokens"].sum()
         found["loss"] = float(pooled_loss(divergences.to_numpy()))
+        found["limit"] = sums["tokens"].sum() / sums["exact_cycles"].sum()
         costs = {"seconds_per_position": part["seconds_per_position"].iloc[0]}
         key = {"group": group, "role": role, "seed": seed, "budget": budget}
         rows.append(key | sizes[candidate] | {"horizon": horizon} | found | costs)
@@ -225,7 +227,8 @@ def adopt(out: Path, file: Path) -> None:
         for file in sorted((out / "groups" / group).glob("*/curve.parquet")):
             file.unlink()
     for (group, role, seed), rows in table.groupby(["group", "role", "seed"]):
-        write_parquet(out / "groups" / group / f"{role}-{seed}" / "curve.parquet", rows[COLUMNS])
+        place = out / "groups" / group / f"{role}-{seed}"
+        write_parquet(place / "curve.parquet", rows.reindex(columns=COLUMNS))
 
 
 def commit(out: Path, groups: list[Group]) -> None:
@@ -257,11 +260,10 @@ def main() -> None:
     parser.add_argument("--group", action="append", help="NAME=MODEL or NAME=MODEL:CORPUS")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--table", type=Path, help="of data/studies/curve_losses.py")
-    parser.add_argument("--ceilings", type=Path, help="JSON: group to the candidate they choose")
     parser.add_argument("--unit", type=int, default=8192)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--candidates", type=int, default=len(CANDIDATES))
+    parser.add_argument("--candidates", type=int, default=len(CANDIDATES), help="the first")
     parser.add_argument("--targets", default="16,32", help="in units")
     parser.add_argument("--seeds", type=int, default=2, help="of probes and of targets")
     parser.add_argument("--dtype", default="float32")
@@ -274,13 +276,12 @@ def main() -> None:
     sizes = (given.unit, given.rows, given.length, given.candidates)
     size = Size(*sizes, targets, given.seeds, given.dtype)
     deadline = time.monotonic() + 60 * given.minutes
-    ceilings = json.loads(given.ceilings.read_text("utf-8")) if given.ceilings else {}
     stages: dict[str, Callable[[], None]] = {
         "curves": lambda: curves(given.out, groups, size, deadline),
         "latency": lambda: time_heads(given.out, groups, size, given.seconds),
         "adopt": lambda: adopt(given.out, given.table),
         "commit": lambda: commit(given.out, groups),
-        "judge": lambda: judge(given.out, read_curves(given.out), ceilings),
+        "judge": lambda: judge(given.out, read_curves(given.out)),
         "store": lambda: store(given.out),
     }
     stages[given.stage]()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import pandas as pd
@@ -44,7 +45,7 @@ CANDIDATES = [
 ROWS, LENGTH, START, DRAWN = 4, 64, 32, 48
 SIZES = ("horizon", "rank", "transition_rank", "width", "blocks")
 SEED = 500  # of training and decoding; forecasts have seed 0
-TEXTS, TURNS, TIMED, ELSEWHERE = 128, 3, 8, 500
+TEXTS, TURNS, TIMED, ELSEWHERE = 128, 5, 8, 500
 
 
 def forecast(out: Path, model: str, budget: int, probe: int) -> None:
@@ -126,7 +127,7 @@ def measure(folder: Path, lm, documents: list[str] | None, place: Path | None) -
 
 def timed(lm, head, prompts: list[torch.Tensor], more: dict) -> dict[str, float]:
     """Seconds per token with the head and without, in turns, one request at a time; and per
-    cycle: the fastest turn of each.
+    cycle, which the reading of a prompt is none of: medians of the turns, as latency is measured.
     """
     turns = []
     for _ in range(TURNS):
@@ -137,11 +138,12 @@ def timed(lm, head, prompts: list[torch.Tensor], more: dict) -> dict[str, float]
                 for prompt in prompts[:TIMED]
             ]
             seconds = sum(sum(s.stage_seconds.values()) for s in one)
-            spent[name] = seconds / (TIMED * more["max_new_tokens"])
+            # The first token of each comes with its prompt.
+            spent[name] = seconds / (TIMED * (more["max_new_tokens"] - 1))
             if drafter is not None:
-                spent["cycle"] = seconds / sum(s.calls for s in one)
+                spent["cycle"] = seconds / sum(s.calls - 1 for s in one)
         turns.append(spent)
-    return {name: min(spent[name] for spent in turns) for name in turns[0]}
+    return {name: statistics.median(spent[name] for spent in turns) for name in turns[0]}
 
 
 def main() -> None:
@@ -150,7 +152,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("model")
     parser.add_argument("--budget", type=int, default=131072)
-    parser.add_argument("--probe", type=int, default=16384)
+    parser.add_argument("--probe", type=int, default=32768)
     parser.add_argument("--name", help="of the forecast's folder; default: the model")
     parser.add_argument("--corpus", help="text of a forecast that had some")
     parser.add_argument("--head", type=Path, help="where the trained head is kept")

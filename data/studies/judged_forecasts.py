@@ -4,7 +4,7 @@ intervals cover, and what choosing by them costs beside naive rules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +14,27 @@ from scipy import stats
 from cpmtp.forecasting.learning_curves.families import damped_trend
 from cpmtp.forecasting.learning_curves.shape_choice import ShapeChoice
 from cpmtp.forecasting.learning_curves.shapes import reference_rows
-from cpmtp.forecasting.learning_curves.tasks import Tasks, checked_curves, tasks_of
+from cpmtp.forecasting.learning_curves.tasks import (
+    Tasks,
+    checked_curves,
+    short_name,
+    tasks_of,
+)
 from cpmtp.latency import MeasuredLatency, read_latency
 from cpmtp.whole_files import write_parquet
 
 CONFIDENCE = 0.9
 EIGHT = 8
 HORIZON = 4
+ALWAYS = ("recurrent", "cp 1", "markov 64")
+# Stored ceilings of three tokens, by candidate; a draft that reads all tokens may be exact.
+FORMS = Path(__file__).parent / "forms" / "summary.csv"
+CEILINGS = {"cp 1": "cp 1", "cp 2": "cp 2", "cp 4": "cp 4", "cp 8": "cp 8"}
+CEILINGS |= {"markov 64": "markov 64 gated", "markov mixture 4 32": "markov_mixture 4, 16 gated"}
+EXACT, UNKNOWN = {"recurrent": 3.0}, 1e-9
 
 
-def judge(out: Path, table: pd.DataFrame, ceilings: dict[str, str]) -> None:
+def judge(out: Path, table: pd.DataFrame) -> None:
     """Every group forecast from the others, and every group from the others' other forms; once from
     all probes, and once from those that end eight times below the largest target.
     """
@@ -37,7 +48,7 @@ def judge(out: Path, table: pd.DataFrame, ceilings: dict[str, str]) -> None:
     for kind, part in kinds.items():
         rows += [forecast_rows(part, g, None).assign(probes=kind) for g in groups]
         rows += [forecast_rows(part, g, f).assign(probes=kind) for g in groups for f in forms(part)]
-        found = pd.DataFrame(list(choice_losses(out, part, groups, ceilings)))
+        found = pd.DataFrame(list(choice_losses(out, part, groups)))
         losses.append(found.assign(probes=kind))
     told, chosen = pd.concat(rows, ignore_index=True), pd.concat(losses, ignore_index=True)
     for name, found in (("backtest", told), ("choices", chosen)):
@@ -72,8 +83,9 @@ def forecast_rows(table: pd.DataFrame, group: str, form: str | None) -> pd.DataF
     for tasks in tasks_of(checked_curves(mine)):
         logs, reference = shapes.forecast(tasks), reference_rows(tasks, shapes.reference)
         gains, weights = logs - tasks.logs[:, -1], shapes.seed_weights(tasks)
-        half = shapes.half_widths(gains, tasks.noise, weights, confidence=CONFIDENCE)
-        between = (np.abs(gains) + np.abs(gains[reference])) / 2
+        wide = gains * shapes.widening(tasks.at / tasks.budgets[-1])
+        half = shapes.half_widths(wide, tasks.noise, weights, confidence=CONFIDENCE)
+        between = (np.abs(wide) + np.abs(wide[reference])) / 2
         apart = shapes.half_widths(between, 0 * gains, weights, differences=True)
         truths = tasks.truths
         found = {
@@ -116,9 +128,20 @@ def report(left_out: str, rows: pd.DataFrame) -> None:
     )
 
 
-def choice_losses(
-    out: Path, table: pd.DataFrame, groups: list[str], ceilings: dict[str, str]
-) -> Iterator[dict]:
+def ceilings_of(group: str, candidates: Sequence[str]) -> np.ndarray | None:
+    """Logarithms of the candidates' ceilings in studies of the group's model; None where they were
+    not computed; of candidates that they say nothing of next to nothing.
+    """
+    table = pd.read_csv(FORMS)
+    mine = table[table["model"] == group.partition(",")[0]].set_index("draft")["tokens_per_call"]
+    if not len(mine):
+        return None
+    known = {name: float(mine[draft]) for name, draft in CEILINGS.items()} | EXACT
+    # A wider trunk has the ceiling of the narrow one.
+    return np.log([known.get(short_name(name), UNKNOWN) for name in candidates])
+
+
+def choice_losses(out: Path, table: pd.DataFrame, groups: list[str]) -> Iterator[dict]:
     """Share of tokens per second that each rule's choice is behind the best in hindsight."""
     for group in groups:
         others, mine = table[table["group"] != group], table[table["group"] == group]
@@ -133,7 +156,7 @@ def choice_losses(
                 tasks = whole.of(whole.seeds == seed)
                 speed = -np.log([cycle(latency, named.loc[c]) for c in tasks.candidates])
                 truth = tasks.truths + speed
-                for rule, scores in rules(shapes, tasks, ceilings.get(group)).items():
+                for rule, scores in rules(shapes, tasks, group).items():
                     best = (scores + speed) == (scores + speed).max()
                     best |= rule == "random"  # the mean over all of them
                     loss = 1 - np.exp(truth[best].mean() - truth.max())
@@ -147,7 +170,7 @@ def cycle(latency: MeasuredLatency, row: pd.Series) -> float:
     return latency.cycle_seconds({name: row[name] for name in names})
 
 
-def rules(shapes: ShapeChoice, tasks: Tasks, ceiling: str | None) -> dict[str, np.ndarray]:
+def rules(shapes: ShapeChoice, tasks: Tasks, group: str) -> dict[str, np.ndarray]:
     """What each rule expects of every candidate; the highest, times its speed, is chosen."""
     told = {
         "forecast": shapes.forecast(tasks),
@@ -155,12 +178,11 @@ def rules(shapes: ShapeChoice, tasks: Tasks, ceiling: str | None) -> dict[str, n
         "last two points straight": damped_trend(tasks.budgets, tasks.logs, tasks.at, 1.0),
         "random": np.zeros(len(tasks)),
     }
-    always = {"always recurrent": "recurrent", "always markov 64": "markov 64"}
-    always |= {"ceilings": ceiling} if ceiling else {}
-    for rule, name in always.items():
-        chosen = np.array([c.startswith(str(name)) for c in tasks.candidates])
-        told[rule] = np.where(chosen, 100.0, 0.0)
-    return told
+    for name in ALWAYS:
+        chosen = np.array([short_name(candidate) == name for candidate in tasks.candidates])
+        told[f"always {name}"] = np.where(chosen, 100.0, 0.0)
+    ceilings = ceilings_of(group, tasks.candidates)
+    return told if ceilings is None else told | {"ceilings": ceilings}
 
 
 def report_choices(losses: pd.DataFrame) -> None:

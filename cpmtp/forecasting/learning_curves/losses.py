@@ -3,16 +3,24 @@ tokens per call rise.
 
 The loss of a head at horizon n is the weighted geometric mean of its divergences at positions 2 to
 n along held-out texts, each position weighted a third of the one before it. Its logarithm falls by
-steps per doubling of the budget, each `ratio` times the one before; the logarithm of tokens per
-call rises in proportion. What is shared:
+steps per doubling of the budget, each `ratio` times the one before. What tokens per call lack of
+their limit follows it: with ``missing = ln(limit / tokens per call)``,
 
-* The ratio is the geometric mean of the group's own, which its probes show (the sum of all
-  candidates' last steps over the sum of those before), and of the one that other groups had; at
-  most 1.
+    ln missing falls by `slope` times what ln loss falls by,
+
+so that no budget brings more than the limit, which is what an exact draft would earn. (A draft
+loses by total variation, which Pinsker's inequality bounds by the root of half the divergence: a
+slope of one half.) What is shared:
+
+* The ratio is a geometric mean of the group's own, which its probes show (the sum of all
+  candidates' last steps over the sum of those before), and of the one that other groups had, which
+  is at most 1; so is the mean. The group's own counts half over the doublings that forecasts were
+  ever checked on, and half as much at every further one: what three probes show of a training's
+  beginning says little of its end.
 * A candidate's step is for the most part the mean of all candidates' times what this candidate's
   gain was of such a mean in other groups; its own step, of one training, is noise for the most
   part.
-* The slope from the loss to tokens per call is that of other groups.
+* The slope is that of other groups.
 """
 
 from __future__ import annotations
@@ -30,12 +38,14 @@ from cpmtp.forecasting.learning_curves.tasks import Tasks, short_name
 
 DIVERGENCES = tuple(f"divergence_{position}" for position in range(2, 65))
 _FALLING = 1 / 3  # the weight of a position, of that of the one before it
-_RATIOS = np.linspace(0.3, 1.5, 121)
+_RATIOS = np.linspace(0.3, 1.0, 71)
 _OWN_LEAST, _OWN_MOST = 0.1, 2.0
+# How much a group's own ratio counts over the doublings checked; beyond them ever less.
+_OWN_RATIO, _CHECKED, _FADING = 0.5, 3, 0.5
 # How far a candidate's step is its own: where its gain is known of other groups, and where not.
 _OWN_STEP, _OWN_STEP_OF_UNKNOWN = 0.2, 0.5
 _LEAST_GAIN = 0.01
-_LEAST = 1e-6  # a draft may be as good as its target
+_LEAST = 1e-6  # a draft may be as good as its target, and earn what is the limit
 _SWEEPS = 50
 
 
@@ -61,9 +71,10 @@ class LossCurve:
     ratio : float
         That of other groups, before it is put together with a group's own.
     slopes : dict of float to float
-        By horizon: what the logarithm of tokens per call gains as that of the loss falls by one.
+        By horizon: how far the logarithm of what is missing falls as that of the loss falls by one.
     speeds : dict of (float, str) to float
-        By horizon and short name: the logarithm of a candidate's gain over the mean candidate's.
+        By horizon and short name: the logarithm of a candidate's gain, in the logarithm of what is
+        missing, over the mean candidate's.
     """
 
     ratio: float
@@ -85,9 +96,9 @@ class LossCurve:
         weights = 1 / pd.Series(groups).map(pd.Series(groups).value_counts()).to_numpy(dtype=float)
         errors = []
         for tasks in batches:
-            gain, own = first._gains(tasks, tasks.losses)  # (tasks,) each
-            ratio = _ratio(own, _RATIOS[:, None])  # (ratios, tasks)
-            found = tasks.logs[:, -1] + gain * damped_factor(ratio, 1.0, _doublings(tasks))
+            fall, own = first._falls(tasks, tasks.losses)  # (tasks,) each
+            steps = _steps(own, _RATIOS[:, None], _doublings(tasks))  # (ratios, tasks)
+            found = _after(tasks.logs[:, -1], fall * steps, tasks.limits)
             errors.append((found - tasks.truths) ** 2)
         best = int((np.concatenate(errors, -1) @ weights).argmin())
         return cls(float(_RATIOS[best]), slopes, speeds)
@@ -99,13 +110,14 @@ class LossCurve:
         losses: Float[ndarray, "... tasks probes"],
     ) -> Float[ndarray, "*batch tasks"]:
         """Logarithms of tokens per call at the tasks' budget."""
-        gain, own = self._gains(tasks, losses)
-        going = damped_factor(_ratio(own, np.asarray(self.ratio)), 1.0, _doublings(tasks))
-        return logs[..., -1] + gain * going  # (*batch, tasks)
+        fall, own = self._falls(tasks, losses)
+        steps = _steps(own, np.asarray(self.ratio), _doublings(tasks))
+        return _after(logs[..., -1], fall * steps, tasks.limits)  # (*batch, tasks)
 
-    def _gains(self, tasks: Tasks, losses: ndarray) -> tuple[ndarray, ndarray]:
-        """Of every task: what one more doubling would add were the ratio one, and the ratio that
-        its group's and seed's probes show, NaN where they show none; (..., tasks) each.
+    def _falls(self, tasks: Tasks, losses: ndarray) -> tuple[ndarray, ndarray]:
+        """Of every task: how far one more doubling would bring the logarithm of what is missing
+        down were the ratio one, and the ratio that its group's and seed's probes show, NaN where
+        they show none; (..., tasks) each.
         """
         horizon = min(self.slopes, key=lambda known: (abs(known - tasks.most), known))
         doublings = np.diff(np.log2(tasks.budgets))
@@ -143,10 +155,39 @@ def _doublings(tasks: Tasks) -> float:
     return float(np.log2(tasks.at / tasks.budgets[-1]))
 
 
-def _ratio(own: ndarray, others: ndarray) -> ndarray:
-    """A group's own ratio, where it shows one, and the others' together."""
-    mixed = np.sqrt(np.clip(own, _OWN_LEAST, _OWN_MOST) * others)
+def _ratio(own: ndarray, others: ndarray, doubling: int) -> ndarray:
+    """A group's own ratio, where it shows one, and the others' together: what the step of a
+    doubling, counted from 0, is of the one before.
+    """
+    weight = _OWN_RATIO * _FADING ** max(doubling - _CHECKED + 1, 0)
+    mixed = np.clip(own, _OWN_LEAST, _OWN_MOST) ** weight * others ** (1 - weight)
     return np.minimum(np.where(np.isnan(own), others, mixed), 1.0)
+
+
+def _steps(own: ndarray, others: ndarray, doublings: float) -> ndarray:
+    """By how many of the last steps the loss falls in so many doublings."""
+    total, step = np.zeros_like(own * others), np.ones_like(own * others)
+    for doubling in range(int(np.ceil(doublings))):
+        ratio = _ratio(own, others, doubling)
+        total = total + step * damped_factor(ratio, 1.0, min(doublings - doubling, 1.0))
+        step = step * ratio
+    return total
+
+
+def _missing(logs: ndarray, limits: ndarray) -> ndarray:
+    """What logarithms of tokens per call lack of the limit's."""
+    return np.maximum(np.log(limits) - logs, _LEAST)
+
+
+def _after(logs: ndarray, falls: ndarray, limits: ndarray) -> ndarray:
+    """Logarithms of tokens per call once the logarithm of what is missing has fallen so far."""
+    return np.log(limits) - _missing(logs, limits) * np.exp(-falls)
+
+
+def _fallen(tasks: Tasks) -> ndarray:
+    """How far it fell from the last probe to the end: (tasks,)."""
+    before, after = (_missing(logs, tasks.limits) for logs in (tasks.logs[:, -1], tasks.truths))
+    return np.log(before / after)
 
 
 def _form(name: str) -> str:
@@ -160,7 +201,7 @@ def _slope(batches: list[Tasks]) -> float:
         pd.DataFrame(
             {
                 "group": tasks.groups,
-                "gain": tasks.truths - tasks.logs[:, -1],
+                "gain": _fallen(tasks),
                 "fall": np.log(tasks.losses[:, -1]) - np.log(tasks.end_losses),
             }
         )
@@ -180,7 +221,7 @@ def _speeds(batches: list[Tasks]) -> dict[str, float]:
                 "group": tasks.groups,
                 "task": [f"{i}/{g}/{s}" for g, s in zip(tasks.groups, tasks.seeds, strict=True)],
                 "name": [short_name(name) for name in tasks.candidates],
-                "gain": np.log(np.maximum(tasks.truths - tasks.logs[:, -1], _LEAST_GAIN)),
+                "gain": np.log(np.maximum(_fallen(tasks), _LEAST_GAIN)),
             }
         )
         for i, tasks in enumerate(batches)

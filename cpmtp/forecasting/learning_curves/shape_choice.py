@@ -8,7 +8,9 @@ plus the difference, so that a table never says two things.
 The interval of a forecast is ``y +- t sqrt(s_doc^2 + s_seed^2 + (c gain)^2)`` with Student's t of
 one degree of freedom less than there are groups. Gain is what the forecast adds to the last probe
 (of a difference: the mean of both candidates' gains); c is such that the other groups' residuals
-have, standardised, a mean square of one.
+have, standardised, a mean square of one. Beyond the farthest budget that a forecast was ever held
+against, c grows with the root of the doublings, as if each brought an error of its own: a curve
+that flattens adds little there, and would seem sure.
 """
 
 from __future__ import annotations
@@ -94,6 +96,11 @@ class ShapeChoice:
         """How many times beyond its last probe a forecast was ever held against the truth."""
         return float(self.residuals["ahead"].max())
 
+    def widening(self, ahead: float) -> float:
+        """What c is multiplied by so many times beyond the last probe."""
+        doublings, checked = np.log2(max(ahead, 1.0)), np.log2(self.farthest)
+        return float(max(np.sqrt(doublings / checked), 1.0))
+
     @classmethod
     def stored(cls) -> ShapeChoice:
         """From the curves that come with the package."""
@@ -161,6 +168,7 @@ class ShapeChoice:
         Parameters
         ----------
         gains, doc_variance : float arrays
+            Gains times `widening`.
         weights : float array
             Trainings' seeds count with this: the sum of squares of how a forecast depends on each
             probe, plus one over the number of trainings it is to be held against.

@@ -73,7 +73,7 @@ class Shape:
         """Forecasts at the tasks' budget from probes' values (and losses) in the place of the
         tasks' own.
 
-        Logarithms of tokens per call, between one token and the horizon; or differences of such.
+        Logarithms of tokens per call, between one token and the limit; or differences of such.
         """
         ratio, most = self.ratio if ratio is None else ratio, tasks.most
         budgets, at = tasks.budgets, tasks.at
@@ -89,7 +89,7 @@ class Shape:
             found = np.log(np.maximum(damped_trend(budgets, np.exp(logs), at, ratio), 1.0))
         else:
             found = damped_trend(budgets, logs, at, ratio)
-        return found if self.scale == "difference" else np.clip(found, 0.0, np.log(most))
+        return found if self.scale == "difference" else np.clip(found, 0.0, np.log(tasks.limits))
 
 
 def forecast_logs(
@@ -116,7 +116,7 @@ def forecast_logs(
     if difference.family == "levels":
         return direct
     steps = difference.values(tasks, logs - logs[..., reference, :])  # (*batch, tasks)
-    joined = np.clip(direct[..., reference] + steps, 0.0, np.log(tasks.most))
+    joined = np.clip(direct[..., reference] + steps, 0.0, np.log(tasks.limits))
     return np.where(reference >= 0, joined, direct)
 
 

@@ -3,9 +3,10 @@
 The table has a row per training: its `group` (a base model with a kind of text), the candidate's
 sizes, `seed`, `budget` in positions, `role` (probe or target), and what it reached:
 `tokens_per_call` on held-out documents, its standard error over documents `s_doc` (of the
-logarithm), and, where it is known, the held-out `loss`, see
-`cpmtp.forecasting.learning_curves.losses`. Targets have other seeds and other documents than
-probes.
+logarithm), and, where they are known, the held-out `loss`, see
+`cpmtp.forecasting.learning_curves.losses`, and the `limit`, tokens per call of an exact draft (the
+horizon, unless a draft vocabulary leaves tokens out). Targets have other seeds and other documents
+than probes.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Tasks:
         NaN where they are not known.
     end_losses : (tasks,) float array
         At the budget wanted; NaN where it is not known.
+    limits : (tasks,) float array
+        Tokens per call of an exact draft.
     """
 
     budgets: Float[ndarray, " probes"]
@@ -64,6 +67,7 @@ class Tasks:
     truth_seeds: Float[ndarray, " tasks"]
     losses: Float[ndarray, "tasks probes"]
     end_losses: Float[ndarray, " tasks"]
+    limits: Float[ndarray, " tasks"]
 
     def __len__(self) -> int:
         return len(self.truths)
@@ -71,7 +75,9 @@ class Tasks:
     def of(self, keep: ndarray) -> Tasks:
         """Some of them."""
         arrays = ("groups", "candidates", "seeds", "logs", "truths", "noise", "truth_seeds")
-        chosen = {name: getattr(self, name)[keep] for name in (*arrays, "losses", "end_losses")}
+        chosen = {
+            name: getattr(self, name)[keep] for name in (*arrays, "losses", "end_losses", "limits")
+        }
         return Tasks(self.budgets, self.at, self.most, **chosen)
 
 
@@ -93,6 +99,8 @@ def checked_curves(table: pd.DataFrame) -> pd.DataFrame:
         if not (table[name] > 0).all():
             raise ValueError(f"{name} {table[name].min()}: expected figures above 0")
     table = table.assign(**{n: table.get(n, d) for n, d in (("s_doc", 0.0), ("loss", np.nan))})
+    limits = table["horizon"] if "limit" not in table else table["limit"].fillna(table["horizon"])
+    table = table.assign(limit=np.maximum(limits, table["tokens_per_call"]))
     table = table.assign(log_tokens=np.log(table["tokens_per_call"].astype(float)))
     return table.assign(candidate=[candidate_name(row) for row in table.to_dict("records")])
 
@@ -164,6 +172,7 @@ def _task(curve: list[dict], ends: list[dict]) -> dict:
     return {
         "logs": [row["log_tokens"] for row in curve],
         "losses": [row["loss"] for row in curve],
+        "limit": curve[-1]["limit"],
         "truth": np.mean([row["log_tokens"] for row in ends]),
         "truth_seeds": len(ends),
         "end_loss": np.exp(np.mean(np.log([row["loss"] for row in ends]))),
@@ -188,6 +197,7 @@ def _stacked(budgets: tuple, at: float, most: float, rows: list[dict]) -> Tasks:
         column("truth_seeds", float),
         column("losses", float),
         column("end_loss", float),
+        column("limit", float),
     )
 
 
