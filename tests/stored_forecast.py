@@ -21,13 +21,13 @@ def option(
             for end, value in zip(ends, tokens, strict=True)
         }
         | dict(speedup=tokens[0] * PLAIN_SECONDS / seconds, tenth_percentile=1.2, load=LOAD)
-        | dict(device_hours=0.5, passes=1.0, too_many=False)
+        | dict(device_hours=0.5, weight_bytes=2_800_000, passes=1.0, too_many=False)
         | sizes
     )
 
 
-def stored(tmp_path, *, best: str = "cp 4", sure: float = 0.95, low: float = 1.8, groups: int = 5):
-    """A forecast's folder as `HeadForecast.write` leaves it."""
+def stored(tmp_path, *, best: str = "cp 4", low: float = 1.8, groups: int = 5, **changes):
+    """A forecast's folder as `HeadForecast.write` leaves it; `changes` are of the choice."""
     rows = [
         option(name, kind, tokens, seconds, horizon, budget, **sizes)
         for budget in (5e5, 1e6, 2e6)
@@ -53,7 +53,8 @@ def stored(tmp_path, *, best: str = "cp 4", sure: float = 0.95, low: float = 1.8
         tokens_per_call=[chosen[f"tokens_per_call{end}"] for end in ends],
         tokens_per_second=[chosen[f"tokens_per_second{end}"] for end in ends],
         speedup=chosen["speedup"],
-        sure=sure,
+        sure=0.95,
+        pays=0.98,
         luck=0.0,
         ties=["markov 64 (n = 3)"],
         overtaken=["markov 64", 4e6],
@@ -61,6 +62,7 @@ def stored(tmp_path, *, best: str = "cp 4", sure: float = 0.95, low: float = 1.8
         device_hours=0.5,
         pays_after=1e6,
     )
+    choice |= changes
     table.to_parquet(tmp_path / "forecast.parquet")
     told = {
         "settings": {"budget": 1e6, "confidence": 0.9, "temperature": 1.0},

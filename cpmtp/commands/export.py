@@ -94,7 +94,7 @@ def _forecasts(folder: Path) -> list[Path]:
 
 def _forecast_of(places: list[Path], wanted) -> Path:
     """The place of the model that is wanted; the only one where none is named."""
-    from cpmtp.report.first_screen.forecast import HeadsForecast
+    from cpmtp.report.first_screen.stored_forecast import HeadsForecast
 
     if len(places) == 1:
         return places[0]
@@ -119,7 +119,7 @@ def _measured(folder: Path, wanted):
 def _forecast(folder: Path, wanted):
     from cpmtp.latency import read_latency
     from cpmtp.report.exports.of_forecast import table_of_forecast
-    from cpmtp.report.first_screen.forecast import HeadsForecast
+    from cpmtp.report.first_screen.stored_forecast import HeadsForecast
 
     times = folder / "latency.json"
     latency = read_latency(times) if times.is_file() else None

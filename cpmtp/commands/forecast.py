@@ -144,7 +144,7 @@ def show_forecast(found, ceilings: Mapping[tuple[int, int], float] | None = None
         print(found.status)
         return
     for load in found.settings.loads:
-        _show_choice(found.choice(load))
+        _show_choice(found.worth(load))
     _show_options(found, ceilings or {})
     if len(found.settings.loads) > 1:
         _show_schedule(found.schedule())
@@ -175,12 +175,17 @@ def _show_choice(choice) -> None:
     more = "a doubling adds more than 1 % up to the largest budget looked at"
     if choice.stop < float("inf"):
         more = f"beyond {choice.stop:,.0f} positions a doubling adds less than 1 %"
+    if choice.stop <= choice.budget:
+        more = "twice as many would add less than 1 %"
     paid = (
         f"paid for after {choice.pays_after:,.0f} tokens"
         if choice.pays_after < float("inf")
         else "never paid for"
     )
-    print(f"  {choice.device_hours:.2f} device-hours as probes were trained here, {paid}; {more}")
+    print(
+        f"  trained on {choice.budget:,.0f} positions: {choice.device_hours:.2f} device-hours as "
+        f"probes were trained here, {paid}; {more}"
+    )
 
 
 def _show_options(found, ceilings: Mapping[tuple[int, int], float]) -> None:

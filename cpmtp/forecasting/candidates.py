@@ -122,6 +122,17 @@ def new_head(lm: Any, keywords: Mapping[str, Any], *, seed: int = 0) -> DraftHea
     return head.to(lm.device).attach(lm).eval().requires_grad_(False)
 
 
+def weight_bytes(lm: Any, candidate: Candidate, horizon: int) -> int:
+    """Bytes of the weights of such a head with another horizon: what serving it holds in memory
+    beside the base model, whose unembedding it shares, in the precision it is trained in.
+    """
+    own = {name: value for name, value in candidate.keywords.items() if name not in TRAINING}
+    sizes = {"hidden_size": lm.unembedding.shape[1], "vocab_size": lm.vocab_size}
+    with torch.device("meta"):  # nothing is allocated
+        head = DraftHead(**sizes, **own | {"horizon": horizon})
+    return sum(weights.nbytes for weights in head.parameters())
+
+
 def sizes_of(head: DraftHead) -> dict[str, Any]:
     """What tells heads apart that are trained alike."""
     return {

@@ -39,6 +39,8 @@ class HeadChoice:
         Over plain decoding at this load.
     sure : float
         Share of draws (documents, seeds, extrapolations) in which it is the one.
+    pays : float
+        Share of draws in which it is faster than plain decoding; 0 of plain decoding itself.
     luck : float
         Share by which the best of several forecasts is expected to be too high; taken off.
     ties : tuple of str
@@ -60,6 +62,7 @@ class HeadChoice:
     tokens_per_second: tuple[float, float, float]
     speedup: float
     sure: float
+    pays: float
     luck: float
     ties: tuple[str, ...]
     overtaken: tuple[str, float] | None
@@ -81,8 +84,8 @@ class HeadChoice:
             mean, low, high = self.tokens_per_call
             found = (
                 f"At load {self.load} {self.name} with horizon {self.horizon}: {mean:.2f} tokens "
-                f"per call ({low:.2f} to {high:.2f}), {self.speedup:.2f} times plain decoding, "
-                f"sure to {self.sure:.0%}"
+                f"per call ({low:.2f} to {high:.2f}), {self.speedup:.2f} times plain decoding "
+                f"(faster than it with a chance of {self.pays:.0%}), sure to {self.sure:.0%}"
             )
         shown = ", ".join(self.ties[:3]) + (" and others" if len(self.ties) > 3 else "")
         return found + (f"; a tie with {shown}" if self.ties else "") + "."
@@ -141,7 +144,7 @@ def chosen(
     best = int(rates.argmax())
     option = options[best]
     luck = _luck(loaded, outlook)
-    winners = loaded.rates(outlook.draws).argmax(-1)
+    drawn = loaded.rates(outlook.draws)  # (draws, options)
     plain = next(i for i, o in enumerate(options) if o.kind == PLAIN)
     ends = np.array([outlook.logs[best], outlook.low[best], outlook.high[best]])
     if option.kind != PLAIN:
@@ -158,7 +161,8 @@ def chosen(
         tokens_per_call=tuple(np.exp(ends).tolist()),
         tokens_per_second=tuple(speeds.tolist()),
         speedup=float(speeds[0] * loaded.seconds[plain] / loaded.load),
-        sure=float((winners == best).mean()),
+        sure=float((drawn.argmax(-1) == best).mean()),
+        pays=float((drawn[:, best] - luck > drawn[:, plain]).mean()),
         luck=float(np.expm1(luck)),
         ties=_ties(outlook, loaded, shapes, best, confidence),
         overtaken=_overtaken(outlooks[at:], loaded, best),

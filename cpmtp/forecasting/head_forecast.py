@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from cpmtp.forecasting.candidates import candidates_of, with_draft_vocabulary
+from cpmtp.forecasting.candidates import candidates_of, weight_bytes, with_draft_vocabulary
 from cpmtp.forecasting.forecast_plan import ForecastSettings, Work
 from cpmtp.forecasting.head_choice import HeadChoice, Loaded, chosen, schedule
 from cpmtp.forecasting.held_out import HeldOut, split_texts
@@ -43,8 +43,8 @@ class HeadForecast:
         A row per option (candidate and horizon, lookup, plain decoding) and budget, at the first
         load: `option`, `horizon`, the head's sizes, `budget`, `tokens_per_call` with `_low` and
         `_high`, `tenth_percentile` of requests, `cycle_seconds`, `tokens_per_second` with `_low`
-        and `_high`, `speedup`, `device_hours`, `passes` over the text (0: own samples) and whether
-        those are `too_many`.
+        and `_high`, `speedup`, `device_hours`, `weight_bytes` of the head, `passes` over the text
+        (0: own samples) and whether those are `too_many`.
     status : str
         Empty, or why there is no forecast of heads.
     probes : pandas.DataFrame
@@ -97,8 +97,23 @@ class HeadForecast:
         ValueError
             If there was not enough to forecast from.
         """
+        return self._choice_at(self.settings.budget, load, source)
+
+    def worth(self, load: int | None = None, *, source: str | None = None) -> HeadChoice:
+        """The choice with no more training than pays: at the budget from which on a doubling adds
+        less than one per cent, where that is smaller than the budget asked for and the same option
+        is the best there; else the choice itself. Parameters and errors as of `choice`.
+        """
+        whole = self.choice(load, source=source)
+        if not 0 < whole.stop < whole.budget:
+            return whole
+        enough = self._choice_at(whole.stop, load, source)
+        same = (enough.name, enough.horizon) == (whole.name, whole.horizon)
+        return enough if same else whole
+
+    def _choice_at(self, budget: float, load: int | None, source: str | None) -> HeadChoice:
         self._scores()
-        at = next(i for i, o in enumerate(self.outlooks) if o.budget >= self.settings.budget)
+        at = next(i for i, o in enumerate(self.outlooks) if o.budget >= budget)
         return chosen(
             self.outlooks,
             at,
@@ -150,6 +165,7 @@ class HeadForecast:
         told["shapes"] |= {"farthest": self.shapes.farthest, "ahead": self.ahead}
         if not self.status:
             told["choices"] = [asdict(self.choice(load)) for load in self.settings.loads]
+            told["worth"] = [asdict(self.worth(load)) for load in self.settings.loads]
             told["schedule"] = self.schedule().to_dict("records")
         write_text(folder / "forecast.json", json.dumps(told, indent=1, default=str) + "\n")
         return folder
@@ -235,7 +251,7 @@ def forecast_heads(
             for budget in _grid(plan.budgets[-1], settings.budget)
         )
         found = HeadForecast(pd.DataFrame(), "", probes, *common, outlooks, scores)
-        found = replace(found, table=_table(found, lookup, available))
+        found = replace(found, table=_table(found, lookup, available, _weights(work, scores)))
     if folder is not None:
         found.write(folder)
     return found
@@ -266,11 +282,25 @@ def _lookup(held_out: HeldOut, plan: ProbePlan) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _table(found: HeadForecast, lookup: pd.DataFrame, available: int) -> pd.DataFrame:
-    return pd.DataFrame(list(_rows(found, lookup, available)))
+def _weights(work: Work, scores: Scores) -> list[int]:
+    """Bytes of every option's weights."""
+    return [
+        weight_bytes(work.lm, work.candidates[option.candidate], option.horizon)
+        if option.kind == HEAD
+        else 0
+        for option in scores.options
+    ]
 
 
-def _rows(found: HeadForecast, lookup: pd.DataFrame, available: int) -> Iterator[dict[str, Any]]:
+def _table(
+    found: HeadForecast, lookup: pd.DataFrame, available: int, weights: Sequence[int]
+) -> pd.DataFrame:
+    return pd.DataFrame(list(_rows(found, lookup, available, weights)))
+
+
+def _rows(
+    found: HeadForecast, lookup: pd.DataFrame, available: int, weights: Sequence[int]
+) -> Iterator[dict[str, Any]]:
     scores = found.scores
     assert scores is not None
     loaded = found._loaded(found.settings.loads[0])
@@ -297,7 +327,7 @@ def _rows(found: HeadForecast, lookup: pd.DataFrame, available: int) -> Iterator
                 | {"cycle_seconds": float(loaded.seconds[i])}
                 | _with_ends("tokens_per_second", speed)
                 | {"speedup": speed[0] / loaded.load / plain, "load": loaded.load}
-                | {"device_hours": hours if trained else 0.0}
+                | {"device_hours": hours if trained else 0.0, "weight_bytes": weights[i]}
                 | {"passes": passes, "too_many": passes > MOST_PASSES}
             )
 

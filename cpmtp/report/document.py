@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from cpmtp.latency import read_latency
 from cpmtp.report.blocks import Figure, Section, Table, Text
@@ -21,7 +21,8 @@ from cpmtp.report.findings.forecast import ceilings_beside, forecast_sections
 from cpmtp.report.findings.side_by_side import side_by_side
 from cpmtp.report.first_screen.answer import answer
 from cpmtp.report.first_screen.console import console_summary, left_out
-from cpmtp.report.first_screen.forecast import HeadsForecast, forecast_answer
+from cpmtp.report.first_screen.forecast import forecast_answer
+from cpmtp.report.first_screen.stored_forecast import HeadsForecast
 from cpmtp.report.learned import LEARNED_SHARE, form_sections, learned_sections
 from cpmtp.report.pilot import pilot, pilot_of_forecast
 from cpmtp.report.plots import figure_svg
@@ -35,6 +36,7 @@ from cpmtp.report.subject import (
     models_of,
     subjects_of,
 )
+from cpmtp.report.words import shortened, with_code
 from cpmtp.whole_files import write_text
 
 _MOST_OPEN = 3  # parts of a study whose findings are not folded
@@ -132,7 +134,8 @@ class Report:
         """One file that needs nothing else."""
         light, dark = theme_css()
         environment = _environment(autoescape=True)
-        environment.filters["spoken"] = _with_code
+        environment.filters["spoken"] = with_code
+        environment.filters["shortened"] = shortened
         page = environment.get_template("report.html").render(
             answers=self.answers,
             sections=self.sections,
@@ -369,17 +372,6 @@ def _slugs(names: Iterable[str]) -> dict[str, str]:
         tried = (f"{base}-{k}" if k > 1 else base for k in itertools.count(1))
         found[name] = next(slug for slug in tried if slug not in found.values())
     return found
-
-
-def _with_code(text: str) -> Markup:
-    """Escaped text in which what stands between backticks is code.
-
-    Examples
-    --------
-    >>> _with_code("`a` < b")
-    Markup('<code>a</code> &lt; b')
-    """
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _plain_markdown(text: str) -> str:

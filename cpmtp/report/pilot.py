@@ -17,7 +17,7 @@ from cpmtp.ranking.parts import OUTCOME
 from cpmtp.ranking.scores import context_values, tokens_in_words
 from cpmtp.report.blocks import Section, Table, Text
 from cpmtp.report.first_screen.answer import does_not_pay
-from cpmtp.report.first_screen.forecast import HeadsForecast
+from cpmtp.report.first_screen.stored_forecast import HeadsForecast
 from cpmtp.report.subject import Subject
 
 LOOKS = 4

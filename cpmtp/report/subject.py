@@ -24,7 +24,7 @@ from cpmtp.ranking.parts import partial_methods, reference_form, table_parts
 from cpmtp.ranking.scores import sampled_rows
 from cpmtp.ranking.selection import RankChoice, compare_criteria
 from cpmtp.ranking.summary import partial_gains
-from cpmtp.report.first_screen.forecast import HeadsForecast
+from cpmtp.report.first_screen.stored_forecast import HeadsForecast
 from cpmtp.report.learned import (
     LEARNED_SHARE,
     LearnedForecast,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import pandas as pd
+from markupsafe import Markup, escape
 
 from cpmtp.report.blocks import Table
 
@@ -41,6 +43,21 @@ def named(column: str) -> str:
     if words and last in _UNITS and words[-1] != "per":
         return f"{' '.join(words)}, {_UNITS[last]}"
     return " ".join((*words, last))
+
+
+def memory(number: float) -> str:
+    """Bytes as a reader takes them in.
+
+    Examples
+    --------
+    >>> memory(2_804_740), memory(1.26e9), memory(512)
+    ('2.8 MB', '1.3 GB', '0.5 kB')
+    """
+    unit, name = next(
+        (pair for pair in ((1e9, "GB"), (1e6, "MB")) if number >= pair[0]), (1e3, "kB")
+    )
+    shown = number / unit
+    return f"{shown:.1f} {name}" if shown < 10 else f"{shown:,.0f} {name}"
 
 
 def served_as(
@@ -107,3 +124,45 @@ def cell(value: object) -> str:
     if str(value) in ("True", "False"):
         return "yes" if str(value) == "True" else "no"
     return "" if value is None else str(value)
+
+
+def with_code(text: str) -> Markup:
+    """Escaped text in which what stands between backticks is code; a command may be broken before
+    an option, never inside one.
+
+    Examples
+    --------
+    >>> with_code("`a` < b")
+    Markup('<code>a</code> &lt; b')
+    >>> with_code("`cpmtp study --rank 4`")
+    Markup('<code class="command"><span>cpmtp study</span> <span>--rank 4</span></code>')
+    """
+    return Markup(re.sub(r"`([^`]+)`", _code, str(escape(text))))
+
+
+def _code(found: re.Match[str]) -> str:
+    text = found[1]
+    if not text.startswith("cpmtp "):
+        return f"<code>{text}</code>"
+    parts = "</span> <span>".join(re.split(r" (?=--)", text))
+    return f'<code class="command"><span>{parts}</span></code>'
+
+
+def shortened(title: str, most: int = 36) -> str:
+    """A title for a list of contents: words of its middle are left out where it is long.
+
+    Examples
+    --------
+    >>> shortened("Diagnosis: code · contexts from own samples")
+    'Diagnosis: code, own samples'
+    >>> shortened("Diagnosis: folder/of-a-model-with-a-long-name · contexts from prose")
+    'Diagnosis: folder/…a-long-name, prose'
+    """
+    title = title.replace(" · contexts from ", ", ")
+    if len(title) <= most:
+        return title
+    half = most // 2
+    first = re.match(r".*[\W_]|.*", title[:half])
+    last = re.search(r"(?<=[\W_])\w.*|.*", title[-half:])
+    assert first and last  # either pattern has an alternative that is always there
+    return f"{first[0].rstrip()}…{last[0]}"

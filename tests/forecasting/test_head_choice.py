@@ -188,3 +188,14 @@ def test_what_is_not_trained_is_uncertain_by_its_documents_alone(shapes):
     assert outlook.high[1] - outlook.logs[1] == pytest.approx(1.645 * error, rel=0.3)
     assert outlook.low[0] == outlook.high[0] == 0  # plain decoding
     assert (outlook.high[2:] - outlook.logs[2:] > 0.09).all()
+
+
+def test_the_chance_to_beat_plain_decoding_is_that_of_the_draws(shapes):
+    curves = (damped(1.0, 0.0), damped(1.25, 0.0))
+    # cp 4 takes 10.8 ms for 1.25 tokens where plain decoding takes 10 for one.
+    certain = choice(with_errors(shapes, 1e-6, 1e-6), curves)
+    assert certain.name == "cp 4" and certain.pays == 1.0
+    noisy = choice(shapes, curves, noise=1.5, documents=12)
+    assert 0.5 < noisy.pays < 1.0
+    assert f"(faster than it with a chance of {noisy.pays:.0%})" in noisy.sentence
+    assert choice(shapes, curves, load=64).pays == 0.0  # plain decoding itself

@@ -18,11 +18,13 @@ from cpmtp.forecasting.forecast_plan import ForecastSettings
 from cpmtp.forecasting.head_forecast import forecast_heads
 from cpmtp.forecasting.held_out import held_out_texts, lookup_matches, split_texts
 from cpmtp.forecasting.probes import largest_affordable, probe_budgets
+from cpmtp.heads.draft_head import DraftHead
 from cpmtp.latency import LatencyModel, MeasuredLatency
 from cpmtp.pretrained import HuggingFaceLanguageModel
 from cpmtp.report.blocks import Table
 from cpmtp.report.findings.forecast import forecast_sections
-from cpmtp.report.first_screen.forecast import HeadsForecast, forecast_answer
+from cpmtp.report.first_screen.forecast import forecast_answer
+from cpmtp.report.first_screen.stored_forecast import HeadsForecast
 from cpmtp.sampling_law import SamplingLaw
 from cpmtp.training.head_settings import quick_precision
 from cpmtp.training.heads import train_head
@@ -131,7 +133,7 @@ def test_the_same_folder_trains_nothing_again(lm, curves, found, folder, monkeyp
 
 
 def test_a_report_reads_what_was_written(found, folder):
-    stored, choice = HeadsForecast.read(folder), found.choice()
+    stored, choice = HeadsForecast.read(folder), found.worth()
     assert stored.known and (stored.row["option"], stored.row["horizon"]) == (
         choice.name,
         choice.horizon,
@@ -142,6 +144,28 @@ def test_a_report_reads_what_was_written(found, folder):
     blocks = [block for section in forecast_sections(stored) for block in section.blocks]
     best = next(block for block in blocks if isinstance(block, Table))
     assert len(best.rows) == found.table["option"].nunique()
+
+
+def test_no_more_training_is_worth_than_what_doublings_of_add_one_per_cent(found):
+    whole, worth = found.choice(), found.worth()
+    assert (worth.name, worth.horizon) == (whole.name, whole.horizon)
+    assert 0 < worth.stop == worth.budget < whole.budget == 1_000_000
+    assert worth.device_hours == pytest.approx(whole.device_hours * worth.budget / whole.budget)
+    curve = found.curve(worth.name, worth.horizon).set_index("budget")["tokens_per_call"]
+    later = curve[curve.index > worth.budget]
+    doublings = np.log2(later.index[0] / worth.budget)
+    assert 0 <= np.log(later.iloc[0] / curve[worth.budget]) / doublings < np.log1p(0.01)
+
+
+def test_the_table_says_what_a_head_holds_in_memory(lm, found, folder):
+    heads = found.table[found.table["kind"] == "head"]
+    longest = heads[heads["horizon"] == heads["horizon"].max()]
+    for index, asked in enumerate(CANDIDATES):
+        head = DraftHead.from_pretrained(folder / "heads" / f"{64 * STEP}-{index}")
+        rows = longest[longest["option"] == candidates_of(lm, [asked])[0].name]
+        assert set(rows["weight_bytes"]) == {4 * sum(p.numel() for p in head.parameters())}
+    others = found.table[found.table["kind"] != "head"]
+    assert not others["weight_bytes"].any()
 
 
 def test_a_first_step_that_takes_too_long_is_the_last_one(lm, monkeypatch):

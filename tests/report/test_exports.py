@@ -28,7 +28,7 @@ from cpmtp.report.exports.of_decoding import table_of_decoding
 from cpmtp.report.exports.of_forecast import table_of_forecast
 from cpmtp.report.exports.of_study import table_of_study
 from cpmtp.report.exports.wanted import Wanted
-from cpmtp.report.first_screen.forecast import HeadsForecast
+from cpmtp.report.first_screen.stored_forecast import HeadsForecast
 
 HOSTILE = (
     'quo"te',

@@ -16,7 +16,7 @@ from stored_forecast import LOAD, stored
 from cpmtp.report import plots
 from cpmtp.report.document import Report, read_extras
 from cpmtp.report.findings.forecast import ceilings_beside
-from cpmtp.report.first_screen.forecast import HeadsForecast
+from cpmtp.report.first_screen.stored_forecast import HeadsForecast
 from cpmtp.report.subject import ReportExtras
 
 ANCHORED = study_table(lambda rank: 0.4 / rank).assign(anchored=True)
@@ -36,7 +36,10 @@ def test_a_forecast_in_the_folder_answers_alone_and_first(tmp_path):
     report = report_of(stored(tmp_path))
     lines = lines_of(report)
     assert list(lines) == ["Train", "Brings", "How sure", "Next"]
-    assert lines["Train"] == "a cp head of rank 4, horizon 3, trained on 1 million positions."
+    assert lines["Train"] == (
+        "a cp head of rank 4, horizon 3, trained on 1 million positions of text (twice as many "
+        "would add less than 1 %)."
+    )
     assert lines["Brings"].startswith("1.50 to 2.08 times the speed of plain decoding (90% range, ")
     assert "1.83 expected" in lines["Brings"]
     # 2.5 a device-hour over 2.2 tokens of two requests in 12 ms.
@@ -44,13 +47,17 @@ def test_a_forecast_in_the_folder_answers_alone_and_first(tmp_path):
         2.5 / 3600 * 1e6 * s / t / LOAD for s, t in ((0.012, 2.5), (0.012, 1.8), (0.01, 1))
     )
     assert (
-        f"at {cheap:.2f} to {dear:.2f} per million tokens instead of {plain:.2f}" in lines["Brings"]
+        f"; {cheap:.2f} to {dear:.2f} per million tokens instead of {plain:.2f}" in lines["Brings"]
     )
-    assert "0.5 device-hours" in lines["Brings"]
-    assert lines["How sure"].startswith("95% likely the fastest of what was tried; a tie with ")
-    assert "markov 64 (n = 3)" in lines["How sure"]
+    assert "from 1.80 to 2.50 tokens per call instead of 1;" in lines["Brings"]
+    assert "Costs 0.5 device-hours of training and 2.8 MB of memory beside" in lines["Brings"]
+    assert lines["How sure"].startswith(
+        "98% likely faster than plain decoding; 95% likely the fastest of what was tried, too close"
+        " to tell from markov 64 (horizon 3). "
+    )
     assert "Could change it: 4 million positions or more (markov 64)" in lines["How sure"]
-    assert "--form cp --horizon 3 --rank 4 --positions 1000000`" in lines["Next"]
+    assert lines["Next"].startswith("(1) `cpmtp train-head --model m --form cp --horizon 3 ")
+    assert lines["Next"].endswith("--rank 4 --positions 1000000` (2) the pilot plan at the end.")
     assert report.sections[0].title == "Forecast of trained heads"
     assert report.summary.splitlines()[1] == "  Train: " + lines["Train"]
 
@@ -72,6 +79,8 @@ def test_beside_a_forecast_ceilings_recommend_nothing(tmp_path):
     [
         (dict(sure=0.5), "Pilot first"),
         (dict(low=1.1), "Pilot first"),  # 1.1 tokens in 12 ms are slower than 1 in 10
+        (dict(pays=0.9), "Pilot first"),
+        (dict(ties=["plain decoding"]), "Pilot first"),
         (dict(best="lookup"), "Do not train"),
         (dict(best="plain decoding"), "Do not train"),
     ],
@@ -83,12 +92,70 @@ def test_what_is_not_sure_or_not_faster_is_not_to_be_trained(tmp_path, changes, 
     assert ("No head to pilot" in page) == (expected == "Do not train")
 
 
+@pytest.mark.parametrize(
+    ("changes", "may_not"),
+    [
+        (dict(), False),
+        (dict(sure=0.5), False),
+        (dict(low=1.1), True),
+        (dict(pays=0.94), True),
+        (dict(ties=["cp 4 (n = 2)", "plain decoding"]), True),
+    ],
+)
+def test_that_a_head_may_not_beat_plain_decoding_stands_in_the_verdict(tmp_path, changes, may_not):
+    (label, verdict), *_ = lines_of(report_of(stored(tmp_path, **changes))).items()
+    assert ("; it may not beat plain decoding." in verdict) == may_not
+    assert not may_not or label == "Pilot first"
+
+
+def test_the_steps_of_a_pilot_stand_in_their_order(tmp_path):
+    following = lines_of(report_of(stored(tmp_path, sure=0.5)))["Next"]
+    places = [following.index(step) for step in ("(1) longer probes", "(2) `cpmtp tr", "(3) the p")]
+    assert places == sorted(places) and following.startswith("(1) ")
+
+
+def test_an_older_forecast_without_the_chance_to_pay_or_memory_claims_neither(tmp_path):
+    folder = stored(tmp_path)
+    told = json.loads((folder / "forecast.json").read_text())
+    del told["choices"][0]["pays"]
+    told_anew(folder, choices=told["choices"])
+    table = pd.read_parquet(folder / "forecast.parquet")
+    table.drop(columns="weight_bytes").to_parquet(folder / "forecast.parquet")
+    lines = lines_of(report_of(folder))
+    assert lines["How sure"].startswith("its range is above plain decoding; 95% likely the fast")
+    assert lines["Brings"].endswith("Costs 0.5 device-hours of training.")
+
+
+def test_no_more_training_is_advised_than_pays(tmp_path):
+    folder = stored(tmp_path)
+    choice = json.loads((folder / "forecast.json").read_text())["choices"][0]
+    table = pd.read_parquet(folder / "forecast.parquet")
+    own = (table["option"] == "cp 4") & (table["horizon"] == 3) & (table["budget"] < 1e6)
+    table.loc[own, "tokens_per_call"] = 2.2 / 1.03
+    table.to_parquet(folder / "forecast.parquet")
+    worth = choice | dict(budget=5e5, stop=5e5, device_hours=0.25)
+    told_anew(folder, worth=[worth], shapes=dict(groups=list("abcde"), ahead=8.0, farthest=4.0))
+    report = report_of(folder)
+    (card,) = report.answers
+    lines = lines_of(report)
+    assert (
+        "trained on 500 thousand positions of text (twice as many would add 3 %)" in lines["Train"]
+    )
+    assert "0.25 device-hours" in lines["Brings"] and "--positions 500000`" in lines["Next"]
+    # Half of what was asked for is four times the longest probe, as far as was tried.
+    assert not [block for block in card.blocks if block.kind == "caution"]
+    conditions = report.sections[0].blocks[0].text
+    assert "After 500 thousand positions of training of the 1 million positions that were" in (
+        conditions
+    )
+
+
 def test_few_groups_and_an_unnamed_model_are_cautioned_of(tmp_path):
     table = ANCHORED
     both = pd.concat([table, table.assign(model="n")], ignore_index=True)
     (card,) = report_of(stored(tmp_path, groups=2), both).answers
     cautions = [block.text for block in card.blocks if block.kind == "caution"]
-    assert cautions[0].startswith("Forecasts were checked on 2 kinds of model and text only")
+    assert cautions[0].startswith("Forecasts were compared with real training on 2 kinds of")
     assert cautions[1].startswith("The study is of 2 models")
     assert [block.kind for block in card.blocks] == ["caution"] * 2 + ["line"] * 4
 
@@ -98,7 +165,13 @@ def test_a_budget_beyond_what_forecasts_were_checked_at_is_cautioned_of(tmp_path
     told_anew(stored(tmp_path), shapes=dict(groups=list("abcde"), ahead=ahead, farthest=4.0))
     (card,) = report_of(tmp_path).answers
     cautions = [block.text for block in card.blocks if block.kind == "caution"]
-    wanted = "The budget is 8 times the longest probe; forecasts were checked at up to 4 times only"
+    wanted = (
+        "The answer is for a training 8 times as long as the longest probe; forecasts were "
+        "compared with real training up to 4 times only."
+    )
+    (label, verdict), *_ = lines_of(report_of(tmp_path)).items()
+    assert (label == "Pilot first") == cautioned
+    assert ("; no forecast was checked so far ahead." in verdict) == cautioned
     assert [text.startswith(wanted) for text in cautions] == [True] * cautioned
 
 
@@ -114,7 +187,8 @@ def test_a_tie_with_plain_decoding_is_said_first(tmp_path):
     ties = ["markov 64 (n = 3)", "cp 4 (n = 2)", "plain decoding"]
     told_anew(tmp_path, choices=[choice | dict(ties=ties, overtaken=None)])
     sure = lines_of(report_of(tmp_path))["How sure"]
-    assert "a tie with plain decoding, markov 64 (n = 3) and 1 more. Could change it: " in sure
+    said = "too close to tell from plain decoding, markov 64 (horizon 3) and 1 more. Could change"
+    assert said in sure
 
 
 def test_each_model_has_the_pictures_of_its_own_forecast(tmp_path):

@@ -62,3 +62,28 @@ def test_rates_for_a_server_stay_within_one_and_never_rise(survival, told):
     rates = json.loads(profile.to_vllm_synthetic())["synthetic_acceptance_rates"]
     assert len(rates) == len(survival) - told
     assert all(0 <= rate <= 1 for rate in rates) and rates == sorted(rates, reverse=True)
+
+
+def test_a_command_breaks_before_options_only_and_scrolls_in_a_box_of_its_own(tmp_path):
+    page = Report.of(study_table(lambda r: 1 / r), MANIFEST).write_html(tmp_path / "r.html")
+    text = page.read_text("utf-8")
+    box = re.findall(r"^code \{([^}]*)\}", text, flags=re.MULTILINE)[0]
+    assert "max-width: 100%" in box and "overflow-x: auto" in box and "white-space: nowrap" in box
+    assert "white-space: normal" in re.findall(r"code\.command \{([^}]*)\}", text)[0]
+    assert "white-space: nowrap" in re.findall(r"code\.command span \{([^}]*)\}", text)[0]
+    commands = re.findall(r'<code class="command">(.*?)</code>', text)
+    assert commands
+    for command in commands:
+        parts = re.findall(r"<span>(.*?)</span>", command)
+        assert " ".join(f"<span>{part}</span>" for part in parts) == command
+        assert parts[0].count("--") == 0 and all(part.count("--") == 1 for part in parts[1:])
+
+
+def test_names_in_the_contents_are_short_and_whole_where_one_points_at_them(tmp_path):
+    long = "/a/folder/with/a-model-whose-name-is-long.Q4_1.gguf"
+    table = study_table(lambda r: 1 / r, contexts=2).assign(model=long)
+    page = Report.of(table, MANIFEST).write_html(tmp_path / "r.html").read_text("utf-8")
+    contents = re.search(r"<nav.*?</nav>", page)[0]
+    shown = re.findall(r'<a href="[^"]*"(?: title="([^"]*)")?>([^<]*)</a>', contents)
+    assert all(len(name) <= 38 for _, name in shown)
+    assert [title for title, name in shown if "…" in name] == [f"{long} · contexts from d"]

@@ -25,7 +25,7 @@ from cpmtp.report.exports.wanted import (
     json_values,
     listed,
 )
-from cpmtp.report.first_screen.forecast import HeadsForecast
+from cpmtp.report.first_screen.stored_forecast import HeadsForecast
 
 _SIZES = ("form", "rank", "transition_rank", "width", "blocks")
 
@@ -80,10 +80,10 @@ def table_of_forecast(
 def _choice(found: HeadsForecast, load: int | None) -> dict[str, Any]:
     if load is None:
         return found.choice
-    for choice in found.told["choices"]:
+    for choice in found.choices:
         if choice["load"] == load:
             return choice
-    known = listed(choice["load"] for choice in found.told["choices"])
+    known = listed(choice["load"] for choice in found.choices)
     raise ValueError(f"no forecast at load {load}: there is {known}")
 
 

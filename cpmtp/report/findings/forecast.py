@@ -13,16 +13,13 @@ from cpmtp.ranking.parts import OUTCOME, best_fits
 from cpmtp.report import plots
 from cpmtp.report.blocks import Figure, Section, Table, Text
 from cpmtp.report.first_screen.forecast import (
-    HEAD,
-    LOOKUP,
-    PLAIN,
     TITLE,
-    HeadsForecast,
     device_hours,
     option_name,
     positions,
     requests,
 )
+from cpmtp.report.first_screen.stored_forecast import HEAD, LOOKUP, PLAIN, HeadsForecast
 
 _MOST = 8  # heads in a picture
 _RECURRENT = "recurrent"
@@ -108,18 +105,16 @@ _ONE_FORM: dict[str, Any] = {"form": "cp", "transition_rank": 0}
 
 def _conditions(found: HeadsForecast) -> str:
     load, settings = found.choice["load"], found.told["settings"]
-    stop = found.choice.get("stop", math.inf)
-    enough = (
-        f" From {positions(stop)} on, twice the training adds less than 1 %."
-        if 0 < stop < found.budget
-        else ""
-    )
+    stop, asked = found.choice.get("stop", math.inf), ""
+    if found.row["kind"] == HEAD and found.budget < found.asked:
+        asked = f" of the {positions(found.asked)} that were asked for"
+    enough = " Twice the training would add less than 1 %." if 0 < stop <= found.budget else ""
     kept = [f"temperature {settings.get('temperature', 1.0):g}"]
     kept += [
         f"top-{name} {settings[f'top_{name}']:g}" for name in "kp" if settings.get(f"top_{name}")
     ]
     return (
-        f"After {positions(found.budget)} of training, {requests(load)}, {', '.join(kept)}; "
+        f"After {positions(found.budget)} of training{asked}, {requests(load)}, {', '.join(kept)}; "
         f"{found.confidence:.0%} intervals. Each head at its own fastest horizon (tokens a call "
         "emits at most). Slow tenth: tokens per call that nine of ten requests exceed. In the "
         f"answer above, what the best of several forecasts owes to luck is taken off.{enough}"
@@ -220,7 +215,7 @@ def _learning(found: HeadsForecast) -> Figure:
 
 
 def _by_load(found: HeadsForecast) -> Sequence[Table | Text]:
-    choices = found.told["choices"]
+    choices = found.choices
     if len(choices) == 1:
         return [
             Text(

@@ -98,8 +98,14 @@ def _verdict_words(subject: Subject) -> str:
             f"{subject.forecast.tokens_per_call:.2f}."
         )
     told = {True: ", told the first token", False: ", not told the first token", None: ""}
-    words = f"{subject.headline} (form cp{told[subject.anchored]})."
-    return words if subject.is_carried else f"no recommendation yet; fastest so far: {words}"
+    words = f"{subject.headline} (form cp{told[subject.anchored]})"
+    if not subject.is_carried:
+        return f"no recommendation yet; fastest so far: {words}."
+    return f"{words}{'; it may not beat plain decoding' * _may_not_pay(subject)}."
+
+
+def _may_not_pay(subject: Subject) -> bool:
+    return subject.speedup(subject.forecast.low) <= 1
 
 
 def _brings(subject: Subject) -> str:
@@ -107,9 +113,11 @@ def _brings(subject: Subject) -> str:
     mean, low, high = map(subject.speedup, (found.tokens_per_call, found.low, found.high))
     dear, cheap = subject.cost(found.low), subject.cost(found.high)
     return (
-        f"{low:.2f} to {high:.2f} times the speed of plain decoding ({mean:.2f} expected), at "
-        f"{cheap:.2f} to {dear:.2f} per million tokens instead of {subject.plain_cost:.2f} (price "
-        f"{subject.economics.price:.2f} a device-hour)."
+        f"{low:.2f} to {high:.2f} times the speed of plain decoding ({mean:.2f} expected), from "
+        f"{found.low:.2f} to {found.high:.2f} tokens per call instead of 1; {cheap:.2f} to "
+        f"{dear:.2f} per million tokens instead of {subject.plain_cost:.2f} (price "
+        f"{subject.economics.price:.2f} a device-hour). What training and memory cost is not known "
+        "without a forecast."
     )
 
 
@@ -122,6 +130,8 @@ def _short_certainty(subject: Subject) -> str:
             f"the fastest in {cell.fastest_frequency:.0%} of resamples of {choice.documents} "
             f"document{'s' if choice.documents > 1 else ''}"
         )
+    where = "reaches below" if _may_not_pay(subject) else "is above"
+    found += f"; its range {where} plain decoding"
     others = [(key, factor) for key, factors in _by_cost(subject).items() for factor in factors]
     others = [(key, factor) for key, factor in others if key != subject.best]
     if not others:
@@ -146,8 +156,8 @@ def _next_step(subject: Subject) -> str:
     if _assumed(subject) and not factory:
         return f"`cpmtp forecast --model {model}` measures step times and probes heads."
     if factory:
-        return f"pilot a head of horizon {horizon} with rank {rank} by the plan below."
-    return f"`{training_command(subject)}`, then the pilot plan below."
+        return f"pilot a head of horizon {horizon} with rank {rank} by the plan at the end."
+    return f"(1) `{training_command(subject)}` (2) the pilot plan at the end."
 
 
 def training_command(subject: Subject) -> str:

@@ -9,7 +9,8 @@ import pandas as pd
 from cpmtp.ranking.parts import reference_form, table_parts
 from cpmtp.report.blocks import Text
 from cpmtp.report.first_screen.answer import does_not_pay, earned, training_command
-from cpmtp.report.first_screen.forecast import HeadsForecast, forecast_answer
+from cpmtp.report.first_screen.forecast import forecast_answer
+from cpmtp.report.first_screen.stored_forecast import HeadsForecast
 from cpmtp.report.subject import Subject, by_forecast, models_of
 
 

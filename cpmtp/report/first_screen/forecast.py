@@ -1,116 +1,20 @@
-"""The forecast of trained heads, as `cpmtp forecast` stores it, and the answer from it in four
-lines.
-"""
+"""The answer from a forecast of trained heads, in four lines."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from cpmtp.report.blocks import Section, Text
-from cpmtp.report.words import served_as
+from cpmtp.report.first_screen.stored_forecast import HEAD, PLAIN, PLAIN_NAME, HeadsForecast
+from cpmtp.report.words import memory, served_as
 
 TITLE = "Forecast of trained heads"
-HEAD, LOOKUP, PLAIN = "head", "lookup", "plain"
-_ENDS = ("", "_low", "_high")
 _SURE = 0.8
 _FEW_GROUPS = 4  # fewer say little of how far a forecast is off
 _MILLION = 1e6 / 3600  # tokens, and hours in a second
-
-
-@dataclass(frozen=True)
-class HeadsForecast:
-    """What trained heads are forecast to earn.
-
-    Attributes
-    ----------
-    table : pandas.DataFrame
-        A row per option (head and horizon, prompt lookup, plain decoding) and budget, at the first
-        load; empty where there was not enough to forecast from.
-    told : dict
-        `settings`, `status`, `shapes` and `choices`, the best option by load.
-    """
-
-    table: pd.DataFrame = field(repr=False)
-    told: dict[str, Any] = field(repr=False)
-
-    @classmethod
-    def read(cls, folder: str | Path) -> HeadsForecast:
-        """`forecast.parquet` and `forecast.json` of a folder.
-
-        Raises
-        ------
-        ValueError
-            If the folder has none, or they hold something else.
-        """
-        folder = Path(folder)
-        try:
-            told = json.loads((folder / "forecast.json").read_text("utf-8"))
-            table = pd.read_parquet(folder / "forecast.parquet")
-            return cls(table, {k: told[k] for k in ("settings", "status", "shapes")} | told)
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{str(folder)!r}: no forecast ({error}); expected forecast.parquet and "
-                "forecast.json, as `cpmtp forecast --out` writes them"
-            ) from error
-
-    @property
-    def known(self) -> bool:
-        """Whether there was enough to forecast from."""
-        return not self.told["status"] and len(self.table) > 0
-
-    @property
-    def confidence(self) -> float:
-        """Of the ranges."""
-        return float(self.told["settings"].get("confidence", 0.9))
-
-    @property
-    def budget(self) -> float:
-        """Positions of training that the answer is for."""
-        budgets, asked = self.table["budget"], float(self.told["settings"]["budget"])
-        enough = budgets[budgets >= asked]
-        return float(enough.min() if len(enough) else budgets.max())
-
-    @property
-    def options(self) -> pd.DataFrame:
-        """Every option at the budget, the fastest first, with both ends of the speedup."""
-        rows = self.table[self.table["budget"] == self.budget]
-        plain = float(rows.loc[rows["kind"] == PLAIN, "tokens_per_second"].iloc[0])
-        ends = {f"speedup{end}": rows[f"tokens_per_second{end}"] / plain for end in _ENDS}
-        return rows.assign(**ends).sort_values("speedup", ascending=False)
-
-    @property
-    def candidates(self) -> pd.DataFrame:
-        """Every option at its own best horizon."""
-        return self.options.drop_duplicates("option")
-
-    @property
-    def choice(self) -> dict[str, Any]:
-        """The best option at the first load, without what it owes to luck."""
-        return self.told["choices"][0]
-
-    @property
-    def row(self) -> pd.Series:
-        """The row of the choice."""
-        named = self.options[self.options["option"] == self.choice["name"]]
-        return named[named["horizon"] == self.choice["horizon"]].iloc[0]
-
-    @property
-    def plain_seconds(self) -> float:
-        """Of a step of plain decoding, all requests together."""
-        return float(self.options.loc[self.options["kind"] == PLAIN, "cycle_seconds"].iloc[0])
-
-    @property
-    def speedup(self) -> tuple[float, float, float]:
-        """Of the choice over plain decoding: expected, lower and upper end."""
-        plain = self.choice["load"] / self.plain_seconds
-        mean, low, high = (speed / plain for speed in self.choice["tokens_per_second"])
-        return mean, low, high
 
 
 def forecast_answer(found: HeadsForecast, price: float, models: Sequence[str] = ()) -> Section:
@@ -154,11 +58,21 @@ def _not_enough(found: HeadsForecast, models: Sequence[str]) -> tuple[Text, ...]
 def _verdict(found: HeadsForecast) -> tuple[str, str]:
     choice, row = found.choice, found.row
     if row["kind"] != HEAD:
-        name = "plain decoding" if row["kind"] == PLAIN else "prompt lookup, which needs none,"
+        name = PLAIN_NAME if row["kind"] == PLAIN else "prompt lookup, which needs none,"
         return "Do not train", f"{name} is the fastest with {requests(choice['load'])}."
-    sure = found.speedup[1] > 1 and choice["sure"] >= _SURE
-    what = f"{_in_words(row)}, trained on {positions(choice['budget'])}"
-    return ("Train" if sure else "Pilot first"), f"{what}."
+    sure = choice["sure"] >= _SURE and not (found.may_not_pay or found.is_far)
+    what = f"{_in_words(row)}, trained on {positions(choice['budget'])} of text"
+    if not math.isnan(found.another_doubling):
+        more = round(100 * found.another_doubling)
+        what += f" (twice as many would add {f'{more} %' if more else 'less than 1 %'})"
+    why = ""
+    if found.may_not_pay:
+        why = "; it may not beat plain decoding"
+    elif found.is_far:
+        why = "; no forecast was checked so far ahead"
+    elif not sure:
+        why = "; it beats plain decoding, but another option may be as good"
+    return ("Train" if sure else "Pilot first"), f"{what}{why}."
 
 
 def _in_words(row: pd.Series) -> str:
@@ -196,14 +110,22 @@ def _brings(found: HeadsForecast, price: float) -> str:
         return _brings_nothing(found, price)
     costs = [price * _MILLION / speed for speed in found.choice["tokens_per_second"]]
     plain = price * _MILLION * found.plain_seconds / found.choice["load"]
+    _, fewest, most = found.choice["tokens_per_call"]
     words = (
         f"{low:.2f} to {high:.2f} times the speed of plain decoding ({found.confidence:.0%} "
-        f"range, {mean:.2f} expected), at {costs[2]:.2f} to {costs[1]:.2f} per million tokens "
-        f"instead of {plain:.2f} (price {price:.2f} a device-hour)"
+        f"range, {mean:.2f} expected), from {fewest:.2f} to {most:.2f} tokens per call instead of "
+        f"1; {costs[2]:.2f} to {costs[1]:.2f} per million tokens instead of {plain:.2f} (price "
+        f"{price:.2f} a device-hour)"
     )
     if found.row["kind"] != HEAD:
-        return f"{words}; no training."
-    return f"{words}; training: {device_hours(found.choice['device_hours'])}."
+        return f"{words}; no training, no memory."
+    return f"{words}. Costs {device_hours(found.choice['device_hours'])} of training{_held(found)}."
+
+
+def _held(found: HeadsForecast) -> str:
+    """What serving the head holds in memory."""
+    weights = found.row.get("weight_bytes")
+    return "" if weights is None else f" and {memory(float(weights))} of memory beside the model"
 
 
 def _brings_nothing(found: HeadsForecast, price: float) -> str:
@@ -234,17 +156,41 @@ def device_hours(hours: float) -> str:
 def _certainty(found: HeadsForecast) -> str:
     choice = found.choice
     words = f"{choice['sure']:.0%} likely the fastest of what was tried"
+    if found.row["kind"] != PLAIN:
+        words = f"{_chance_to_pay(found)}; {words}"
     # Whether it pays at all is asked before which head pays most.
-    ties = sorted(map(option_name, choice["ties"]), key=lambda name: name != "plain decoding")
+    ties = sorted(map(option_name, choice["ties"]), key=lambda name: name != PLAIN_NAME)
     if ties:
         more = f" and {len(ties) - 2} more" if len(ties) > 2 else ""
-        words += f"; a tie with {', '.join(ties[:2])}{more}"
+        words += f", too close to tell from {', '.join(ties[:2])}{more}"
     return f"{words}. Could change it: {', '.join(_changes(found))}."
+
+
+def _chance_to_pay(found: HeadsForecast) -> str:
+    """How likely the choice is faster than plain decoding, as far as that was stored."""
+    pays = found.choice.get("pays")
+    if pays is not None:
+        return f"{_percent(pays)} likely faster than plain decoding"
+    where = "is above" if found.speedup[1] > 1 else "reaches below"
+    return f"its range {where} plain decoding"
+
+
+def _percent(share: float) -> str:
+    """Draws never make certain.
+
+    Examples
+    --------
+    >>> _percent(0.934), _percent(1.0), _percent(0.0)
+    ('93%', 'over 99%', 'under 1%')
+    """
+    if share > 0.99:
+        return "over 99%"
+    return "under 1%" if share < 0.01 else f"{share:.0%}"
 
 
 def _changes(found: HeadsForecast) -> Iterator[str]:
     choice = found.choice
-    for other in found.told["choices"][1:]:
+    for other in found.choices[1:]:
         if (other["name"], other["horizon"]) != (choice["name"], choice["horizon"]):
             yield f"{requests(other['load'])} ({option_name(other['name'])})"
             break
@@ -258,15 +204,34 @@ def _changes(found: HeadsForecast) -> Iterator[str]:
 
 
 def option_name(name: str) -> str:
-    """An option as a reader meets it."""
+    """An option as a reader meets it.
+
+    Examples
+    --------
+    >>> option_name("lookup (n = 3)"), option_name("cp 4")
+    ('prompt lookup (horizon 3)', 'cp 4')
+    """
+    name = name.replace("(n = ", "(horizon ")
     return name.replace("lookup", "prompt lookup") if name.startswith("lookup") else name
+
+
+_LONGER = (
+    "longer probes, for a narrower range: the same command with more `--minutes` and another "
+    "`--out`"
+)
 
 
 def _next_step(found: HeadsForecast, models: Sequence[str]) -> str:
     row, label = found.row, _verdict(found)[0]
     if row["kind"] != HEAD:
         return "decode that way; a larger budget, another load or a cheaper call could change it."
-    model = f" --model {models[0]}" if len(models) == 1 else ""
+    told = found.told
+    of = (
+        models[0]
+        if len(models) == 1
+        else told.get("studied_as") or told.get("model", {}).get("name")
+    )
+    model = f" --model {of}" if of else ""
     sizes = {"rank": "rank", "transition_rank": "transition-rank"}
     given = "".join(
         f" --{option} {row[column]:.0f}"
@@ -277,20 +242,25 @@ def _next_step(found: HeadsForecast, models: Sequence[str]) -> str:
         f"cpmtp train-head{model} --form {row['form']} --horizon {row['horizon']}{given} "
         f"--positions {found.choice['budget']:.0f}"
     )
-    first = "" if label == "Train" else "; longer probes (`--minutes`) narrow the range first"
-    return f"`{command}`, then the pilot plan below{first}."
+    steps = [] if label == "Train" else [_LONGER]
+    steps += [f"`{command}`", "the pilot plan at the end."]
+    return " ".join(f"({place}) {step}" for place, step in enumerate(steps, 1))
 
 
 def _cautions(found: HeadsForecast, models: Sequence[str]) -> Iterator[str]:
     shapes = found.told["shapes"]
-    groups, ahead, tried = len(shapes["groups"]), shapes.get("ahead"), shapes.get("farthest")
-    if found.row["kind"] == HEAD and ahead and tried and ahead > tried:
+    groups = len(shapes["groups"])
+    if found.is_far:
         yield (
-            f"The budget is {ahead:,.0f} times the longest probe; forecasts were checked at up to "
-            f"{tried:.0f} times only, on {groups} kinds of model and text."
+            f"The answer is for a training {found.ahead:,.0f} times as long as the longest probe; "
+            f"forecasts were compared with real training up to {shapes['farthest']:.0f} times "
+            "only. Take the figures as a direction."
         )
     elif groups < _FEW_GROUPS:
-        yield f"Forecasts were checked on {groups} kinds of model and text only: ranges are wide."
+        yield (
+            f"Forecasts were compared with real training on {groups} kinds of model and text only: "
+            "ranges are wide."
+        )
     of = found.told.get("studied_as") or found.told.get("model", {}).get("name")
     if of is None and len(models) > 1:
         yield f"The study is of {len(models)} models; the forecast is of one that it does not name."
@@ -298,4 +268,7 @@ def _cautions(found: HeadsForecast, models: Sequence[str]) -> Iterator[str]:
         yield f"The study is of {', '.join(models)}; the forecast is of {of}."
     rows = found.table[found.table["budget"] == found.budget]
     if rows["too_many"].any():
-        yield f"The budget reads the text {rows['passes'].max():.0f} times: give more text."
+        yield (
+            f"The training would read the text {rows['passes'].max():.0f} times over: more text "
+            "would teach more."
+        )
