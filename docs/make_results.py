@@ -21,6 +21,7 @@ SECTIONS = (
     paper_temperature.temperature_section,
     paper.rank_section,
     paper.told_section,
+    paper.vocabulary_section,
     paper.backtest_section,
     paper.decoding_section,
     paper.puzzles_section,

@@ -1,7 +1,8 @@
 """What the grid of learning curves says: levels, the first position of higher ranks, and who wins.
 
 Run from the checkout: python data/studies/curves_summary.py OUT [FIGURES], where OUT holds the
-`curves.parquet` that `curves.py` wrote. Three tables are written beside it, and two figures.
+`curves.parquet` that `curves.py` wrote. Four tables are written beside it, and two figures; the
+fourth, `longer.csv`, is of budgets at which only the best were trained.
 
 The unit is a document: its texts' tokens and cycles are added up. A candidate's tokens per call are
 a quotient of sums; its error, and that of a difference of two candidates on the same documents, is
@@ -30,6 +31,9 @@ REFERENCE = "cp 1"
 SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 DRAWN = ("cp 1", "cp 8", "cp 16", "markov 64", "mixture 4, 32", "recurrent", "recurrent, wide")
 SIZE = (7.0, 4.5)
+LONGER = ["model", "name", "budget", "positions", "seed", "tokens_per_call", "tokens_per_call_low"]
+LONGER += ["tokens_per_call_high", "survival_2", "survival_3", "survival_4", "parameters"]
+LONGER += ["training_seconds", "draft_milliseconds"]
 
 
 def name_of(row: pd.Series) -> str:
@@ -251,6 +255,10 @@ def main(out: Path, figures: Path | None = None) -> None:
     table = pd.read_parquet(out / "curves.parquet")
     table = table[table["tokens_per_call"].notna()]
     table = table.assign(name=table.apply(name_of, axis=1))
+    longest = table[table["name"] == REFERENCE].groupby("model")["budget"].max().min()
+    longer = pd.DataFrame(table[table["budget"] > longest][LONGER])
+    table = table[table["budget"] <= longest]
+    write_text(out / "longer.csv", longer.to_csv(index=False, float_format="%.5g"))
     parts: dict[str, list[pd.DataFrame]] = {"levels": [], "first_position": [], "winners": []}
     for model, rows in table.groupby("model"):
         cells = cells_of(rows)
