@@ -200,7 +200,8 @@ def cooler(unit: Unit, lm, out: Path) -> pd.DataFrame:
     tree = cpmtp.complete_joint(lm, unit.token_ids, 3, top_k=50, temperature=COOL)
     named = bounds.common(unit) | {"horizon": 3, "top_k": 50, "temperature": COOL}
     asked = {f"cp {rank}": {"rank": rank, "max_iterations": 30} for rank in (1, 2, 8)}
-    own = {"form": "markov", "transition_rank": 16, "gated": True, "max_iterations": OF_CHAINS}
+    own: dict = {"form": "markov", "rank": 1, "transition_rank": 16, "gated": True}
+    own["max_iterations"] = OF_CHAINS
     rows = fitted(tree, asked | {"markov 16 gated, own factors": own})
     return pd.DataFrame([named | row for row in [*rows, bounds.best_path(tree)]])
 
