@@ -64,7 +64,7 @@ def fewer(table: pd.DataFrame) -> pd.DataFrame:
         table = table.assign(contexts=table["contexts"] - 1)
     if "context" in table:
         return table[table["context"] % 3 > 0]
-    if "seeds" in table:
+    if "seeds" in table and "budget" in table:
         last = table["budget"].max()
         return table.assign(budget=table["budget"].where(table["budget"] < last, last + 1))
     if "left_out" in table:
@@ -93,6 +93,7 @@ SOURCES = (
     *("curves/levels.csv", "curves/first_position.csv", "curves/winners.csv"),
     *("head/waterfall.parquet", "head/decoding.parquet", "backtest/backtest.parquet"),
     *("real_model/heads.csv", "real_model/decoding_time.csv", "waterfall/summary.csv"),
+    *("curves/longer.csv", "vocabulary/axis.csv", "learning_rank/learning_rank.csv"),
 )
 STUDIES = Path(__file__).parents[1] / "data" / "studies"
 # Told where they are stored.

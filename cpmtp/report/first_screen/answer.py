@@ -113,11 +113,10 @@ def _brings(subject: Subject) -> str:
     mean, low, high = map(subject.speedup, (found.tokens_per_call, found.low, found.high))
     dear, cheap = subject.cost(found.low), subject.cost(found.high)
     return (
-        f"{low:.2f} to {high:.2f} times the speed of plain decoding ({mean:.2f} expected), from "
-        f"{found.low:.2f} to {found.high:.2f} tokens per call instead of 1; {cheap:.2f} to "
-        f"{dear:.2f} per million tokens instead of {subject.plain_cost:.2f} (price "
-        f"{subject.economics.price:.2f} a device-hour). What training and memory cost is not known "
-        "without a forecast."
+        f"{low:.2f} to {high:.2f} times the speed of plain decoding ({mean:.2f} expected): "
+        f"{found.low:.2f} to {found.high:.2f} tokens per call, at {cheap:.2f} to {dear:.2f} a "
+        f"million tokens instead of {subject.plain_cost:.2f} at {subject.economics.price:.2f} an "
+        "hour."
     )
 
 
