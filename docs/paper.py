@@ -559,17 +559,17 @@ def backtest_section(page: Page) -> None:
         )
     page.heading("The forecast before training")
     page.say(
-        f"Curves of {groups} groups (a model with a kind of text), each forecast by shapes from the others only. **Levels are not yet forecast as well as was hoped** (3 % in the median at eight "
-        f"times the probe): over all {len(table)} forecasts the median error is {error.median():.1%}, nine in ten are below {error.quantile(0.9):.1%}.",
+        f"Curves of {groups} groups (a model with a kind of text), each forecast by shapes from the others only. **Levels are forecast as well as was hoped** (3 % in the median and 8 % in nine of ten at eight "
+        f"times the probe), by a method that was thought of with all groups but the real model's in view: over all {len(table)} forecasts the median error is {error.median():.1%}, nine in ten are below {error.quantile(0.9):.1%}.",
         BACKTEST,
-        holds=error.median() > 0.02,
+        holds=error.median() < 0.03 and error.quantile(0.9) < 0.08,
     )
     least = table.groupby("group")["inside"].mean()
     page.add(
-        f"Nor are intervals always wide enough: {table['inside'].mean():.0%} of them hold the truth where 90 % were promised, and of one group ({least.idxmin()}) {least.min():.0%}: "
-        f"the scale of the error is known from {groups - 1} other groups.",
+        f"Intervals are too wide for it: {table['inside'].mean():.0%} of them hold the truth where 90 % were promised, and in every group at least {least.min():.0%}: "
+        f"the scale of the error is known from {groups - 1} other groups only.",
         BACKTEST,
-        holds=table["inside"].mean() < 0.9,
+        holds=table["inside"].mean() > 0.9,
     )
     page.table(pd.DataFrame(rows), BACKTEST)
 
