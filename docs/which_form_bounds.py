@@ -16,6 +16,14 @@ MODELS = ("code", "prose")
 SHARED = ("cp 1", "cp 2", "cp 8", "markov 16", "markov 16 gated", "markov 64 gated")
 SHARED = (*SHARED, "markov_mixture 2, 16 gated", "markov_mixture 4, 16 gated")
 REAL = Path("bounds") / "real"
+# What grows with the block, and how a reader meets it.
+GROWTH = {
+    "share won by markov 16": "markov 16 on cp 1",
+    "share won by cp 8": "cp 8 on cp 1",
+    "markov 16 over cp 8": "markov 16 less cp 8, tokens",
+    "hmm 4 over cp 4": "hmm 4 less cp 4, tokens",
+    "beyond one token of memory": "all memory less one token's, tokens",
+}
 
 
 def summary(name: str | Path) -> pd.DataFrame:
@@ -56,6 +64,15 @@ def table_of(head: list[str], rows: list[list[str]]) -> str:
     """Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def levels_and_gains(table: pd.DataFrame) -> str:
+    """A line per draft of a summary."""
+    rows = [
+        [one["draft"], said(one, "tokens_per_call"), said(one, "gain", signed=True)]
+        for _, one in table.iterrows()
+    ]
+    return table_of(["draft", "tokens per call", "gain on cp 1"], rows)
 
 
 def both(say, models=MODELS) -> str:
@@ -101,13 +118,6 @@ def longer_blocks() -> Iterator[str]:
     """What grows with the block."""
     growth = summary("bounds/growth")
     growth = growth[growth["of"] == "all"]
-    names = {
-        "share won by markov 16": "markov 16 on cp 1",
-        "share won by cp 8": "cp 8 on cp 1",
-        "markov 16 over cp 8": "markov 16 less cp 8, tokens",
-        "hmm 4 over cp 4": "hmm 4 less cp 4, tokens",
-        "beyond one token of memory": "all memory less one token's, tokens",
-    }
     yield "## Longer blocks"
     yield (
         "Told the first token, factors a context's own, complete joints under top-k 4: what a form adds "
@@ -118,12 +128,12 @@ def longer_blocks() -> Iterator[str]:
     for model in MODELS:
         for horizon in sorted(growth["horizon"].unique()):
             cells = []
-            for figure in names:
+            for figure in GROWTH:
                 one = row(growth, model=model, horizon=horizon, figure=figure)
                 share = figure.startswith("share")
                 cells.append(said(one, "mean", signed=True, form=".0%" if share else ".3f"))
             rows.append([model, f"{horizon}", f"{one['contexts']:.0f}", *cells])
-    yield table_of(["model", "tokens", "contexts", *names.values()], rows)
+    yield table_of(["model", "tokens", "contexts", *GROWTH.values()], rows)
     yield (
         "So the gain of a transition grows with the block. Components and hidden states of as many are "
         "the same up to four tokens (three modelled) and part after that; eight components fall behind the "
@@ -244,34 +254,18 @@ def _of_contexts() -> Iterator[str]:
     """A lower temperature, factors of few contexts, and longer blocks."""
     if (STUDIES / f"{REAL / 'cooler'}.csv").exists():
         table = summary(REAL / "cooler")
-        rows = [
-            [
-                one["draft"],
-                said(pd.Series(one), "tokens_per_call"),
-                said(pd.Series(one), "gain", True),
-            ]
-            for one in table.to_dict("records")
-        ]
         yield (
             f"At temperature {table['temperature'].max():g}, under top-k 50 as well, factors a context's own "
             f"({table['contexts'].max():.0f} contexts; few passes of the larger fits, so lower bounds):"
         )
-        yield table_of(["draft", "tokens per call", "gain on cp 1"], rows)
+        yield levels_and_gains(table)
     if (STUDIES / f"{REAL / 'others'}.csv").exists():
         table = summary(REAL / "others")
-        rows = [
-            [
-                one["draft"],
-                said(pd.Series(one), "tokens_per_call"),
-                said(pd.Series(one), "gain", True),
-            ]
-            for one in table.to_dict("records")
-        ]
         yield (
             "Gated factors of rank 64 from 48 contexts themselves, under top-k 16, judged on "
             f"{table['contexts'].max():.0f} others, beside those from text:"
         )
-        yield table_of(["draft", "tokens per call", "gain on cp 1"], rows)
+        yield levels_and_gains(table)
     if (STUDIES / f"{REAL / 'growth'}.csv").exists():
         growth = summary(REAL / "growth")
         growth = growth[growth["of"] == "all"]
@@ -280,8 +274,8 @@ def _of_contexts() -> Iterator[str]:
             own = growth[growth["horizon"] == horizon].set_index("figure")
             cells = [
                 said(own.loc[name], "mean", True, ".0%" if name.startswith("share") else ".3f")
-                for name in own.index
+                for name in GROWTH
             ]
             rows.append([f"{horizon}", f"{own['contexts'].iloc[0]:.0f}", *cells])
         yield "Its longer blocks under top-k 4, as above:"
-        yield table_of(["tokens", "contexts", *own.index], rows)
+        yield table_of(["tokens", "contexts", *GROWTH.values()], rows)

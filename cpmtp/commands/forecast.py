@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from cpmtp.commands.latency import head_grid
-from cpmtp.commands.options import Device, QuickDtype, integers
-from cpmtp.commands.studying.timing import quick_dtype
+from cpmtp.commands.options import Device, QuickDtype, integers, quick_dtype
+from cpmtp.report.words import multiple
 
 _SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9}
 
@@ -155,7 +155,7 @@ def show_forecast(found, ceilings: Mapping[tuple[int, int], float] | None = None
         )
     if found.ahead > found.shapes.farthest:
         print(
-            f"the budget is {found.ahead:,.0f} times the largest probe, and nobody has held a "
+            f"the budget is {multiple(found.ahead)} times the largest probe, and nobody has held a "
             f"forecast against the truth beyond {found.shapes.farthest:.0f} times: take what lies "
             "farther as a direction, or give --minutes or --probe-budget for longer probes"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -34,6 +35,23 @@ TopP = Annotated[
 
 # A host's name or number (an IPv6 one in brackets) and a port, with the kind of connection before.
 _ADDRESS = re.compile(r"((tcp|tls|ucx|ws|wss)://)?([\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
+
+
+def quick_dtype(names: Sequence[str], device: str) -> str:
+    """The precision for models in a hurry: that of the device's fastest matrix products. Embedded
+    models are faster in float32, and what a factory gives has a precision of its own.
+
+    Examples
+    --------
+    >>> quick_dtype(["code"], "cpu"), quick_dtype(["package:factory"], "cpu")
+    ('float32', 'float32')
+    """
+    from cpmtp.pretrained import embedded_models
+    from cpmtp.pretrained.loading import usable_device
+    from cpmtp.training.head_settings import quick_precision
+
+    small = any(name in embedded_models() or ":" in name for name in names)
+    return "float32" if small else quick_precision(usable_device(device).type)
 
 
 def integers(option: str, text: str) -> tuple[int, ...]:

@@ -18,10 +18,10 @@ from cpmtp.commands.options import (
     integers,
     numbers,
     pair,
+    quick_dtype,
 )
 from cpmtp.commands.studying.timing import (
     TimeFor,
-    quick_dtype,
     show_plan,
     watched_study,
 )

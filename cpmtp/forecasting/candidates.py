@@ -116,20 +116,24 @@ def with_draft_vocabulary(
 
 def new_head(lm: Any, keywords: Mapping[str, Any], *, seed: int = 0) -> DraftHead:
     """A head of these sizes for this model, with random weights."""
-    own = {name: value for name, value in keywords.items() if name not in TRAINING}
     with locally_seeded(seed):
-        head = DraftHead(hidden_size=lm.unembedding.shape[1], vocab_size=lm.vocab_size, **own)
+        head = DraftHead(**_asked_of_head(lm, keywords))
     return head.to(lm.device).attach(lm).eval().requires_grad_(False)
+
+
+def _asked_of_head(lm: Any, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is of the training, and with the model's sizes."""
+    own = {name: value for name, value in keywords.items() if name not in TRAINING}
+    return own | {"hidden_size": lm.unembedding.shape[1], "vocab_size": lm.vocab_size}
 
 
 def weight_bytes(lm: Any, candidate: Candidate, horizon: int) -> int:
     """Bytes of the weights of such a head with another horizon: what serving it holds in memory
     beside the base model, whose unembedding it shares, in the precision it is trained in.
     """
-    own = {name: value for name, value in candidate.keywords.items() if name not in TRAINING}
-    sizes = {"hidden_size": lm.unembedding.shape[1], "vocab_size": lm.vocab_size}
+    asked = _asked_of_head(lm, candidate.keywords) | {"horizon": horizon}
     with torch.device("meta"):  # nothing is allocated
-        head = DraftHead(**sizes, **own | {"horizon": horizon})
+        head = DraftHead(**asked)
     return sum(weights.nbytes for weights in head.parameters())
 
 

@@ -60,6 +60,17 @@ def memory(number: float) -> str:
     return f"{shown:.1f} {name}" if shown < 10 else f"{shown:,.0f} {name}"
 
 
+def multiple(number: float) -> str:
+    """How many times: a digit after the point where it is small.
+
+    Examples
+    --------
+    >>> multiple(8.26), multiple(8.0), multiple(2537.4)
+    ('8.3', '8', '2,537')
+    """
+    return f"{number:,.0f}" if number >= 100 else f"{number:.1f}".removesuffix(".0")
+
+
 def served_as(
     temperature: float = 1.0, top_k: float | None = None, top_p: float | None = None
 ) -> str:

@@ -25,7 +25,7 @@ CONTEXTS, RANKS, HORIZON = 32, (1, 2, 4, 8, 16, 32), 3
 def rows_of(unit) -> pd.DataFrame:
     """One context: an anchored fit at every rank."""
     lm = open_language_model(unit.model)
-    joint = cpmtp.exact_joint(lm, torch.tensor(unit.token_ids), HORIZON)
+    joint = cpmtp.exact_joint(lm, torch.as_tensor(unit.token_ids), HORIZON)
     rows = []
     for rank in RANKS:
         fit = cpmtp.fit(joint, rank, "em", anchored=True, seed=unit.seed(SETTINGS.seed) % 2**31)

@@ -95,7 +95,7 @@ def full_chain(joint) -> dict:
 
 def horizons(unit, lm, horizon: int) -> pd.DataFrame:
     """One context under top-k 4 at one length of block."""
-    joint = cpmtp.complete_joint(lm, torch.tensor(unit.token_ids), horizon, top_k=4)
+    joint = cpmtp.complete_joint(lm, torch.as_tensor(unit.token_ids), horizon, top_k=4)
     named = common(unit) | {"horizon": horizon, "top_k": 4, "temperature": 1.0}
     rows = [
         named | row_of(joint, name, cpmtp.fit(joint, anchored=True, **asked))
@@ -106,7 +106,7 @@ def horizons(unit, lm, horizon: int) -> pd.DataFrame:
 
 def proposals(unit, lm, horizon: int) -> pd.DataFrame:
     """One context under top-k 16 at every temperature, drafts sampled and not."""
-    rows, context = [], torch.tensor(unit.token_ids)
+    rows, context = [], torch.as_tensor(unit.token_ids)
     for temperature in TEMPERATURES:
         law = {"temperature": temperature} | ({"top_k": 16} if temperature else {})
         joint = cpmtp.complete_joint(lm, context, horizon, **law)
@@ -125,7 +125,7 @@ def shared_factors(units: list, lm, out: Path, told: bool) -> dict:
     file = out / "parts" / f"shared-{'told' if told else 'not-told'}-{units[0].model}.pt"
     if not file.exists():
         contexts = [unit for unit in units if unit.context in FITTED]
-        joints = [cpmtp.exact_joint(lm, torch.tensor(unit.token_ids), 3) for unit in contexts]
+        joints = [cpmtp.exact_joint(lm, torch.as_tensor(unit.token_ids), 3) for unit in contexts]
         how = {"anchored": told, "least_mass": LEAST_MASS, "max_iterations": OF_SHARED}
         found = {}
         for name, (width, gated) in SHARED.items():
@@ -145,7 +145,7 @@ def given(shared: dict, name: str, rank: int = 1) -> dict:
 
 def population(unit, lm, shared: dict, told: bool) -> pd.DataFrame:
     """One context, whole distribution: forms with left and right factors of other contexts."""
-    joint = cpmtp.exact_joint(lm, torch.tensor(unit.token_ids), 3)
+    joint = cpmtp.exact_joint(lm, torch.as_tensor(unit.token_ids), 3)
     named = common(unit) | {"horizon": 3, "temperature": 1.0, "anchored": told}
     asked = {name: CP[name] for name in ("cp 1", "cp 2", "cp 8")}
     asked |= {name: given(shared, name) | {"max_iterations": OF_CHAINS} for name in SHARED}
@@ -161,7 +161,7 @@ def population(unit, lm, shared: dict, told: bool) -> pd.DataFrame:
 
 def four_tokens(unit, lm) -> list[dict]:
     """Components and hidden states of as many, not told the first token, under top-k 16."""
-    tree = cpmtp.complete_joint(lm, torch.tensor(unit.token_ids), 4, top_k=16)
+    tree = cpmtp.complete_joint(lm, torch.as_tensor(unit.token_ids), 4, top_k=16)
     named = common(unit) | {"horizon": 4, "top_k": 16, "temperature": 1.0, "anchored": False}
     asked = {"cp 1": CP["cp 1"], "cp 8": CP["cp 8"], "hmm 8": OF_HMM}
     return [

@@ -51,7 +51,7 @@ REFERENCE = "cp 1"
 def rows_of(unit) -> pd.DataFrame:
     """One context: a fit of every draft by expectation-maximisation, and the best path of all."""
     lm = open_language_model(unit.model)
-    joint = cpmtp.exact_joint(lm, torch.tensor(unit.token_ids), HORIZON)
+    joint = cpmtp.exact_joint(lm, torch.as_tensor(unit.token_ids), HORIZON)
     common = {key: getattr(unit, key) for key in (*CLUSTER_KEYS, "context")}
     common |= {"horizon": HORIZON, "anchored": True}
     rows = []

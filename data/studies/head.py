@@ -62,7 +62,7 @@ def ceilings(out: Path, model: str | None = None) -> None:
         if path.exists():
             continue
         joint = cpmtp.exact_joint(
-            open_language_model(unit.model), torch.tensor(unit.token_ids), HORIZON
+            open_language_model(unit.model), torch.as_tensor(unit.token_ids), HORIZON
         )
         rows = [
             key_of(unit)
@@ -81,7 +81,7 @@ def learned(out: Path, heads: Path) -> None:
     rows = []
     for unit in tqdm(units_of(CONTEXTS)):
         lm = open_language_model(unit.model)
-        context = torch.tensor(unit.token_ids)
+        context = torch.as_tensor(unit.token_ids)
         joint = cpmtp.exact_joint(lm, context, HORIZON)
         for folder in sorted((heads / unit.model).glob("*/config.json")):
             head = CPHead.from_pretrained(folder.parent).attach(lm)

@@ -56,6 +56,9 @@ LEAST_MASS = 1e-2
 # Passes of fits with given factors, of one chain and of mixtures.
 OF_CHAINS, OF_MIXTURES = 15, 5
 HORIZONS = (3, 4, 6, 8)
+# Tables, and the stages whose parts they hold: mixtures stand in the table of the others.
+TABLES = {"population": ("population", "mixtures"), "curve": ("curve",)}
+TABLES |= {"horizons": ("horizons",), "cooler": ("cooler",)}
 
 
 def documents(domain: str, held_out: bool) -> list:
@@ -274,54 +277,53 @@ def others(lm, out: Path) -> None:
     write_text(out / "others.csv", bounds.summary(table).to_csv(index=False, float_format="%.5g"))
 
 
+OF_CONTEXT = {"population": population, "mixtures": mixtures, "curve": curve, "cooler": cooler}
+
+
 def by_context(lm, out: Path, stage: str) -> None:
     """A part per context, then the table of those that are there."""
     lengths = HORIZONS if stage == "horizons" else (3,)
     tasks = [(horizon, unit) for horizon in lengths for unit in units(lm, CONTEXTS[stage])]
     tasks.sort(key=lambda task: (task[0] == HORIZONS[-1], task[1].context))
     for horizon, unit in tasks:
-        file = out / "parts" / f"{stage}-{horizon}-{unit.context:03d}.parquet"
+        file = part_file(out, stage, horizon, unit.context)
         if not file.exists():
             if stage == "horizons":
                 made = bounds.horizons(unit, lm, horizon)
             else:
-                of_stage = {"population": population, "mixtures": mixtures, "curve": curve}
-                made = (of_stage | {"cooler": cooler})[stage](unit, lm, out)
-            file.parent.mkdir(parents=True, exist_ok=True)
+                made = OF_CONTEXT[stage](unit, lm, out)
             write_parquet(file, made)
             print(time.strftime("%H:%M:%S"), file.name, flush=True)
 
 
 def restore(out: Path) -> None:
     """Contexts of stored tables as parts again, so that a run goes on from the tables alone."""
-    for stage in ("population", "curve", "horizons", "cooler"):
-        file = out / f"{stage}.parquet"
-        rows = pd.read_parquet(file) if file.exists() else pd.DataFrame(columns=["context"])
-        mixed = rows["draft"].str.startswith("markov_mixture") if len(rows) else []
-        parts = {stage: rows[~mixed], "mixtures": rows[mixed]} if len(rows) else {}
-        for name, part in parts.items():
-            for (context, horizon), own in part.groupby(["context", "horizon"]):
-                place = out / "parts" / f"{name}-{horizon}-{context:03d}.parquet"
-                if not place.exists():
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    write_parquet(place, own)
+    for table, stages in TABLES.items():
+        file = out / f"{table}.parquet"
+        rows = pd.read_parquet(file) if file.exists() else pd.DataFrame()
+        for (context, horizon), own in rows.groupby(["context", "horizon"]) if len(rows) else ():
+            mixed = own["draft"].str.startswith("markov_mixture")
+            for stage, part in zip(stages, (own[~mixed], own[mixed]), strict=False):
+                place = part_file(out, stage, horizon, context)
+                if len(part) and not place.exists():
+                    write_parquet(place, part)
+
+
+def part_file(out: Path, stage: str, horizon: int, context: int) -> Path:
+    """Where a context's rows are kept."""
+    return out / "parts" / f"{stage}-{horizon}-{context:03d}.parquet"
 
 
 def tables(lm, out: Path) -> None:
-    """Of the parts that are there; mixtures in the table of the others."""
-    parts = out / "parts"
-    for stage, names in (
-        ("population", ("population", "mixtures")),
-        ("curve", ("curve",)),
-        ("horizons", ("horizons",)),
-        ("cooler", ("cooler",)),
-    ):
-        files = [file for name in names for file in sorted(parts.glob(f"{name}-*.parquet"))]
+    """Of the parts that are there."""
+    for table_name, stages in TABLES.items():
+        parts = out / "parts"
+        files = [file for stage in stages for file in sorted(parts.glob(f"{stage}-*.parquet"))]
         if files:
             table = pd.concat(map(pd.read_parquet, files), ignore_index=True)
-            write_parquet(out / f"{stage}.parquet", table)
+            write_parquet(out / f"{table_name}.parquet", table)
             text = bounds.summary(table).to_csv(index=False, float_format="%.5g")
-            write_text(out / f"{stage}.csv", text)
+            write_text(out / f"{table_name}.csv", text)
 
 
 def main(out: Path, model: str, stages: list[str]) -> None:

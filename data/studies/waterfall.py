@@ -42,7 +42,7 @@ def row_of(unit, lm, joint, head, name: str) -> pd.DataFrame:
     common |= {"horizon": HORIZON, "rule": RULE, "head": name, "exact_limit": float(HORIZON)}
     sizes = {key: getattr(head, key) for key in ("form", "rank", "transition_rank", "anchored")}
     ceilings = head_ceilings(joint, head, rule=RULE, own=False)
-    learned = learned_scores(lm, head, torch.tensor(unit.token_ids), joint, rule=RULE)
+    learned = learned_scores(lm, head, torch.as_tensor(unit.token_ids), joint, rule=RULE)
     return pd.DataFrame([common | sizes | ceilings | learned])
 
 
@@ -106,7 +106,7 @@ def main(out: Path, heads: Path, contexts: int = 16, *forms: str) -> None:
             if part.exists() or (forms and head.form not in forms):
                 continue
             if joint is None:
-                joint = cpmtp.exact_joint(lm, torch.tensor(unit.token_ids), HORIZON)
+                joint = cpmtp.exact_joint(lm, torch.as_tensor(unit.token_ids), HORIZON)
             write_parquet(part, row_of(unit, lm, joint, head, folder.name))
         parts = [pd.read_parquet(part) for part in sorted((out / "parts").glob("*.parquet"))]
         if parts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -50,23 +49,6 @@ class TimeFor:
             return _PROBE_SECONDS * models
         spent = time.perf_counter() - self.begun
         return max(60 * self.minutes * (1 - _REPORT_SHARE) - spent, 1.0)
-
-
-def quick_dtype(names: Sequence[str], device: str) -> str:
-    """The precision for models in a hurry: that of the device's fastest matrix products. Embedded
-    models are faster in float32, and what a factory gives has a precision of its own.
-
-    Examples
-    --------
-    >>> quick_dtype(["code"], "cpu"), quick_dtype(["package:factory"], "cpu")
-    ('float32', 'float32')
-    """
-    from cpmtp.pretrained import embedded_models
-    from cpmtp.pretrained.loading import usable_device
-    from cpmtp.training.head_settings import quick_precision
-
-    small = any(name in embedded_models() or ":" in name for name in names)
-    return "float32" if small else quick_precision(usable_device(device).type)
 
 
 def watched_study(settings, out: Path, executor, workers, time_for: TimeFor, *, quiet: bool):

@@ -9,7 +9,7 @@ import pandas as pd
 
 from cpmtp.report.blocks import Section, Text
 from cpmtp.report.first_screen.stored_forecast import HEAD, PLAIN, PLAIN_NAME, HeadsForecast
-from cpmtp.report.words import memory, served_as
+from cpmtp.report.words import memory, multiple, served_as
 
 TITLE = "Forecast of trained heads"
 _SURE = 0.8
@@ -109,7 +109,7 @@ def _brings(found: HeadsForecast, price: float) -> str:
     if found.row["kind"] == PLAIN:
         return _brings_nothing(found, price)
     costs = [price * _MILLION / speed for speed in found.choice["tokens_per_second"]]
-    plain = price * _MILLION * found.plain_seconds / found.choice["load"]
+    plain = _plain_cost(found, price)
     _, fewest, most = found.choice["tokens_per_call"]
     words = (
         f"{low:.2f} to {high:.2f} times the speed of plain decoding ({found.confidence:.0%} "
@@ -122,6 +122,11 @@ def _brings(found: HeadsForecast, price: float) -> str:
     return f"{words}. Costs {device_hours(found.choice['device_hours'])} of training{_held(found)}."
 
 
+def _plain_cost(found: HeadsForecast, price: float) -> float:
+    """Of a million tokens by plain decoding."""
+    return price * _MILLION * found.plain_seconds / found.choice["load"]
+
+
 def _held(found: HeadsForecast) -> str:
     """What serving the head holds in memory."""
     weights = found.row.get("weight_bytes")
@@ -129,7 +134,7 @@ def _held(found: HeadsForecast) -> str:
 
 
 def _brings_nothing(found: HeadsForecast, price: float) -> str:
-    plain = price * _MILLION * found.plain_seconds / found.choice["load"]
+    plain = _plain_cost(found, price)
     words = f"no option is forecast to be faster; {plain:.2f} per million tokens as now"
     others = found.candidates[found.candidates["kind"] == HEAD]
     if len(others):
@@ -252,9 +257,9 @@ def _cautions(found: HeadsForecast, models: Sequence[str]) -> Iterator[str]:
     groups = len(shapes["groups"])
     if found.is_far:
         yield (
-            f"The answer is for a training {found.ahead:,.0f} times as long as the longest probe; "
-            f"forecasts were compared with real training up to {shapes['farthest']:.0f} times "
-            "only. Take the figures as a direction."
+            f"The answer is for a training {multiple(found.ahead)} times as long as the longest "
+            f"probe; forecasts were compared with real training up to {shapes['farthest']:.0f} "
+            "times only. Take the figures as a direction."
         )
     elif groups < _FEW_GROUPS:
         yield (
