@@ -256,6 +256,7 @@ def _cautions(found: HeadsForecast, models: Sequence[str]) -> Iterator[str]:
     shapes = found.told["shapes"]
     groups = len(shapes["groups"])
     if found.is_far:
+        assert found.ahead is not None  # nothing is far where that is not stored
         yield (
             f"The answer is for a training {multiple(found.ahead)} times as long as the longest "
             f"probe; forecasts were compared with real training up to {shapes['farthest']:.0f} "
