@@ -8,6 +8,7 @@ sizes alone.
 from __future__ import annotations
 
 import datetime
+import math
 import platform
 import random
 import statistics
@@ -39,9 +40,10 @@ from cpmtp.pretrained.trials import trial_ids
 
 VERIFIED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 HEADS: tuple[dict[str, Any], ...] = ({"rank": 1}, {"rank": 4})
-# The first cycles after a prompt find everything else in the caches: they warm up.
-_CYCLES, _WARMING = 6, 3
-_LEAST_SECONDS, _MOST_REPEATS = 0.02, 8
+# What begins after something else finds that in the caches, and a processor that was busy with it:
+# cycles, and seconds, that warm up and that are counted; cycles at most of short ones.
+_WARMING, _CYCLES, _MOST_CYCLES = 3, 6, 64
+_WARM_SECONDS, _SECONDS = 0.05, 0.05
 _FEWEST_ROUNDS, _MUCH_TOO_LONG = 3, 1.5
 _SHORT_CALL = 16
 
@@ -147,6 +149,38 @@ def _measured(
     return found
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """Cycles that warm up and that are counted."""
+
+    warming: int
+    counted: int
+
+    @property
+    def whole(self) -> int:
+        return self.warming + self.counted
+
+    @classmethod
+    def least(cls, most: int) -> _Planned:
+        """Where nothing is known of their seconds."""
+        return cls._within(_WARMING, _CYCLES, most)
+
+    @classmethod
+    def of(cls, seconds: float, most: int) -> _Planned:
+        """Of cycles of so many seconds, at most so many that count."""
+        each = max(seconds, 1e-9)
+        warming = max(_WARMING, math.ceil(min(_WARM_SECONDS / each, _MOST_CYCLES)))
+        counted = max(_CYCLES, math.ceil(min(_SECONDS / each, _MOST_CYCLES)))
+        return cls._within(warming, counted, most)
+
+    @classmethod
+    def _within(cls, warming: int, counted: int, most: int) -> _Planned:
+        """The same shares of what there is room for; one is counted at least."""
+        whole = min(warming + counted, most)
+        kept = max(whole * counted // (warming + counted), 1)
+        return cls(whole - kept, kept)
+
+
 @dataclass
 class _Stopwatch:
     """Times one thing at a time on one model."""
@@ -179,16 +213,17 @@ class _Stopwatch:
         @torch.inference_mode()
         def timed() -> dict[str, float]:
             target = self._target(batch, longest)
-            spent, repeats = 0.0, 0
-            while not repeats or (spent < _LEAST_SECONDS and repeats < _MOST_REPEATS):
+            spent, times = 0.0, []
+            while spent < _WARM_SECONDS + _SECONDS:
                 begun = self.now()
                 scores, _ = target.extend(more.to(self.lm.device), running)
                 probs = scores.double().softmax(-1)  # (batch, count, vocab)
                 bool(torch.isnan(probs.sum()))
-                spent += self.now() - begun
+                times.append((spent >= _WARM_SECONDS, self.now() - begun))
+                spent += times[-1][1]
                 target.keep(nothing)
-                repeats += 1
-            return {"seconds": spent / repeats}
+            warm = [seconds for is_warm, seconds in times if is_warm]
+            return {"seconds": statistics.mean(warm or [times[-1][1]])}
 
         return timed
 
@@ -201,55 +236,62 @@ class _Stopwatch:
         return self.targets[batch]
 
     def cycles(self, batch: int, head: DraftHead | None) -> Callable[[], dict[str, float]]:
-        """Mean seconds of each stage over some cycles of the loop, but for the first ones."""
+        """Mean seconds of each stage over cycles of the loop that follow others."""
         drafted = 1 if head is None else head.horizon
-        cycles = _CYCLES + _WARMING
-        if self.lm.max_context is not None:
-            cycles = min(cycles, (self.lm.max_context - self.context) // drafted - 2)
-        if cycles < 1:
+        most = self._room(drafted, 2)
+        if most < 1:
             raise ValueError(
                 f"no room for cycles of {drafted} tokens after {self.context} in a window of "
                 f"{self.lm.max_context}: shorten the context"
             )
-
-        warming = min(_WARMING, cycles - 1)
+        planned = _Planned.least(most)
 
         def timed() -> dict[str, float]:
-            blocks, before = [0] * batch, [dict.fromkeys(STAGES, 0.0)]
-
-            def noted(progress: Progress) -> None:
-                before.append(progress.stage_seconds)
-
-            def goes_on(row: int, _: Tensor) -> bool:
-                blocks[row] += 1
-                return blocks[row] <= cycles
-
-            stats = speculative_generate(
-                self.lm,
-                head,
-                self.prompts(batch),
-                max_new_tokens=(cycles + 1) * drafted,
-                callback=goes_on,
-                watch=noted,
-                seed=self.seed,
-            ).stats
-            skipped = min(warming, len(before) - 2)
+            nonlocal planned
+            before = self._stages(batch, head, drafted, planned.whole)
+            skipped = min(planned.warming, len(before) - 2)
             counted = len(before) - 1 - skipped
             stages = {
                 name: (spent - before[skipped][name]) / counted
-                for name, spent in stats.stage_seconds.items()
+                for name, spent in before[-1].items()
             }
-            return stages | {"cycle": sum(stages.values())}
+            cycle = sum(stages.values())
+            planned = _Planned.of(cycle, most)
+            return stages | {"cycle": cycle}
 
         return timed
+
+    def _room(self, drafted: int, spare: int) -> int:
+        """Cycles of so many tokens that the model's window has room for, as far as they count."""
+        if self.lm.max_context is None:
+            return _MOST_CYCLES
+        return min((self.lm.max_context - self.context) // drafted - spare, _MOST_CYCLES)
+
+    def _stages(
+        self, batch: int, head: DraftHead | None, drafted: int, cycles: int
+    ) -> list[dict[str, float]]:
+        """Seconds of each stage so far, before the first cycle and after every one."""
+        blocks, before = [0] * batch, [dict.fromkeys(STAGES, 0.0)]
+
+        def noted(progress: Progress) -> None:
+            before.append(progress.stage_seconds)
+
+        def goes_on(row: int, _: Tensor) -> bool:
+            blocks[row] += 1
+            return blocks[row] <= cycles
+
+        asked: dict[str, Any] = {"callback": goes_on, "watch": noted, "seed": self.seed}
+        asked |= {"max_new_tokens": (cycles + 1) * drafted}
+        found = speculative_generate(self.lm, head, self.prompts(batch), **asked)
+        before[-1] = dict(found.stats.stage_seconds)
+        return before
 
     def generate(self, batch: int) -> Callable[[], dict[str, float]]:
         """A step of transformers' own generation: several steps less one."""
         tokens = trial_ids(self.lm.vocab_size, batch * self.context, self.seed)
         tokens = tokens.view(batch, self.context).to(self.lm.device)  # (batch, context)
-        steps = _CYCLES
-        if self.lm.max_context is not None:
-            steps = min(steps, self.lm.max_context - self.context - 1)
+        most = self._room(1, 1)
+        planned = _Planned.least(most)
 
         def run(count: int) -> float:
             begun = self.now()
@@ -266,9 +308,12 @@ class _Stopwatch:
             return self.now() - begun
 
         def timed() -> dict[str, float]:
+            nonlocal planned
             with torch.random.fork_rng(devices=[]):
-                first, whole = run(1), run(steps + 1)
-            return {"cycle": max(whole - first, 0.0) / steps}
+                first, whole = run(planned.warming + 1), run(planned.whole + 1)
+            step = max(whole - first, 0.0) / planned.counted
+            planned = _Planned.of(step, most)
+            return {"cycle": step}
 
         return timed
 

@@ -5,14 +5,15 @@ Run from the checkout, and commit the folder of the first before the second is r
 
     python data/studies/end_to_end.py forecast OUT MODEL [--budget N] [--probe N]
     python data/studies/end_to_end.py measure OUT MODEL [--name NAME] [--corpus FOLDER] [--dtype D]
-    [--threads T] [--head FOLDER]
+    [--threads T] [--head FOLDER] [--timed N]
 
 `forecast` probes three candidates and writes OUT/MODEL; `cpmtp forecast --out OUT/NAME` does for
 `measure` as well, which is then told its model's folder, its name here, its text and precision.
 `measure` trains the head of most tokens per second there as its probes were trained, to the budget,
 from another seed; then it decodes, in turns with plain decoding, after prompts that no other stage
-has seen; `--head` keeps the head, so that it is measured again without training. Its row parts a
-miss into what the curve, the weighting of cycles and step times have to do with it.
+has seen, N of them timed one at a time; `--head` keeps the head, so that it is measured again
+without training. Its row parts a miss into what the curve, the weighting of cycles and step times
+have to do with it. Step times hold for a machine that is as free as it was when they were taken.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ CANDIDATES = [
 ROWS, LENGTH, START, DRAWN = 4, 64, 32, 48
 SIZES = ("horizon", "rank", "transition_rank", "width", "blocks")
 SEED = 500  # of training and decoding; forecasts have seed 0
-TEXTS, TURNS, TIMED, ELSEWHERE = 128, 5, 8, 500
+TEXTS, TURNS, ELSEWHERE = 128, 15, 500
 
 
 def forecast(out: Path, model: str, budget: int, probe: int) -> None:
@@ -84,7 +85,9 @@ def trained_as_probed(
     return train_head(lm, settings, tokens=windows, out=place)
 
 
-def measure(folder: Path, lm, documents: list[str] | None, place: Path | None) -> None:
+def measure(
+    folder: Path, lm, documents: list[str] | None, place: Path | None, count: int
+) -> None:
     """The chosen head, trained and decoded with."""
     told = json.loads((folder / "forecast.json").read_text("utf-8"))["settings"]
     row = best_head(folder, told["budget"])
@@ -101,7 +104,8 @@ def measure(folder: Path, lm, documents: list[str] | None, place: Path | None) -
     more = {"max_new_tokens": drawn + 1, "seed": SEED + 2}
     stats = cpmtp.speculative_generate(lm, head, prompts, **more).stats
     decoded, each = stats.tokens_per_call, torch.tensor(stats.tokens_per_call_by_row)
-    alone = timed(lm, head, prompts, more)
+    ratios, here = timed(lm, head, prompts[:count], more, start + drawn)
+    ratio = statistics.median(ratios)
     cycle, usual = row["cycle_seconds"], read_latency(folder / "latency.json").plain_seconds()
     found = {
         "model": folder.name,
@@ -115,9 +119,12 @@ def measure(folder: Path, lm, documents: list[str] | None, place: Path | None) -
         "decoded": decoded,
         "decoded_error": float(each.std()) / len(each) ** 0.5,
         "forecast_speedup": row["speedup"],
-        "decoded_speedup": alone["plain"] / alone["head"],
+        "decoded_speedup": decoded / ratio,
         "forecast_cycle_over_plain": cycle / usual,
-        "decoded_cycle_over_plain": alone["cycle"] / alone["plain"],
+        "cycle_over_plain_here": statistics.median(here),
+        "decoded_cycle_over_plain": ratio,
+        "decoded_cycles_over_plain": ratios,
+        "cycles_over_plain_here": here,
         "of_curve": along / row["tokens_per_call"] - 1,
         "of_cycles": decoded / along - 1,
     }
@@ -125,25 +132,29 @@ def measure(folder: Path, lm, documents: list[str] | None, place: Path | None) -
     print(json.dumps(found, indent=1, default=float))
 
 
-def timed(lm, head, prompts: list[torch.Tensor], more: dict) -> dict[str, float]:
-    """Seconds per token with the head and without, in turns, one request at a time; and per
-    cycle, which the reading of a prompt is none of: medians of the turns, as latency is measured.
+def timed(
+    lm, head, prompts: list[torch.Tensor], more: dict, context: int
+) -> tuple[list[float], list[float]]:
+    """A cycle over a plain step, one request at a time, the reading of its prompt left out; and
+    beside it as forecasts measure it. A machine's speed drifts, so that both have a value in every
+    turn, of what ran within seconds of each other.
     """
-    turns = []
+    decoded, measured = [], []
     for _ in range(TURNS):
-        spent = {}
-        for name, drafter in (("head", head), ("plain", None)):
+        latency = cpmtp.measure_latency(lm, [head], (1,), context=context, rounds=3, seconds=0.5)
+        measured.append(latency.heads[0].cycle / latency.plain_seconds())
+        each = []
+        for drafter in (head, None):
             one = [
                 cpmtp.speculative_generate(lm, drafter, [prompt], **more).stats
-                for prompt in prompts[:TIMED]
+                for prompt in prompts
             ]
-            seconds = sum(sum(s.stage_seconds.values()) for s in one)
             # The first token of each comes with its prompt.
-            spent[name] = seconds / (TIMED * (more["max_new_tokens"] - 1))
-            if drafter is not None:
-                spent["cycle"] = seconds / sum(s.calls - 1 for s in one)
-        turns.append(spent)
-    return {name: statistics.median(spent[name] for spent in turns) for name in turns[0]}
+            each.append(
+                sum(sum(s.stage_seconds.values()) for s in one) / sum(s.calls - 1 for s in one)
+            )
+        decoded.append(each[0] / each[1])
+    return decoded, measured
 
 
 def main() -> None:
@@ -156,6 +167,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the forecast's folder; default: the model")
     parser.add_argument("--corpus", help="text of a forecast that had some")
     parser.add_argument("--head", type=Path, help="where the trained head is kept")
+    parser.add_argument("--timed", type=int, default=8, help="prompts that are timed alone")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
@@ -165,7 +177,8 @@ def main() -> None:
     else:
         lm = cpmtp.load_language_model(given.model, dtype=given.dtype)
         corpus = given.corpus and [document.text for document in read_documents([given.corpus])]
-        measure(given.out / (given.name or given.model), lm, corpus, given.head)
+        folder = given.out / (given.name or given.model)
+        measure(folder, lm, corpus, given.head, given.timed)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,28 @@ def test_a_slower_model_is_seen_to_be_slower(lm, found, monkeypatch):
     assert slow.heads == () and math.isfinite(slow.model.base)
 
 
+def test_calls_count_when_the_processor_is_busy_with_them_alone(lm, monkeypatch):
+    clock = [0.0]
+
+    def ticking() -> float:
+        clock[0] += 0.03 if clock[0] < 0.1 else 0.01  # cold for a tenth of a second
+        return clock[0]
+
+    watch = step_times._Stopwatch(lm, 8, 0)
+    timed = watch.step(1, 2, 2)
+    monkeypatch.setattr(step_times.time, "perf_counter", ticking)
+    assert timed() == {"seconds": pytest.approx(0.01)}
+
+
+def test_short_cycles_warm_up_as_long_as_long_ones_and_count_as_long():
+    assert step_times._Planned.of(0.002, most=64) == step_times._Planned(25, 25)
+    assert step_times._Planned.of(1.0, most=64) == step_times._Planned(3, 6)
+    for most in (1, 2, 5, 64):
+        for seconds in (0.0, 1e-6, 0.004, 3.0):
+            planned = step_times._Planned.of(seconds, most)
+            assert planned.counted >= 1 and planned.whole <= most
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
