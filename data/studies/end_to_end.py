@@ -85,9 +85,7 @@ def trained_as_probed(
     return train_head(lm, settings, tokens=windows, out=place)
 
 
-def measure(
-    folder: Path, lm, documents: list[str] | None, place: Path | None, count: int
-) -> None:
+def measure(folder: Path, lm, documents: list[str] | None, place: Path | None, count: int) -> None:
     """The chosen head, trained and decoded with."""
     told = json.loads((folder / "forecast.json").read_text("utf-8"))["settings"]
     row = best_head(folder, told["budget"])
