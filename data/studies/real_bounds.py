@@ -14,6 +14,8 @@ cooler      three tokens at temperature 0.7, without the text's factors
 mixtures    of `population`, chains with weights, in fewer contexts
 curve       of `population`, only single chains without gates, by rank and positions
 horizons    anchored fits under top-k 4, 3 to 8 tokens
+not_told    four tokens under top-k 16, drafts that are not told the first: components and hidden
+            states of as many
 others      a population fit of 48 contexts under top-k 16, judged on 16 others
 """
 
@@ -48,6 +50,7 @@ SHARES, WIDTHS, MOST_WIDTHS = (1 / 16, 1 / 4), (16, 64), (4, 16, 64, 256)
 STEPS, RATE = 240, 0.05
 # Contexts and their tokens; contexts of a population fit and of its judgement.
 CONTEXTS = {"population": 12, "mixtures": 6, "curve": 12, "horizons": 24, "cooler": 12}
+CONTEXTS |= {"not_told": 8}
 OTHERS, CONTEXT = (48, 16), 96
 # A lower temperature; components of mixtures.
 COOL, MIXTURES = 0.7, (2, 4)
@@ -56,9 +59,11 @@ LEAST_MASS = 1e-2
 # Passes of fits with given factors, of one chain and of mixtures.
 OF_CHAINS, OF_MIXTURES = 15, 5
 HORIZONS = (3, 4, 6, 8)
+# Tokens of the other stages.
+LENGTHS = {"horizons": HORIZONS, "not_told": (4,)}
 # Tables, and the stages whose parts they hold: mixtures stand in the table of the others.
 TABLES = {"population": ("population", "mixtures"), "curve": ("curve",)}
-TABLES |= {"horizons": ("horizons",), "cooler": ("cooler",)}
+TABLES |= {name: (name,) for name in ("horizons", "cooler", "not_told")}
 
 
 def documents(domain: str, held_out: bool) -> list:
@@ -209,6 +214,11 @@ def cooler(unit: Unit, lm, out: Path) -> pd.DataFrame:
     return pd.DataFrame([named | row for row in [*rows, bounds.best_path(tree)]])
 
 
+def not_told(unit: Unit, lm, out: Path) -> pd.DataFrame:
+    """One context, four tokens: as the embedded models' are judged."""
+    return pd.DataFrame(bounds.four_tokens(unit, lm))
+
+
 def fitted(tree, asked: dict[str, dict]) -> list[dict]:
     """A row for each of these fits."""
     return [
@@ -278,11 +288,12 @@ def others(lm, out: Path) -> None:
 
 
 OF_CONTEXT = {"population": population, "mixtures": mixtures, "curve": curve, "cooler": cooler}
+OF_CONTEXT["not_told"] = not_told
 
 
 def by_context(lm, out: Path, stage: str) -> None:
     """A part per context, then the table of those that are there."""
-    lengths = HORIZONS if stage == "horizons" else (3,)
+    lengths = LENGTHS.get(stage, (3,))
     tasks = [(horizon, unit) for horizon in lengths for unit in units(lm, CONTEXTS[stage])]
     tasks.sort(key=lambda task: (task[0] == HORIZONS[-1], task[1].context))
     for horizon, unit in tasks:
