@@ -3,11 +3,13 @@
 Run from the checkout, alone on the machine:
 
     python data/studies/latency_residuals.py OUT MODEL [--name N] [--dtype D] [--threads T]
+    [--turns N]
 
 Measures the latency of heads with random weights, as forecasts do, after a context of one length;
-before and after that it decodes with the same heads, after prompts that are shorter and for many
-more cycles, and writes a row per head into OUT/NAME-DTYPE.csv: the predicted seconds of a cycle,
-the median of those decoded, the residual, and what each stage took in both.
+in turns with that it decodes with the same heads, after prompts that are shorter and for many more
+cycles. A row per head in OUT/NAME-DTYPE.csv: the predicted and the decoded seconds of a cycle and
+what each stage took in both (medians of the turns), and the residual, the median of the turns' own
+with its quartiles: a machine's speed drifts, so that only what ran within seconds is compared.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ HEADS = (
     {"form": "recurrent", "horizon": 2},
 )
 CONTEXT, PROMPT, DRAWN = 80, 32, 96  # a prompt and half of what is drawn after it
-TURNS, PROMPTS = 3, 2  # turns before and after
+PROMPTS = 2
 STAGES = ("target", "draft", "verification", "rest")
 
 
@@ -47,23 +49,30 @@ def cycles(lm, head, prompts: list[torch.Tensor]) -> list[dict[str, float]]:
     return found
 
 
-def row_of(head, latency: MeasuredLatency, decoded: list[dict[str, float]]) -> dict:
-    """Predicted and decoded, of one head."""
+def turn_of(head, latency: MeasuredLatency, decoded: list[dict[str, float]]) -> dict[str, float]:
+    """Predicted and decoded, of one head in one turn."""
     sizes = sizes_of(head)
     time: HeadTime = next(t for t in latency.heads if t.is_of(sizes))
-    cycle = statistics.median(sum(one[s] for s in STAGES) for one in decoded)
-    predicted = latency.cycle_seconds(sizes)
-    stages = {f"decoded_{s}": statistics.median(one[s] for one in decoded) for s in STAGES}
+    stages = {f"decoded_{s}": statistics.mean(one[s] for one in decoded) for s in STAGES}
     told = {f"timed_{s}": getattr(time, s) for s in STAGES[1:]}
-    told["timed_target"] = time.cycle - time.beside_target
     curve = latency.curve()
     assert curve is not None
+    predicted, cycle = latency.cycle_seconds(sizes), sum(stages.values())
     return (
-        sizes
-        | {"predicted": predicted, "decoded": cycle, "residual": predicted / cycle - 1}
+        {"predicted": predicted, "decoded": cycle, "residual": predicted / cycle - 1}
         | {"tokens_per_call": statistics.mean(one["kept"] for one in decoded)}
-        | {"call": curve.seconds(1, head.horizon), **told, **stages}
+        | {"call": curve.seconds(1, head.horizon), "timed_target": time.cycle - time.beside_target}
+        | told
+        | stages
     )
+
+
+def row_of(head, turns: list[dict[str, float]]) -> dict:
+    """Medians of the turns."""
+    table = pd.DataFrame(turns)
+    low, high = (table["residual"].quantile(q) for q in (0.25, 0.75))
+    ends = {"residual_low": low, "residual_high": high, "turns": len(turns)}
+    return sizes_of(head) | table.median().to_dict() | ends
 
 
 def main() -> None:
@@ -72,30 +81,24 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--name")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, in each turn")
+    parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     lm = cpmtp.load_language_model(given.model, dtype=given.dtype)
     heads = [new_head(lm, Candidate.of(lm, keywords).keywords, seed=1) for keywords in HEADS]
     prompts = [trial_ids(lm.vocab_size, PROMPT, seed) for seed in range(PROMPTS)]
-    decoded: list[list[dict[str, float]]] = [[] for _ in heads]
-
-    def decode(turns: int) -> None:
-        for _ in range(turns):
-            for head, rows in zip(heads, decoded, strict=True):
-                rows += cycles(lm, head, prompts)
-
-    decode(1)
-    for rows in decoded:
-        rows.clear()  # that warmed up
-    # A machine drifts: half before, half after.
-    decode(TURNS)
-    latency = cpmtp.measure_latency(
-        lm, heads, (1, 2, 4, 8), context=CONTEXT, seconds=given.seconds, rounds=15
-    )
-    decode(TURNS)
-    table = pd.DataFrame([row_of(h, latency, d) for h, d in zip(heads, decoded, strict=True)])
+    turns: list[list[dict[str, float]]] = [[] for _ in heads]
+    for turn in range(given.turns + 1):
+        decoded = [cycles(lm, head, prompts) for head in heads]
+        latency = cpmtp.measure_latency(
+            lm, heads, (1, 2, 4, 8), context=CONTEXT, seconds=given.seconds, rounds=3
+        )
+        for head, one, rows in zip(heads, decoded, turns, strict=True):
+            if turn:  # the first one warms up
+                rows.append(turn_of(head, latency, one))
+    table = pd.DataFrame([row_of(head, rows) for head, rows in zip(heads, turns, strict=True)])
     name = f"{given.name or given.model}-{given.dtype}"
     told = {"model": given.name or given.model, "dtype": given.dtype, "threads": given.threads}
     table = table.assign(**told)
