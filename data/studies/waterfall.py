@@ -47,16 +47,22 @@ def row_of(unit, lm, joint, head, name: str) -> pd.DataFrame:
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Per model and head: levels and gaps with 95 % intervals over documents."""
-    lines = []
-    for keys, rows in table.groupby(["model", "form", "rank", "transition_rank", "head"]):
-        values = rows.set_index(list(CLUSTER_KEYS))[[*LEVELS]]
-        for gap, above, below in zip(GAPS, LEVELS, LEVELS[1:], strict=False):
-            values[gap] = values[above] - values[below]
-        clusters = Clusters.of(values)
+    """Per model and head: levels and gaps, and what ceiling and head are above those of rank 1 in
+    the same contexts; 95 % intervals over documents.
+    """
+    table = table.set_index([*CLUSTER_KEYS, "context"]).sort_index()
+    for gap, above, below in zip(GAPS, LEVELS, LEVELS[1:], strict=False):
+        table[gap] = table[above] - table[below]
+    lines, keys = [], ["model", "form", "rank", "transition_rank", "head"]
+    for named, rows in table.groupby(keys):
+        of_model = table[table.index.get_level_values("model") == named[0]]
+        first = of_model[(of_model["form"] == "cp") & (of_model["rank"] == 1)]
+        values = rows[[*LEVELS, *GAPS]].copy()
+        for name in ("acceptance_fit", "learned"):
+            values[f"{name}_gain"] = values[name] - first[name]
+        clusters = Clusters.of(values.dropna())
         low, high = intervals(clusters, seed=0)
-        line = dict(zip(("model", "form", "rank", "transition_rank", "head"), keys, strict=True))
-        line["contexts"] = len(values)
+        line = dict(zip(keys, named, strict=True)) | {"contexts": len(values)}
         for i, (name, mean) in enumerate(zip(values.columns, clusters.means(), strict=True)):
             line[name] = mean
             if name != "exact_limit":
