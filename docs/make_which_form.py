@@ -264,7 +264,8 @@ def puzzles(forms: pd.DataFrame, levels: pd.DataFrame, first: pd.DataFrame) -> I
         "up to three modelled tokens an hmm *is* a cp distribution of its rank. From there on hidden states "
         f"win early: hmm 4 over cp 4 at six tokens {hidden(6)}, at eight {hidden(8)} tokens per call. Not told the "
         "first, four tokens are enough: hmm 8 over cp 8 "
-        f"{both(lambda m: bounds.paired('bounds/not_told', 'hmm 8', 'cp 8', model=m, horizon=4))}. Why "
+        f"{both(lambda m: bounds.paired('bounds/not_told', 'hmm 8', 'cp 8', model=m, horizon=4))}; SmolLM2 "
+        f"{bounds.paired('bounds/real/not_told', 'hmm 8', 'cp 8', horizon=4)}. Why "
         "published heads show it at sixteen tokens only is not explained by ceilings; sixteen tokens themselves: "
         "not shown here."
     )

@@ -3,7 +3,7 @@
 Run from the checkout, alone on the machine:
 
     python data/studies/latency_residuals.py OUT MODEL [--name N] [--dtype D] [--threads T]
-    [--turns N]
+    [--turns N] [--drawn N]
 
 Measures the latency of heads with random weights, as forecasts do, after a context of one length;
 in turns with that it decodes with the same heads, after prompts that are shorter and for many more
@@ -34,16 +34,16 @@ HEADS = (
     {"form": "recurrent", "horizon": 4},
     {"form": "recurrent", "horizon": 2},
 )
-CONTEXT, PROMPT, DRAWN = 80, 32, 96  # a prompt and half of what is drawn after it
+CONTEXT, PROMPT = 80, 32
 PROMPTS = 2
 STAGES = ("target", "draft", "verification", "rest")
 
 
-def cycles(lm, head, prompts: list[torch.Tensor]) -> list[dict[str, float]]:
+def cycles(lm, head, prompts: list[torch.Tensor], drawn: int) -> list[dict[str, float]]:
     """Mean seconds of a cycle by stage, a row for each prompt."""
     found = []
     for seed, prompt in enumerate(prompts):
-        stats = cpmtp.speculative_generate(lm, head, prompt, max_new_tokens=DRAWN, seed=seed).stats
+        stats = cpmtp.speculative_generate(lm, head, prompt, max_new_tokens=drawn, seed=seed).stats
         stages = {k: v / max(stats.calls - 1, 1) for k, v in stats.stage_seconds.items()}
         found.append(stages | {"kept": stats.tokens_per_call})
     return found
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring, in each turn")
     parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--drawn", type=int, default=96, help="tokens after a prompt")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -91,7 +92,7 @@ def main() -> None:
     prompts = [trial_ids(lm.vocab_size, PROMPT, seed) for seed in range(PROMPTS)]
     turns: list[list[dict[str, float]]] = [[] for _ in heads]
     for turn in range(given.turns + 1):
-        decoded = [cycles(lm, head, prompts) for head in heads]
+        decoded = [cycles(lm, head, prompts, given.drawn) for head in heads]
         latency = cpmtp.measure_latency(
             lm, heads, (1, 2, 4, 8), context=CONTEXT, seconds=given.seconds, rounds=3
         )
