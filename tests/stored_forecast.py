@@ -72,3 +72,22 @@ def stored(tmp_path, *, best: str = "cp 4", low: float = 1.8, groups: int = 5, *
     }
     (tmp_path / "forecast.json").write_text(json.dumps(told))
     return tmp_path
+
+
+def told_anew(folder, **changes):
+    """A stored forecast that says something else."""
+    file = folder / "forecast.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return folder
+
+
+def not_enough(folder):
+    """The folder of a forecast that had no time for its probes."""
+    told = {"settings": {}, "shapes": {"groups": []}, "model": {"name": "mine"}}
+    told["status"] = (
+        "not enough for a forecast: the time has no room for two probes; give more minutes, or a "
+        "larger --probe-budget"
+    )
+    pd.DataFrame().to_parquet(folder / "forecast.parquet")
+    (folder / "forecast.json").write_text(json.dumps(told))
+    return folder

@@ -55,6 +55,8 @@ def export(
     if table.schedule:
         parts = (f"{one.first} to {one.last}: {one.drafted}" for one in table.schedule)
         print(f"  drafted tokens by batch: {'; '.join(parts)}")
+    if told.get("caution"):
+        print(f"caution   {told['caution']}")
     print(f"written   {file}\nconditions {whole}")
     print(f"use       {form.use.format(file=shlex.quote(file.name))}")
 

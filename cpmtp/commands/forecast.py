@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import typer
 
 from cpmtp.commands.latency import head_grid
 from cpmtp.commands.options import Device, QuickDtype, integers, quick_dtype
-from cpmtp.report.words import multiple
+from cpmtp.report.words import multiple, percent
 
 _SUFFIXES = {"k": 1e3, "m": 1e6, "b": 1e9}
 
@@ -97,8 +98,9 @@ def forecast(
         seed=seed,
         **asked,
     )
+    found.write(out, asked={"model": model, "corpus": list(corpus or ())})
     show_forecast(found, ceilings)
-    print(f"tables in {out}")
+    print(f"tables in {out}; cpmtp report {shlex.quote(str(out))} writes them as a page")
 
 
 def positions(option: str, text: str) -> float:
@@ -193,7 +195,7 @@ def _show_options(found, ceilings: Mapping[tuple[int, int], float]) -> None:
     at = min((b for b in table["budget"] if b >= settings.budget), default=table["budget"].max())
     probed = found.probes["budget"].max()
     print(
-        f"after {at:,.0f} positions (probed up to {probed:,}), {settings.confidence:.0%} "
+        f"after {at:,.0f} positions (probed up to {probed:,}), {percent(settings.confidence)} "
         f"intervals, load {settings.loads[0]}, each at its fastest horizon:"
     )
     rows = table[table["budget"] == at].sort_values("tokens_per_second", ascending=False)

@@ -9,7 +9,7 @@ import typer
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of a finished study.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a finished study, or of a forecast.")],
     out: Annotated[
         Path | None, typer.Option(help="File to write; default: report.html in the folder.")
     ] = None,
@@ -33,7 +33,7 @@ def report(
         ),
     ] = 0.8,
 ) -> None:
-    """Write a finished study's report again.
+    """Write a finished study's or a forecast's report.
 
     As one HTML page, and beside it as Markdown with its figures.
 
@@ -46,12 +46,28 @@ def report(
         raise ValueError(f"--price {price}: expected a price above 0")
     if not 0 < learned_share <= 1:
         raise ValueError(f"--learned-share {learned_share}: expected a share above 0, at most 1")
-    table, manifest = read_study(folder)
-    extras = read_extras(folder, latency, price, learned_share, forecast)
-    written = Report.of(table, manifest, extras)
+    if (folder / "forecast.json").is_file() and not (folder / "manifest.json").is_file():
+        written = Report.of_forecast(_only_forecast(folder, latency, forecast), price)
+    else:
+        table, manifest = read_study(folder)
+        extras = read_extras(folder, latency, price, learned_share, forecast)
+        written = Report.of(table, manifest, extras)
     page = out or folder / "report.html"
     print(f"report    {written.write_html(page)}")
     print(f"markdown  {written.write_markdown(page.with_suffix('.md'))}")
+
+
+def _only_forecast(folder: Path, latency: Path | None, forecast: Path | None):
+    """The forecast that a folder holds alone; its step times are in it."""
+    from cpmtp.report.first_screen.stored_forecast import HeadsForecast
+
+    for name, value in (("latency", latency), ("forecast", forecast)):
+        if value is not None:
+            raise ValueError(
+                f"--{name} {str(value)!r}: {str(folder)!r} holds a forecast alone, which has its "
+                "own; give a study's folder, or leave the option out"
+            )
+    return HeadsForecast.read(folder)
 
 
 def compare(

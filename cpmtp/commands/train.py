@@ -114,10 +114,14 @@ def train_one_head(
     text_field: Annotated[
         str, typer.Option(help="The field of a line of JSON (.jsonl) that holds its text.")
     ] = "text",
+    rows: Annotated[int, typer.Option(help="Windows in a step.")] = 8,
     length: Annotated[
         int | None,
         typer.Option(help="Tokens in a window; default: 256, or as many as the model has."),
     ] = None,
+    sequences: Annotated[
+        int, typer.Option(help="Windows drawn from the model where no --corpus is given.")
+    ] = 1024,
     start: Annotated[Path | None, typer.Option(help="Folder of a head to begin with.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
@@ -137,7 +141,7 @@ def train_one_head(
     asked |= {"transition_rank": transition_rank, "gated": gated, "over_text": over_text}
     asked |= {"width": width, "blocks": blocks, "vocabulary": vocabulary, "precision": precision}
     asked |= {"steps": steps, "positions": positions, "seconds": seconds, "seed": seed}
-    asked |= {"objective": objective}
+    asked |= {"objective": objective, "rows": rows, "sequences": sequences}
     asked |= {} if length is None else {"length": length}
     settings = HeadTrainingSettings(**asked)
     texts = read_documents(list(corpus), field=text_field) if corpus else []

@@ -67,6 +67,14 @@ class Candidate:
         blocks = self.keywords["blocks"]
         return candidate_name(told | {"blocks": None if blocks == DEFAULTS["blocks"] else blocks})
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """Its keywords, the number of drafted tokens for the tokens themselves."""
+        drafted = self.keywords.get("vocabulary")
+        if drafted is None or isinstance(drafted, int):
+            return dict(self.keywords)
+        return self.keywords | {"vocabulary": len(drafted)}
+
     def at(self, horizon: int) -> dict[str, Any]:
         """The sizes of such a head with another horizon."""
         return self.sizes | {"horizon": horizon}

@@ -85,7 +85,8 @@ class HeadChoice:
             found = (
                 f"At load {self.load} {self.name} with horizon {self.horizon}: {mean:.2f} tokens "
                 f"per call ({low:.2f} to {high:.2f}), {self.speedup:.2f} times plain decoding "
-                f"(faster than it with a chance of {self.pays:.0%}), sure to {self.sure:.0%}"
+                f"(faster than it with a chance of {100 * self.pays:.0f} %), sure to "
+                f"{100 * self.sure:.0f} %"
             )
         shown = ", ".join(self.ties[:3]) + (" and others" if len(self.ties) > 3 else "")
         return found + (f"; a tie with {shown}" if self.ties else "") + "."

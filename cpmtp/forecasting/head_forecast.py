@@ -55,6 +55,8 @@ class HeadForecast:
     settings : ForecastSettings
     model : dict of str to str
         The base model's `name`, `fingerprint`, `dtype` and `device`.
+    candidates : dict of str to dict
+        Name to the keywords of its head and training, the number of drafted tokens for the tokens.
     """
 
     table: pd.DataFrame
@@ -64,6 +66,7 @@ class HeadForecast:
     shapes: ShapeChoice = field(repr=False)
     settings: ForecastSettings = field(repr=False)
     model: dict[str, str] = field(repr=False, default_factory=dict)
+    candidates: dict[str, dict[str, Any]] = field(repr=False, default_factory=dict)
     outlooks: tuple[Outlook, ...] = field(repr=False, default=())
     scores: Scores | None = field(repr=False, default=None)
 
@@ -153,20 +156,23 @@ class HeadForecast:
         at = next(o for o in self.outlooks if o.budget >= self.settings.budget)
         return schedule(at, [self._loaded(size) for size in sizes])
 
-    def write(self, folder: str | Path) -> Path:
-        """`forecast.parquet`, `latency.json` and `forecast.json` into a folder."""
+    def write(self, folder: str | Path, **beside: Any) -> Path:
+        """`forecast.parquet`, `latency.json` and `forecast.json` into a folder, and into the last
+        whatever else is to be told, such as where model and texts came from.
+        """
         folder = Path(folder)
         write_parquet(folder / "forecast.parquet", self.table)
         if self.latency is not None:
             self.latency.write(folder / "latency.json")
         told: dict[str, Any] = {"model": self.model, "settings": asdict(self.settings)}
-        told["status"] = self.status
+        told |= {"status": self.status, "candidates": self.candidates, "most_passes": MOST_PASSES}
         told["shapes"] = {"level": self.shapes.level.words, "groups": list(self.shapes.groups)}
         told["shapes"] |= {"farthest": self.shapes.farthest, "ahead": self.ahead}
         if not self.status:
             told["choices"] = [asdict(self.choice(load)) for load in self.settings.loads]
             told["worth"] = [asdict(self.worth(load)) for load in self.settings.loads]
             told["schedule"] = self.schedule().to_dict("records")
+        told |= beside
         write_text(folder / "forecast.json", json.dumps(told, indent=1, default=str) + "\n")
         return folder
 
@@ -235,7 +241,8 @@ def forecast_heads(
     training, held_back = (None, None) if texts is None else split_texts(texts)
     asked = with_draft_vocabulary(lm, candidates, training, seed=settings.seed)
     work = Work(lm, candidates_of(lm, asked), settings, begun)
-    common = (latency, shapes, settings, _told_model(lm))
+    told = {one.name: one.told for one in work.candidates}
+    common = (latency, shapes, settings, _told_model(lm), told)
     plan, windows, available = work.plan(training, folder)
     if len(plan.budgets) < 2:
         empty = pd.DataFrame()

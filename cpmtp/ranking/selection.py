@@ -119,7 +119,8 @@ class RankChoice:
             "tolerance": f"ceiling saturates at {rank}",
             "throughput": f"fastest at {rank}",
         }.get(self.criterion, f"{rank} by {self.criterion}")
-        sure = f", chosen in {self.frequency[horizon][self.rank[horizon]]:.0%} of resamples"
+        share = 100 * self.frequency[horizon][self.rank[horizon]]
+        sure = f", chosen in {share:.0f} % of resamples"
         known = f"horizon {horizon}: {found}, {tokens_in_words(self.row(horizon))}"
         return known + (sure if self.contexts > 1 else "")
 

@@ -18,9 +18,10 @@ from cpmtp.report.blocks import Figure, Section, Table, Text
 from cpmtp.report.findings.ceilings import findings
 from cpmtp.report.findings.components import component_sections
 from cpmtp.report.findings.forecast import ceilings_beside, forecast_sections
+from cpmtp.report.findings.set_up import forecast_set_up, study_set_up
 from cpmtp.report.findings.side_by_side import side_by_side
 from cpmtp.report.first_screen.answer import answer
-from cpmtp.report.first_screen.console import console_summary, left_out
+from cpmtp.report.first_screen.console import console_summary
 from cpmtp.report.first_screen.forecast import forecast_answer
 from cpmtp.report.first_screen.stored_forecast import HeadsForecast
 from cpmtp.report.learned import LEARNED_SHARE, form_sections, learned_sections
@@ -36,7 +37,7 @@ from cpmtp.report.subject import (
     models_of,
     subjects_of,
 )
-from cpmtp.report.words import shortened, with_code
+from cpmtp.report.words import shortened, unbroken, with_code
 from cpmtp.whole_files import write_text
 
 _MOST_OPEN = 3  # parts of a study whose findings are not folded
@@ -83,8 +84,7 @@ def read_extras(
     if measured is not None:
         told = {"latency": measured.model, "latency_source": measured.where}
     if forecast or (folder / "forecast.json").is_file():
-        heads = HeadsForecast.read(forecast or folder)
-        told["heads"] = heads if heads.known else None
+        told["heads"] = HeadsForecast.read(forecast or folder)
     of_models = forecasts_beside(folder) if not told.get("heads") and latency is None else {}
     return ReportExtras(
         **told, price=price, learned_share=learned_share, **found, of_models=of_models
@@ -119,6 +119,19 @@ class Report:
         return replace(written, summary=console_summary(subjects, table, manifest))
 
     @classmethod
+    def of_forecast(cls, found: HeadsForecast, price: float = PRICE) -> Report:
+        """From a forecast alone, without a study's ceilings."""
+        sections: list[Section] = []
+        if found.known:
+            sections += forecast_sections(found)
+            sections.append(Section("How to read this", (Text(_TOKENS),)))
+        sections.append(forecast_set_up(found))
+        if found.known:
+            sections.append(Section("Pilot plan", tuple(Text(text) for text in _PILOT)))
+            sections += pilot_of_forecast(found, price)
+        return cls.of_sections(sections, [forecast_answer(found, price)])
+
+    @classmethod
     def of_sections(cls, sections: Sequence[Section], answers: Sequence[Section] = ()) -> Report:
         """From sections of one's own; `answers` stand on the first screen."""
         figures = [
@@ -136,6 +149,7 @@ class Report:
         environment = _environment(autoescape=True)
         environment.filters["spoken"] = with_code
         environment.filters["shortened"] = shortened
+        environment.filters["unbroken"] = unbroken
         page = environment.get_template("report.html").render(
             answers=self.answers,
             sections=self.sections,
@@ -220,7 +234,8 @@ def _sections(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) 
     sections += component_sections(extras.components)
     sections += form_sections(table)
     sections += learned_sections(extras.waterfall, extras.decoding, extras.step_times)
-    sections.append(Section("Set-up", (_setup(table, manifest),)))
+    forecasts = [heads for heads, _ in by_forecast(subjects) if heads is not None]
+    sections.append(study_set_up(table, manifest, forecasts))
     if (table["status"] == "failed").any():
         sections.append(Section("Failed fits", (_failures(table),)))
     sections.append(Section("Pilot plan", tuple(Text(text) for text in _PILOT)))
@@ -232,11 +247,13 @@ def _sections(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) 
     return sections
 
 
-_READING = (
+_TOKENS = (
     "Tokens per call: expected tokens emitted per forward pass of the target by lossless block "
-    "verification, the first token of a block drawn from the target itself. A rank's ceiling is "
-    "that of the best fit of that rank to each context's own exact joint; a trained head has to "
-    "find such fits from a hidden state and stays below.",
+    "verification, the first token of a block drawn from the target itself."
+)
+_READING = (
+    f"{_TOKENS} A rank's ceiling is that of the best fit of that rank to each context's own exact "
+    "joint; a trained head has to find such fits from a hidden state and stays below.",
     "Recommended: most tokens per second, over all horizons and ranks. Where the ceiling saturates "
     "(tolerance) is another question, whatever a call costs: per horizon, the smallest rank whose "
     "mean shortfall to the best rank, paired by context, is at most one standard error or 1 % of "
@@ -265,72 +282,6 @@ _PILOT = (
     "review of quality is needed. What can go wrong is the implementation; that is why edits are "
     "counted, and why the test suite compares output distributions before traffic does.",
 )
-
-
-def _setup(table: pd.DataFrame, manifest: dict) -> Table:
-    settings, versions = manifest["settings"], manifest["versions"]
-    models = [
-        f"{name} (V = {m['vocab_size']}, sha256 {str(m['sha256'])[:12]})"
-        for name, m in manifest["models"].items()
-    ]
-    rows = (
-        ("Models", ", ".join(models)),
-        ("Contexts", f"{settings['contexts']} per model, {settings['context_length']} tokens each"),
-        *([("Left out", missing)] if (missing := left_out(table, manifest)) else []),
-        ("Contexts from", _places(settings)),
-        ("Temperature", ", ".join(map(str, _several(settings, "temperature")))),
-        *[(f"Top-{n}", f"{settings[f'top_{n}']:g}") for n in "kp" if settings.get(f"top_{n}")],
-        ("Horizons", ", ".join(map(str, settings["horizons"]))),
-        *_kinds_of_draft(table),
-        *_truncated_horizons(table, settings),
-        ("Ranks", ", ".join(map(str, settings["ranks"]))),
-        ("Methods", f"{', '.join(settings['methods'])}; {settings['restarts']} start(s) each"),
-        ("Seed", str(settings["seed"])),
-        ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
-        ("Time in fits", f"{table['fit_seconds'].sum():.0f} s"),
-        ("Rows", f"{len(table):,}"),
-    )
-    return Table(("what", "value"), rows, wide=True)
-
-
-def _places(settings: dict) -> str:
-    named = [f"{name} ({pattern})" for name, pattern in settings.get("domains", ())]
-    return ", ".join([*settings["corpus"], *named]) or "samples of each model itself"
-
-
-def _kinds_of_draft(table: pd.DataFrame) -> list[tuple[str, str]]:
-    if "anchored" not in table:
-        return []
-    told = {True: "told the first token (anchored)", False: "not told the first token"}
-    return [("Drafts", " and ".join(told[bool(kind)] for kind in table["anchored"].unique()))]
-
-
-def _truncated_horizons(table: pd.DataFrame, settings: dict) -> list[tuple[str, str]]:
-    if "joint" not in table:
-        return []
-    rows = table[table["joint"] == "tree"]
-    ways = set(rows["computed"]) if "computed" in rows else set()
-    found = [
-        f"{model}: horizon {horizon} (joints hold {100 * part['kept_mass'].min():.1f} % at least)"
-        for (model, horizon), part in rows.groupby(["model", "horizon"], sort=False)
-    ]
-    told = [("Truncated joints", ", ".join(found))] if found else []
-    if "sampled" in ways:
-        texts = f"{settings['samples']:,} texts per context"
-        told.append(("Estimated", f"{_sampled_cells(rows)}; from {texts}"))
-    return told
-
-
-def _sampled_cells(rows: pd.DataFrame) -> str:
-    cells = rows[rows["computed"] == "sampled"].groupby(["model", "horizon"], sort=False)
-    contexts = ((name, part[["domain", "context"]].drop_duplicates()) for name, part in cells)
-    return ", ".join(f"{model}: horizon {n}, {len(some)} contexts" for (model, n), some in contexts)
-
-
-def _several(settings: dict, name: str) -> list:
-    """A setting's values, whether the study knows it as one or as an axis."""
-    value = settings.get(name, settings.get(f"{name}s", ""))
-    return list(value) if isinstance(value, list) else [value]
 
 
 def _failures(table: pd.DataFrame) -> Table:

@@ -19,6 +19,7 @@ from cpmtp.report.blocks import Section, Table, Text
 from cpmtp.report.first_screen.answer import does_not_pay
 from cpmtp.report.first_screen.stored_forecast import HeadsForecast
 from cpmtp.report.subject import Subject
+from cpmtp.report.words import percent, three_digits
 
 LOOKS = 4
 # O'Brien and Fleming's bounds for four equally spaced looks at a two-sided level of 5 %: 2.024
@@ -220,8 +221,8 @@ def _measures(
             mean / seconds,
             *ends(lambda tokens: tokens / seconds),
             "tokens/s",
-            f"below plain decoding ({1 / latency.plain_step:.1f} tokens/s) at any batch size in "
-            "use",
+            f"below plain decoding ({three_digits(1 / latency.plain_step)} tokens/s) at any batch "
+            "size in use",
         ),
         PilotMeasure(
             "latency",
@@ -247,7 +248,7 @@ def _measures(
             None,
             None,
             "as in the arm without speculation",
-            f"higher by {_EDIT_MARGIN:.0%} or more: not the method but a fault of the "
+            f"higher by {percent(_EDIT_MARGIN)} or more: not the method but a fault of the "
             "implementation; stop and test it",
         ),
     )
@@ -303,7 +304,7 @@ def pilot_of_forecast(found: HeadsForecast, price: float) -> Iterator[Section]:
         f"per call ({low:.2f} to {high:.2f}){told if load > 1 else ''}. No ceiling enters."
     )
     yield Section(
-        f"{choice['name']}, horizon {row['horizon']}",
+        f"{f'{found.model}: ' if found.model else ''}{choice['name']}, horizon {row['horizon']}",
         (basis, _pilot_table(plan), *_pilot_texts(plan)),
         level=3,
     )
@@ -322,8 +323,9 @@ def _pilot_table(plan: PilotPlan) -> Table:
     def interval(measure) -> str:
         if measure.expected is None:
             return measure.unit
-        ends = "" if measure.low is None else f" ({measure.low:.2f} to {measure.high:.2f})"
-        return f"{measure.expected:.2f}{ends} {measure.unit}"
+        low, high = measure.low, measure.high
+        ends = "" if low is None else f" ({three_digits(low)} to {three_digits(high)})"
+        return f"{three_digits(measure.expected)}{ends} {measure.unit}"
 
     rows = tuple((m.name, m.how, interval(m), m.alarm) for m in plan.measures)
     return Table(("measure", "how", "forecast (range)", "alarm"), rows, wide=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -26,6 +27,8 @@ _NAMES = {
     "latency_p95": "latency, 95th percentile",
 }
 _ENDS = ("_low", "_high")
+_SEEN = {"\\": "\\\\", "\n": "⏎", "\t": "⇥", " ": "␣"}
+_UNIT_AFTER = r"(?<=\d) (?=(?:%|[kMG]B|ms|s)(?!\w))"
 _UNITS = {"seconds": "s", "bytes": "bytes", "nats": "nats", "hours": "h"}
 
 
@@ -58,6 +61,42 @@ def memory(number: float) -> str:
     )
     shown = number / unit
     return f"{shown:.1f} {name}" if shown < 10 else f"{shown:,.0f} {name}"
+
+
+def percent(share: float) -> str:
+    """A share as whole percent.
+
+    Examples
+    --------
+    >>> percent(0.897), percent(1.0)
+    ('90 %', '100 %')
+    """
+    return f"{100 * share:.0f} %"
+
+
+def three_digits(number: float) -> str:
+    """A measured quantity with no more digits than it is known to.
+
+    Examples
+    --------
+    >>> three_digits(715.34), three_digits(37.58), three_digits(1.4), three_digits(0.97)
+    ('715', '37.6', '1.40', '0.97')
+    >>> three_digits(12345.6), three_digits(0.01234)
+    ('12,346', '0.0123')
+    """
+    before = math.floor(math.log10(abs(number))) if number else 0
+    return f"{number:,.{max(0, 2 - before) if before != -1 else 2}f}"
+
+
+def as_written(text: str) -> str:
+    r"""Text of tokens, with blanks, line ends and whatever has no sign of its own to be seen.
+
+    Examples
+    --------
+    >>> as_written("a b" + chr(10) + chr(7))
+    'a␣b⏎\\x07'
+    """
+    return "".join(_SEEN.get(c, c if c.isprintable() else repr(c)[1:-1]) for c in str(text))
 
 
 def multiple(number: float) -> str:
@@ -148,7 +187,18 @@ def with_code(text: str) -> Markup:
     >>> with_code("`cpmtp study --rank 4`")
     Markup('<code class="command"><span>cpmtp study</span> <span>--rank 4</span></code>')
     """
-    return Markup(re.sub(r"`([^`]+)`", _code, str(escape(text))))
+    return Markup(re.sub(r"`([^`]+)`", _code, unbroken(text)))
+
+
+def unbroken(text: str) -> Markup:
+    """Escaped text in which no line ends between a number and its unit.
+
+    Examples
+    --------
+    >>> unbroken("2 % of 3 MB") == "2\N{NO-BREAK SPACE}% of 3\N{NO-BREAK SPACE}MB"
+    True
+    """
+    return Markup(re.sub(_UNIT_AFTER, "\N{NO-BREAK SPACE}", str(escape(text))))
 
 
 def _code(found: re.Match[str]) -> str:

@@ -197,5 +197,5 @@ def test_the_chance_to_beat_plain_decoding_is_that_of_the_draws(shapes):
     assert certain.name == "cp 4" and certain.pays == 1.0
     noisy = choice(shapes, curves, noise=1.5, documents=12)
     assert 0.5 < noisy.pays < 1.0
-    assert f"(faster than it with a chance of {noisy.pays:.0%})" in noisy.sentence
+    assert f"(faster than it with a chance of {100 * noisy.pays:.0f} %)" in noisy.sentence
     assert choice(shapes, curves, load=64).pays == 0.0  # plain decoding itself

@@ -48,7 +48,7 @@ def test_one_recommendation_stands_everywhere_under_one_name(subject, tmp_path):
     assert f"**Recommended: horizon {horizon} with rank {rank}.**" in page
     bold = re.findall(r"^\| \*\*(\d+)\*\* \| \*\*(\d+)\*\* \|", page, flags=re.MULTILINE)
     assert bold == [(f"{horizon}", f"{rank}")]
-    assert re.findall(r"recommended rank (\d+)", page) == [f"{rank}"]  # in one figure
+    assert re.findall(r"recommended: rank (\d+)", page) == [f"{rank}"]  # in one figure
     named = re.findall(r"[Rr]ecommend[^.|]*?rank (?:at least )?(\d+)", page)
     assert len(named) >= 4 and set(named) == {f"{rank}"}
     assert f"\n### m · contexts from d: horizon {horizon}, rank {rank}\n" in page  # the pilot

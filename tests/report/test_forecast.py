@@ -11,7 +11,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from samples import MANIFEST, study_table
-from stored_forecast import LOAD, stored
+from stored_forecast import LOAD, not_enough, stored, told_anew
 
 from cpmtp.report import plots
 from cpmtp.report.document import Report, read_extras
@@ -40,7 +40,8 @@ def test_a_forecast_in_the_folder_answers_alone_and_first(tmp_path):
         "a cp head of rank 4, horizon 3, trained on 1 million positions of text (twice as many "
         "would add less than 1 %)."
     )
-    assert lines["Brings"].startswith("1.50 to 2.08 times the speed of plain decoding (90% range, ")
+    brings = "1.50 to 2.08 times the speed of plain decoding (90 % range, "
+    assert lines["Brings"].startswith(brings)
     assert "1.83 expected" in lines["Brings"]
     # 2.5 a device-hour over 2.2 tokens of two requests in 12 ms.
     cheap, dear, plain = (
@@ -52,8 +53,8 @@ def test_a_forecast_in_the_folder_answers_alone_and_first(tmp_path):
     assert "from 1.80 to 2.50 tokens per call instead of 1;" in lines["Brings"]
     assert "Costs 0.5 device-hours of training and 2.8 MB of memory beside" in lines["Brings"]
     assert lines["How sure"].startswith(
-        "98% likely faster than plain decoding; 95% likely the fastest of what was tried, too close"
-        " to tell from markov 64 (horizon 3). "
+        "98 % likely faster than plain decoding; 95 % likely the fastest of what was tried, too "
+        "close to tell from markov 64 (horizon 3). "
     )
     assert "Could change it: 4 million positions or more (markov 64)" in lines["How sure"]
     assert lines["Next"].startswith("(1) `cpmtp train-head --model m --form cp --horizon 3 ")
@@ -122,7 +123,7 @@ def test_an_older_forecast_without_the_chance_to_pay_or_memory_claims_neither(tm
     table = pd.read_parquet(folder / "forecast.parquet")
     table.drop(columns="weight_bytes").to_parquet(folder / "forecast.parquet")
     lines = lines_of(report_of(folder))
-    assert lines["How sure"].startswith("its range is above plain decoding; 95% likely the fast")
+    assert lines["How sure"].startswith("its range is above plain decoding; 95 % likely the fast")
     assert lines["Brings"].endswith("Costs 0.5 device-hours of training.")
 
 
@@ -173,13 +174,6 @@ def test_a_budget_beyond_what_forecasts_were_checked_at_is_cautioned_of(tmp_path
     assert (label == "Pilot first") == cautioned
     assert ("; no forecast was checked so far ahead." in verdict) == cautioned
     assert [text.startswith(wanted) for text in cautions] == [True] * cautioned
-
-
-def told_anew(folder, **changes):
-    """A stored forecast that says something else."""
-    file = folder / "forecast.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    return folder
 
 
 def test_a_tie_with_plain_decoding_is_said_first(tmp_path):
@@ -319,11 +313,11 @@ def test_a_forecast_of_elsewhere_is_read_with_its_step_times_and_nothing_is_refu
         HeadsForecast.read(there)
 
 
-def test_where_there_was_not_enough_to_forecast_from_the_study_answers(tmp_path):
-    told = {"settings": {}, "status": "not enough", "shapes": {"groups": []}}
-    pd.DataFrame().to_parquet(tmp_path / "forecast.parquet")
-    (tmp_path / "forecast.json").write_text(json.dumps(told))
-    assert read_extras(tmp_path).heads is None
+def test_a_forecast_that_had_not_enough_is_not_passed_over(tmp_path):
+    folder = not_enough(tmp_path)
+    for report in (report_of(folder), report_of(tmp_path / "nothing", forecast=folder)):
+        lines = lines_of(report)
+        assert list(lines) == ["Undecided", "Why", "Next"] and "`cpmtp study" in lines["Next"]
 
 
 def test_lines_of_the_picture_end_above_its_legend():

@@ -87,3 +87,27 @@ def test_names_in_the_contents_are_short_and_whole_where_one_points_at_them(tmp_
     shown = re.findall(r'<a href="[^"]*"(?: title="([^"]*)")?>([^<]*)</a>', contents)
     assert all(len(name) <= 38 for _, name in shown)
     assert [title for title, name in shown if "…" in name] == [f"{long} · contexts from d"]
+
+
+def test_no_line_ends_between_a_number_and_its_unit(tmp_path):
+    page = Report.of(study_table(lambda r: 1 / r), MANIFEST).write_html(tmp_path / "r.html")
+    main = re.search(r"<main>.*</main>", page.read_text("utf-8"), flags=re.DOTALL)[0]
+    shown = re.sub(r"<svg.*?</svg>|<[^>]*>", "", main, flags=re.DOTALL)
+    assert not re.findall(r"\d %|\d ms", shown)
+    assert "95\N{NO-BREAK SPACE}% interval" in shown and not re.search(r"\d%", shown)
+
+
+def test_what_is_folded_is_not_printed_as_an_empty_box_and_cards_name_no_what(tmp_path):
+    page = Report.of(study_table(lambda r: 1 / r), MANIFEST).write_html(tmp_path / "r.html")
+    phone, printed = (
+        page.read_text("utf-8").split("@media screen and (max-width")[1].split("@media print")
+    )
+    assert re.search(r"details:not\(\[open\]\) \{ display: none; \}", printed)
+    assert 'td[data-name="what"]::before' in phone and "content: none" in phone
+
+
+def test_a_gain_that_a_test_would_find_is_not_called_one_that_was_seen(tmp_path):
+    report = Report.of(study_table(lambda r: 1 / r), MANIFEST)
+    section = next(s for s in report.sections if s.title.startswith("What a higher rank gains"))
+    table, note = section.blocks
+    assert table.head[-1] == "gain that would show" and note.text.startswith("Gain that would show")

@@ -117,5 +117,6 @@ def test_components_stand_with_their_weights_and_tokens_that_can_be_seen():
     section = next(s for s in report.sections if s.title == "What components say")
     table = next(block for block in section.blocks if type(block).__name__ == "Table")
     assert table.head == ("weight", "token 1", "token 2")
-    assert table.rows == (("0.70", "“␣the” 80%", "“⏎” 80%"), ("0.30", "“<b>” 80%", ""))
-    assert any("components" in name.casefold() for name in report.drawings)
+    assert table.rows == (("0.70", "“␣the” 80 %", "“⏎” 80 %"), ("0.30", "“<b>” 80 %", ""))
+    (drawing,) = (svg for name, svg in report.drawings.items() if "components" in name.casefold())
+    assert "␣the" in drawing and "⏎" in drawing and "\\n" not in drawing

@@ -107,23 +107,23 @@ def _forecast(lm, name: str, settings, folder: Path, texts, seconds: float, know
     from cpmtp.forecasting.head_forecast import forecast_heads
 
     begun = time.perf_counter()
-    asked = _asked(lm, settings, folder, texts, seconds, known)
+    plan = _asked(lm, settings, folder, texts, seconds, known)
     left = max(seconds - (time.perf_counter() - begun), 1.0)
-    forecast_heads(
+    found = forecast_heads(
         lm,
-        asked["candidates"],
+        plan["candidates"],
         texts=texts,
         out=folder,
-        probe_budget=asked["positions"],
+        probe_budget=plan["positions"],
         minutes=left / 60,
         temperature=settings.temperatures[0],
         top_k=settings.top_k,
         top_p=settings.top_p,
         seed=settings.seed,
     )
-    file = folder / "forecast.json"
-    told = json.loads(file.read_text("utf-8")) | {"studied_as": name}
-    write_text(file, json.dumps(told, indent=1))
+    corpus = [*settings.corpus, *(pattern for _, pattern in settings.domains)]
+    asked = {"model": name, "corpus": corpus, "text_field": settings.text_field}
+    found.write(folder, studied_as=name, asked=asked)
 
 
 def _asked(lm, settings, folder: Path, texts, seconds: float, known) -> dict[str, Any]:

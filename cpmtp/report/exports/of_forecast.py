@@ -17,7 +17,6 @@ from cpmtp.report.exports.acceptance_table import (
     rates_of_lengths,
 )
 from cpmtp.report.exports.wanted import (
-    ROUNDED,
     Wanted,
     by_drafted,
     described,
@@ -27,6 +26,7 @@ from cpmtp.report.exports.wanted import (
 )
 from cpmtp.report.first_screen.stored_forecast import HeadsForecast
 
+_OWN = "samples of the model itself"
 _SIZES = ("form", "rank", "transition_rank", "width", "blocks")
 
 
@@ -72,7 +72,7 @@ def table_of_forecast(
         rates,
         FORECAST,
         json_values(conditions),
-        by_drafted(dict(lengths)) | {len(rates): round(1 + sum(rates), ROUNDED)},
+        by_drafted({n: 1 + sum(rates[: n - 1]) for n in lengths.index}),
         () if latency is None else _schedule(found, rows[rows["horizon"] <= horizon], latency),
     )
 
@@ -108,18 +108,21 @@ def _conditions(
     found: HeadsForecast, row: pd.Series, lengths: pd.Series, latency: MeasuredLatency | None
 ) -> dict[str, Any]:
     settings, told = found.told["settings"], found.told
-    model = told.get("model") or {}
+    model, asked = told.get("model") or {}, told.get("asked") or {}
     return {
-        "model": told.get("studied_as") or model.get("name"),
+        "model": found.model or None,
         "model_sha256": model.get("fingerprint"),
-        "draft": described(row),
+        "draft": described(row.to_dict() | _drafted_tokens(found, row)),
         "horizon": row["horizon"],
         "anchored": row.get("anchored", True),
         "rule": settings.get("rule", "block"),
         "first_token": "target",
         **{name: settings.get(name) for name in ("temperature", "top_k", "top_p")},
-        "texts": told.get("texts"),
+        "texts": ", ".join(asked["corpus"]) or _OWN if "corpus" in asked else None,
         "training_positions": found.budget,
+        "training_over_longest_probe": found.ahead,
+        "forecasts_checked_up_to": told["shapes"].get("farthest"),
+        "caution": found.reach or None,
         "rates_from": f"tokens per call of horizons {listed(lengths.index)}",
         "mean_length_interval": ends(row, "tokens_per_call"),
         "interval_confidence": settings.get("confidence"),
@@ -127,6 +130,12 @@ def _conditions(
         "step_times": None if latency is None else latency.where,
         "versions": told.get("versions"),
     }
+
+
+def _drafted_tokens(found: HeadsForecast, row: pd.Series) -> dict[str, Any]:
+    """How many tokens a head can draft, where they are not all."""
+    sizes = found.told.get("candidates", {}).get(row["option"], {})
+    return {"vocabulary": sizes["vocabulary"]} if sizes.get("vocabulary") else {}
 
 
 def _schedule(

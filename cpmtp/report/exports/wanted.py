@@ -41,7 +41,7 @@ def described(row: Mapping[str, Any] | pd.Series) -> str:
     'markov, rank 1, transition rank 64'
     """
     known = [str(row.get("form") or "cp").replace("_", " ")]
-    for column in ("rank", "transition_rank", "width", "blocks"):
+    for column in ("rank", "transition_rank", "width", "blocks", "vocabulary"):
         value = row.get(column)
         if value is not None and math.isfinite(value) and (value > 0 or column == "rank"):
             known.append(f"{column.replace('_', ' ')} {value:.0f}")

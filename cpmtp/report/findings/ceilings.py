@@ -16,6 +16,12 @@ from cpmtp.report import plots
 from cpmtp.report.blocks import Figure, Section, Table, Text
 from cpmtp.report.first_screen.answer import details
 from cpmtp.report.subject import Subject
+from cpmtp.report.words import percent
+
+_WOULD_SHOW = (
+    "Gain that would show: the smallest that a test on so many documents (paired, at 5 %) finds "
+    "four times in five; a gain below it may have gone unseen."
+)
 
 
 def findings(subject: Subject, *, folded: bool = False) -> Iterator[Section]:
@@ -30,7 +36,7 @@ def findings(subject: Subject, *, folded: bool = False) -> Iterator[Section]:
     )
     if answers:
         yield Section("Speed", (_speedup(subject), _serving_text(subject)), level=3, folded=folded)
-    gains: list[Table | Text] = [_gain_table(subject.table)]
+    gains: list[Table | Text] = [_gain_table(subject.table), Text(_WOULD_SHOW, "note")]
     if subject.truncated:
         told = ", ".join(map(str, subject.truncated))
         note = f"Horizon {told} is truncated: its gains are differences of lower bounds."
@@ -76,7 +82,7 @@ def _rank_table(subject: Subject) -> Table:
             if answers and (row.horizon, row.rank) == subject.best:
                 marked.add(len(rows))
             upper = f" to {row.tokens_per_call_upper:.3f}" if row.truncated else ""
-            speed = (f"{row.speedup:.2f}", f"{row.fastest_frequency:.0%}")
+            speed = (f"{row.speedup:.2f}", percent(row.fastest_frequency))
             rows.append(
                 (
                     f"{n}",
@@ -148,7 +154,7 @@ def _horizon_figures(subject: Subject) -> Iterator[Figure]:
                 cells,
                 recommended=recommended,
                 horizon=n,
-                name=f"{subject.marked_as} rank {recommended}",
+                name=f"{subject.marked_as}: rank {recommended}",
             ),
             label,
         )
@@ -213,7 +219,7 @@ def _only(survival: pd.DataFrame, horizon: int, ranks: list[int]) -> pd.DataFram
 
 def _survival_in_words(survival: pd.DataFrame, *, bounded: bool, way: str) -> str:
     last = survival[survival["position"] == survival["position"].max()]
-    whole = ", ".join(f"{row.survival:.0%} at rank {row.rank}" for row in last.itertuples())
+    whole = ", ".join(f"{percent(row.survival)} at rank {row.rank}" for row in last.itertuples())
     dotted = (
         ", and dotted the most that any verification could reach with the same draft"
         if bounded
@@ -269,7 +275,7 @@ def _gain_table(table: pd.DataFrame) -> Table:
             f"{row.rank} → {row.next_rank}",
             f"{row.gain:.4f}",
             _interval(row.gain_low, row.gain_high, 4),
-            f"{row.share_improved:.0%}",
+            percent(row.share_improved),
             _number(row.detectable_gain, 4),
         )
         for row in gains.itertuples()
@@ -281,7 +287,7 @@ def _gain_table(table: pd.DataFrame) -> Table:
             "gain, tokens per call",
             "95 % interval",
             "contexts improved",
-            "smallest gain seen",
+            "gain that would show",
         ),
         rows,
     )
@@ -304,7 +310,7 @@ def _criteria_table(subject: Subject) -> Table:
     for name, choice in subject.choices.items():
         cells = [
             f"{'at least ' if choice.at_grid_edge[n] else ''}{choice.rank[n]} "
-            f"({choice.frequency[n][choice.rank[n]]:.0%})"
+            f"({percent(choice.frequency[n][choice.rank[n]])})"
             for n in horizons
         ]
         horizon = str(choice.horizon) if choice.horizon else "chooses none"

@@ -9,6 +9,7 @@ import pandas as pd
 
 from cpmtp.report import plots
 from cpmtp.report.blocks import Figure, Section, Table, Text
+from cpmtp.report.words import as_written, percent
 
 _WORDS = (
     "A draft of form cp is a mixture: with its weight a component is drawn, and then all tokens of "
@@ -24,7 +25,7 @@ def component_sections(components: pd.DataFrame | None) -> Iterator[Section]:
         return
     blocks: list[Text | Table | Figure] = [Text(_WORDS)]
     for (model, domain), rows in components.groupby(["model", "domain"], sort=False):
-        after = _written(rows["context_text"].iloc[0][-_TAIL:])
+        after = as_written(rows["context_text"].iloc[0][-_TAIL:])
         count = rows["component"].nunique()
         blocks += [
             Text(f"{model} · contexts from {domain}, after “…{after}”:"),
@@ -53,9 +54,4 @@ def _table(rows: pd.DataFrame) -> Table:
 def _tokens(rows: pd.DataFrame) -> Iterator[str]:
     shown = rows[rows["probability"] >= _LEAST].head(_SHOWN)
     for token, share in zip(shown["token"], shown["probability"], strict=True):
-        yield f"“{_written(token)}” {share:.0%}"
-
-
-def _written(text: str) -> str:
-    """Blanks and line ends as they can be seen."""
-    return str(text).replace("\\", "\\\\").replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+        yield f"“{as_written(token)}” {percent(share)}"

@@ -20,6 +20,7 @@ from cpmtp.report.first_screen.forecast import (
     requests,
 )
 from cpmtp.report.first_screen.stored_forecast import HEAD, LOOKUP, PLAIN, HeadsForecast
+from cpmtp.report.words import percent
 
 _MOST = 8  # heads in a picture
 _RECURRENT = "recurrent"
@@ -49,9 +50,8 @@ def forecast_sections(
     ceilings : pandas.DataFrame, optional
         Of `ceilings_beside`.
     """
-    named = found.told.get("studied_as")
     yield Section(
-        TITLE if named is None else f"{TITLE}: {named}",
+        f"{TITLE}: {found.model}" if found.model else TITLE,
         (
             Text(_conditions(found)),
             _picture(found, ceilings),
@@ -115,8 +115,8 @@ def _conditions(found: HeadsForecast) -> str:
     ]
     return (
         f"After {positions(found.budget)} of training{asked}, {requests(load)}, {', '.join(kept)}; "
-        f"{found.confidence:.0%} intervals. Each head at its own fastest horizon (tokens a call "
-        "emits at most). Slow tenth: tokens per call that nine of ten requests exceed. In the "
+        f"{percent(found.confidence)} intervals. Each head at its own fastest horizon (tokens a "
+        "call emits at most). Slow tenth: tokens per call that nine of ten requests exceed. In the "
         f"answer above, what the best of several forecasts owes to luck is taken off.{enough}"
     )
 
@@ -175,15 +175,11 @@ def _picture(found: HeadsForecast, ceilings: pd.DataFrame | None) -> Figure:
     if heads["ceiling"].notna().any():
         words += " Ticks: ceilings, what no training exceeds; a recurrent head's is an exact draft."
     if heads["ceiling"].isna().any():
-        words += " No tick: this study did not fit that form, rank or horizon."
+        words += " No tick: no study here fitted that form, rank or horizon."
     draw = partial(
         plots.plot_head_forecast, heads, lookup=float(lookup.iloc[0]) if len(lookup) else None
     )
-    return Figure("What each head would bring", words, draw, _subject(found))
-
-
-def _subject(found: HeadsForecast) -> str:
-    return str(found.told.get("studied_as") or "")
+    return Figure("What each head would bring", words, draw, found.model)
 
 
 def _ceiling(row: pd.Series, ceilings: pd.DataFrame | None) -> float:
@@ -211,7 +207,7 @@ def _learning(found: HeadsForecast) -> Figure:
         f"{shown['option'].iloc[0] if len(shown) else 'none'}; the answer is for the marked budget."
     )
     draw = partial(plots.plot_speed_by_budget, rows.assign(**ends), budget=found.budget)
-    return Figure("What more training brings", words, draw, _subject(found))
+    return Figure("What more training brings", words, draw, found.model)
 
 
 def _by_load(found: HeadsForecast) -> Sequence[Table | Text]:
@@ -230,7 +226,7 @@ def _by_load(found: HeadsForecast) -> Sequence[Table | Text]:
             str(one["horizon"]),
             f"{one['speedup']:.2f}",
             f"{one['tokens_per_call'][0]:.2f}",
-            f"{one['sure']:.0%}",
+            percent(one["sure"]),
         )
         for one in choices
     )
@@ -300,7 +296,7 @@ def _losses(found: HeadsForecast, ceilings: pd.DataFrame) -> Iterator[Section]:
         f"Where tokens are lost, n = {max(shared)}",
         words,
         partial(plots.plot_losses_by_head, heads),
-        _subject(found),
+        found.model,
     )
     blocks = (Text(_LOST), Table(head, rows), figure)
     yield Section("Where tokens are lost, by form", blocks, level=3)

@@ -6,6 +6,7 @@ What they rest on stands with the findings (`details`).
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from cpmtp.ranking.criteria import throughput_choice
 from cpmtp.ranking.scores import tokens_in_words
 from cpmtp.report.blocks import Section, Text
 from cpmtp.report.subject import Subject
+from cpmtp.report.words import percent
 
 TRAIN, PILOT, NOT, UNDECIDED = "Train", "Pilot first", "Do not train", "Undecided"
 _AS_MUCH = {
@@ -126,7 +128,7 @@ def _short_certainty(subject: Subject) -> str:
         found = "not at all: one context was studied"
     else:
         found = (
-            f"the fastest in {cell.fastest_frequency:.0%} of resamples of {choice.documents} "
+            f"the fastest in {percent(cell.fastest_frequency)} of resamples of {choice.documents} "
             f"document{'s' if choice.documents > 1 else ''}"
         )
     where = "reaches below" if _may_not_pay(subject) else "is above"
@@ -164,7 +166,8 @@ def training_command(subject: Subject) -> str:
     horizon, rank = subject.best
     kind = {True: " --anchored", False: " --no-anchored", None: ""}[subject.anchored]
     model = subject.table["model"].iloc[0]
-    return f"cpmtp train-head --model {model} --horizon {horizon} --rank {rank}{kind}"
+    named = shlex.quote(str(model))
+    return f"cpmtp train-head --model {named} --horizon {horizon} --rank {rank}{kind}"
 
 
 def _assumed(subject: Subject) -> list[str]:
@@ -250,10 +253,11 @@ def _certainty(subject: Subject) -> str:
     choice, (horizon, rank) = subject.recommended, subject.best
     if choice.contexts == 1:
         return "one context was studied: nothing can be said about others."
-    found = f"in {choice.frequency[horizon][rank]:.0%} of resamples of {choice.documents} documents"
+    often = percent(choice.frequency[horizon][rank])
+    found = f"in {often} of resamples of {choice.documents} documents"
     if len(choice.rank) > 1:
-        share = choice.horizon_frequency[horizon]
-        found = f"horizon {horizon} is the fastest in {share:.0%} and, at it, rank {rank} {found}"
+        share = percent(choice.horizon_frequency[horizon])
+        found = f"horizon {horizon} is the fastest in {share} and, at it, rank {rank} {found}"
     else:
         found = f"rank {rank} is the fastest {found}"
     gain = choice.detectable_gain[horizon]

@@ -12,6 +12,7 @@ from cpmtp.report.first_screen.answer import does_not_pay, earned, training_comm
 from cpmtp.report.first_screen.forecast import forecast_answer
 from cpmtp.report.first_screen.stored_forecast import HeadsForecast
 from cpmtp.report.subject import Subject, by_forecast, models_of
+from cpmtp.report.words import percent
 
 
 def console_summary(subjects: Sequence[Subject], table: pd.DataFrame, manifest: dict) -> str:
@@ -89,7 +90,7 @@ def _footnotes(subjects: Sequence[Subject]) -> Iterator[str]:
 def _lines(subject: Subject) -> Iterator[str]:
     yield f"{subject.title} ({', '.join(_facts(subject))})"
     many = subject.recommended.contexts > 1
-    sure = f", the fastest in {subject.row.fastest_frequency:.0%} of resamples" if many else ""
+    sure = f", the fastest in {percent(subject.row.fastest_frequency)} of resamples" if many else ""
     carried = subject.is_carried or subject.extras.heads is not None
     mark = subject.marked_as if carried else "no recommendation, fastest so far"
     yield f"  {mark}: {subject.headline}{sure}"

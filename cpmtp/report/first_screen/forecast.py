@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
 from cpmtp.report.blocks import Section, Text
 from cpmtp.report.first_screen.stored_forecast import HEAD, PLAIN, PLAIN_NAME, HeadsForecast
-from cpmtp.report.words import memory, multiple, served_as
+from cpmtp.report.words import memory, percent, served_as
 
 TITLE = "Forecast of trained heads"
 _SURE = 0.8
@@ -18,9 +20,17 @@ _MILLION = 1e6 / 3600  # tokens, and hours in a second
 
 
 def forecast_answer(found: HeadsForecast, price: float, models: Sequence[str] = ()) -> Section:
-    """The forecast in four lines, cautions above them."""
-    named = found.told.get("studied_as")
-    title = TITLE if named is None else f"{named} · {TITLE[0].lower()}{TITLE[1:]}"
+    """The forecast in four lines, cautions above them.
+
+    Parameters
+    ----------
+    found : HeadsForecast
+    price : float
+        Of a device-hour.
+    models : sequence of str
+        Those of the study that it stands beside; none where it stands alone.
+    """
+    title = f"{found.model} · {TITLE[0].lower()}{TITLE[1:]}" if found.model else TITLE
     settings = found.told["settings"]
     served = {
         name: settings[name] for name in ("temperature", "top_k", "top_p") if name in settings
@@ -41,17 +51,20 @@ def forecast_answer(found: HeadsForecast, price: float, models: Sequence[str] = 
 
 def _not_enough(found: HeadsForecast, models: Sequence[str]) -> tuple[Text, ...]:
     """What is said where probes were too short."""
-    why = found.told["status"].removeprefix("not enough for a forecast: ")
+    status = found.told["status"].removeprefix("not enough for a forecast: ")
+    why, _, remedy = status.partition("; ")
     model = f" --model {models[0]}" if len(models) == 1 else ""
+    remedy = re.sub(r"(--[\w-]+)", r"`\1`", remedy) or "give more minutes"
+    again = f"run `cpmtp forecast` again and {remedy}."
+    if models:
+        again = (
+            f"`cpmtp study{model}` with more `--minutes`; ceilings below say what no training can "
+            "exceed, not what a head will earn."
+        )
     return (
         Text("No recommendation: not enough time to decide.", "line", "Undecided"),
         Text(f"{why[:1].upper()}{why[1:]}.", "line", "Why"),
-        Text(
-            f"`cpmtp study{model}` with more `--minutes`; ceilings below say what no training can "
-            "exceed, not what a head will earn.",
-            "line",
-            "Next",
-        ),
+        Text(again, "line", "Next"),
     )
 
 
@@ -112,7 +125,7 @@ def _brings(found: HeadsForecast, price: float) -> str:
     plain = _plain_cost(found, price)
     _, fewest, most = found.choice["tokens_per_call"]
     words = (
-        f"{low:.2f} to {high:.2f} times the speed of plain decoding ({found.confidence:.0%} "
+        f"{low:.2f} to {high:.2f} times the speed of plain decoding ({percent(found.confidence)} "
         f"range, {mean:.2f} expected), from {fewest:.2f} to {most:.2f} tokens per call instead of "
         f"1; {costs[2]:.2f} to {costs[1]:.2f} per million tokens instead of {plain:.2f} (price "
         f"{price:.2f} a device-hour)"
@@ -160,9 +173,11 @@ def device_hours(hours: float) -> str:
 
 def _certainty(found: HeadsForecast) -> str:
     choice = found.choice
-    words = f"{choice['sure']:.0%} likely the fastest of what was tried"
+    words = f"{_percent(choice['sure'])} likely the fastest of what was tried"
     if found.row["kind"] != PLAIN:
         words = f"{_chance_to_pay(found)}; {words}"
+    if found.is_far:  # no range was held against a training so long
+        words = f"if the ranges hold so far ahead, {words}"
     # Whether it pays at all is asked before which head pays most.
     ties = sorted(map(option_name, choice["ties"]), key=lambda name: name != PLAIN_NAME)
     if ties:
@@ -186,11 +201,11 @@ def _percent(share: float) -> str:
     Examples
     --------
     >>> _percent(0.934), _percent(1.0), _percent(0.0)
-    ('93%', 'over 99%', 'under 1%')
+    ('93 %', 'over 99 %', 'under 1 %')
     """
     if share > 0.99:
-        return "over 99%"
-    return "under 1%" if share < 0.01 else f"{share:.0%}"
+        return "over 99 %"
+    return "under 1 %" if share < 0.01 else percent(share)
 
 
 def _changes(found: HeadsForecast) -> Iterator[str]:
@@ -230,48 +245,58 @@ def _next_step(found: HeadsForecast, models: Sequence[str]) -> str:
     row, label = found.row, _verdict(found)[0]
     if row["kind"] != HEAD:
         return "decode that way; a larger budget, another load or a cheaper call could change it."
-    told = found.told
-    of = (
-        models[0]
-        if len(models) == 1
-        else told.get("studied_as") or told.get("model", {}).get("name")
-    )
-    model = f" --model {of}" if of else ""
-    sizes = {"rank": "rank", "transition_rank": "transition-rank"}
-    given = "".join(
-        f" --{option} {row[column]:.0f}"
-        for column, option in sizes.items()
-        if row[column] > (0 if column == "transition_rank" or row["form"] == "cp" else 1)
-    )
-    command = (
-        f"cpmtp train-head{model} --form {row['form']} --horizon {row['horizon']}{given} "
-        f"--positions {found.choice['budget']:.0f}"
+    command = " ".join(
+        f"--{option} {shlex.quote(value)}".rstrip() for option, value in _training(found, models)
     )
     steps = [] if label == "Train" else [_LONGER]
-    steps += [f"`{command}`", "the pilot plan at the end."]
+    steps += [f"`cpmtp train-head {command}`", "the pilot plan at the end."]
     return " ".join(f"({place}) {step}" for place, step in enumerate(steps, 1))
+
+
+def _training(found: HeadsForecast, models: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Options that train the choice as it was forecast: on the same text, with the same steps."""
+    row, told = found.row, found.told
+    asked, settings, model = told.get("asked", {}), told["settings"], told.get("model", {})
+    alone = models[0] if len(models) == 1 else ""
+    of = asked.get("model") or told.get("studied_as") or alone or found.model
+    yield from [("model", of)] if of else []
+    yield from (("corpus", place) for place in asked.get("corpus", ()))
+    if asked.get("text_field", "text") != "text":
+        yield "text-field", asked["text_field"]
+    yield "form", row["form"]
+    yield "horizon", f"{row['horizon']}"
+    if row["rank"] > (0 if row["form"] == "cp" else 1):
+        yield "rank", f"{row['rank']:.0f}"
+    if row["transition_rank"] > 0:
+        yield "transition-rank", f"{row['transition_rank']:.0f}"
+    sizes = told.get("candidates", {}).get(found.choice["name"], {})
+    for name in ("width", "vocabulary"):
+        yield from [(name, f"{sizes[name]}")] if sizes.get(name) else []
+    yield from [("blocks", f"{sizes['blocks']}")] if sizes.get("blocks", 1) != 1 else []
+    for name in ("rows", "length"):
+        yield from [(name, f"{settings[name]}")] if name in settings else []
+    passes, budget = told.get("most_passes"), found.choice["budget"]
+    if passes and not asked.get("corpus"):  # own samples, read no more often than by the probes
+        yield "sequences", f"{math.ceil(budget / settings['length'] / passes)}"
+    for name, usual in (("device", "cpu"), ("dtype", "float32")):
+        yield from [(name, model[name])] if model.get(name, usual) != usual else []
+    yield "positions", f"{budget:.0f}"
 
 
 def _cautions(found: HeadsForecast, models: Sequence[str]) -> Iterator[str]:
     shapes = found.told["shapes"]
     groups = len(shapes["groups"])
     if found.is_far:
-        assert found.ahead is not None  # nothing is far where that is not stored
-        yield (
-            f"The answer is for a training {multiple(found.ahead)} times as long as the longest "
-            f"probe; forecasts were compared with real training up to {shapes['farthest']:.0f} "
-            "times only. Take the figures as a direction."
-        )
+        yield found.reach
     elif groups < _FEW_GROUPS:
         yield (
             f"Forecasts were compared with real training on {groups} kinds of model and text only: "
             "ranges are wide."
         )
-    of = found.told.get("studied_as") or found.told.get("model", {}).get("name")
-    if of is None and len(models) > 1:
+    if not found.model and len(models) > 1:
         yield f"The study is of {len(models)} models; the forecast is of one that it does not name."
-    elif of is not None and models and list(models) != [of]:
-        yield f"The study is of {', '.join(models)}; the forecast is of {of}."
+    elif found.model and models and list(models) != [found.model]:
+        yield f"The study is of {', '.join(models)}; the forecast is of {found.model}."
     rows = found.table[found.table["budget"] == found.budget]
     if rows["too_many"].any():
         yield (

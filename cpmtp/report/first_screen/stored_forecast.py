@@ -10,6 +10,8 @@ from typing import Any
 
 import pandas as pd
 
+from cpmtp.report.words import multiple
+
 HEAD, LOOKUP, PLAIN = "head", "lookup", "plain"
 PLAIN_NAME = "plain decoding"
 _ENDS = ("", "_low", "_high")
@@ -59,6 +61,12 @@ class HeadsForecast:
         return not self.told["status"] and len(self.table) > 0
 
     @property
+    def model(self) -> str:
+        """What the model is called; empty where that is not stored."""
+        named = self.told.get("studied_as") or self.told.get("model", {}).get("name")
+        return str(named or "")
+
+    @property
     def confidence(self) -> float:
         """Of the ranges."""
         return float(self.told["settings"].get("confidence", 0.9))
@@ -82,6 +90,12 @@ class HeadsForecast:
         """How many times the budget is the longest probe; None where that is not stored."""
         ahead = self.told["shapes"].get("ahead")
         return None if ahead is None else float(ahead) * self.budget / self.asked
+
+    @property
+    def probed(self) -> float | None:
+        """Positions of the longest probe; None where that is not stored."""
+        ahead = self.told["shapes"].get("ahead")
+        return self.asked / float(ahead) if ahead else None
 
     @property
     def options(self) -> pd.DataFrame:
@@ -128,9 +142,24 @@ class HeadsForecast:
 
     @property
     def is_far(self) -> bool:
-        """Whether the budget is farther from the probes than forecasts were ever checked."""
+        """Whether the answer is a head, and its budget farther from the probes than forecasts were
+        ever checked.
+        """
+        return self.row["kind"] == HEAD and bool(self.reach)
+
+    @property
+    def reach(self) -> str:
+        """What is to be said of heads at a budget that is farther from the probes than forecasts
+        were ever checked; empty where it is not, or that is not stored.
+        """
         tried = self.told["shapes"].get("farthest")
-        return self.row["kind"] == HEAD and bool(self.ahead and tried and self.ahead > tried)
+        if not (self.ahead and tried and self.ahead > tried):
+            return ""
+        return (
+            f"The answer is for a training {multiple(self.ahead)} times as long as the longest "
+            f"probe; forecasts were compared with real training up to {tried:.0f} times only. Take "
+            "the figures as a direction."
+        )
 
     @property
     def another_doubling(self) -> float:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from cpmtp.report.plots.theme import COLOURS, INK
+from cpmtp.report.words import as_written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +40,7 @@ def plot_components(table: pd.DataFrame, ax: Axes, *, most: int = 4) -> Axes:
             share = float(row.probability)  # type: ignore[arg-type]  # of the table
             colour = COLOURS[number % len(COLOURS)]
             ax.barh(line, share, left=left, color=colour, alpha=0.55, edgecolor="white")
-            written = repr(row.token)[1:-1].replace(" ", "\u2423").replace("$", r"\$")
+            written = as_written(str(row.token)).replace("$", r"\$")
             if share > _ROOM + _LETTER * len(written):
                 ax.text(
                     left + share / 2,
