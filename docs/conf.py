@@ -30,6 +30,7 @@ templates_path = ["_templates"]
 html_theme = "furo"
 html_title = "cpmtp"
 html_static_path = ["_static"]
+html_show_copyright = False
 html_css_files = ["pages.css"]
 exclude_patterns = ["_build", "make_results.py"]
 bibtex_bibfiles = ["references.bib"]
@@ -72,6 +73,22 @@ def escape_stars(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = [re.sub(r"(?<=[(\[])\*(?=\w)", r"\\*", line) for line in lines]
 
 
+_INTERVAL = re.compile(r"[\[(]([+−-]?[\d.]+%?)(, | to )([+−-]?[\d.]+%?)[\])]")
+
+
+def unbroken(match: re.Match[str]) -> str:
+    """An interval with spaces that do not break."""
+    return match[0].replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def keep_intervals_whole(app, name, source: list[str]) -> None:
+    """In a table's cells an interval stays in one line."""
+    source[0] = "\n".join(
+        _INTERVAL.sub(unbroken, line) if line.startswith("|") else line
+        for line in source[0].split("\n")
+    )
+
+
 def setup(app) -> None:
     """Before and after napoleon, which runs at the default priority; the words of a shape
     are no links, since many classes have a horizon.
@@ -79,5 +96,6 @@ def setup(app) -> None:
     for field in PyObject.doc_field_types:
         if field.name in ("parameter", "variable"):
             field.typerolename = ""
+    app.connect("source-read", keep_intervals_whole)
     app.connect("autodoc-process-docstring", escape_stars, priority=100)
     app.connect("autodoc-process-docstring", cite_references, priority=900)

@@ -8,12 +8,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import paper
+import paper_abstract
+import paper_forecast
+import paper_objections
 import paper_temperature
 from page import Page
 
 STUDIES = Path(__file__).parents[1] / "data" / "studies"
 SECTIONS = (
-    paper.abstract,
+    paper_abstract.abstract,
     paper.setting,
     paper.learning_section,
     paper_temperature.forms_lost_section,
@@ -22,9 +25,10 @@ SECTIONS = (
     paper.rank_section,
     paper.told_section,
     paper.vocabulary_section,
-    paper.backtest_section,
+    paper_forecast.backtest_section,
     paper.decoding_section,
     paper.puzzles_section,
+    paper_objections.objections_section,
 )
 
 

@@ -100,6 +100,11 @@ def test_the_results_are_those_of_the_stored_tables(root, tmp_path):
     }
 
 
+def test_the_page_on_forms_is_made_from_the_stored_tables(root):
+    made = runpy.run_path(str(root / "docs" / "make_which_form.py"))["page"]()
+    assert made == (root / "docs" / "which_form.md").read_text("utf-8")
+
+
 class _Links(HTMLParser):
     def __init__(self):
         super().__init__()

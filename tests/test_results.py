@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -92,12 +91,12 @@ SOURCES = (
     *("reference", "methods", "anchored/table.parquet", "forms/summary.csv"),
     *("curves/levels.csv", "curves/first_position.csv", "curves/winners.csv"),
     *("head/waterfall.parquet", "head/decoding.parquet", "backtest/backtest.parquet"),
-    *("real_model/heads.csv", "real_model/decoding_time.csv", "waterfall/summary.csv"),
+    *("real_model/heads_longer.csv", "real_model/decoding_time.csv", "waterfall/summary.csv"),
     *("curves/longer.csv", "vocabulary/axis.csv", "learning_rank/learning_rank.csv"),
+    *("bounds/proposals.csv", "bounds/population.csv", "bounds/real/population.csv"),
+    *("backtest/choices.parquet", "backtest/straight.csv", "curves/curves.parquet"),
+    *(f"end_to_end/{name}/measured.parquet" for name in ("code", "prose", "smollm2")),
 )
-STUDIES = Path(__file__).parents[1] / "data" / "studies"
-# Told where they are stored.
-SOURCES += tuple(name for name in ("bounds/proposals.csv",) if (STUDIES / name).is_file())
 
 
 @pytest.mark.parametrize("source", SOURCES)

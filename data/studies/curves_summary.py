@@ -241,7 +241,12 @@ def draw_curves(table: pd.DataFrame, model: str, ax) -> None:
         rows = rows.sort_values("budget")
         middle = rows["tokens_per_call"]
         ends = (middle - rows["tokens_per_call_low"], rows["tokens_per_call_high"] - middle)
-        ax.errorbar(rows["budget"], middle, yerr=ends, label=name, **series(i))
+        narrow = name.removesuffix(", wide")
+        style = series(DRAWN.index(narrow) if narrow in DRAWN else i)
+        if narrow != name:  # a hollow mark of its form's own kind
+            style |= {"markerfacecolor": "white"}
+        label = name if narrow == name else f"wide {narrow}"
+        ax.errorbar(rows["budget"], middle, yerr=ends, label=label, **style)
     ax.set_xscale("log", base=2)
     budgets = sorted(table["budget"].unique())
     ax.set_xticks(budgets, [f"{budget}k" for budget in budgets])
