@@ -136,7 +136,7 @@ def _weak_opponents(page: Page) -> None:
         holds=real[real["temperature"] == 0].eval("lookup - measured").min() > 0,
     )
     page.add(
-        f"So does plain decoding with four requests together (the head at {rows[rows['batch'] == 4]['speedup'].min():.2f} to {rows[rows['batch'] == 4]['speedup'].max():.2f} of its speed). "
+        f"So does plain decoding with four requests that wait for each other (the head at {rows[rows['batch'] == 4]['speedup'].min():.2f} to {rows[rows['batch'] == 4]['speedup'].max():.2f} of its speed). "
         "Nothing here says what a head brings in a serving engine; `cpmtp latency` takes its step curve, and the forecast is then made with that.",
         TIMES,
         holds=rows[rows["batch"] == 4]["speedup"].max() < 1,

@@ -2,6 +2,11 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -9,12 +14,14 @@
 # ---
 
 # %% [markdown]
-# # Your model, your text
+# # 06 Your model, your text
 #
-# You have a model of transformers in memory and texts of the kind you will decode. You want to know
-# whether a draft head of several tokens pays, and of which rank. Here is the way from one to the
-# other, in three minutes of two cores. Put your own model and texts into the next cell; nothing
-# else has to change.
+# **Question.** You have a model of transformers in memory and texts of the kind you will decode.
+# Does a draft head of several tokens pay, and of which rank? Here is the way from one to the other,
+# in half a minute. Put your own model and texts into the next cell; nothing else has to change.
+#
+# **Guess first.** How many of three tokens will the best draft of rank 1 have accepted on your
+# texts, and how many a head that has been trained for a few seconds?
 
 # %%
 import matplotlib.pyplot as plt
@@ -92,9 +99,9 @@ choice = cpmtp.select_rank(table, tolerance=0.02)
 print(choice.sentence(3))
 
 # %% [markdown]
-# These are ceilings: the best draft of every single context. A trained head earns less, 78 to 87 %
-# of them where we trained some. Four contexts say little; take 32 or more of your own before you
-# decide, and read the interval.
+# **How to read it.** These are ceilings: the best draft of every single context. A trained head
+# earns less, half to nine tenths of what such a draft adds to one token, by how long it is trained.
+# Four contexts say little; take 32 or more of your own before you decide, and read the interval.
 
 # %% [markdown]
 # ## Does it pay?
@@ -113,6 +120,12 @@ for name, out in (("plain", plain), ("with the head", drafted)):
     print(f"{name:14} {stats.tokens_per_call:.2f} tokens per call, {stats.calls} calls")
 
 # %% [markdown]
+# **How to read it.** Calls are what you pay for: the same number of tokens in fewer calls of the
+# model. So short a training reaches little of the ceiling; what it shows is that the head learns.
+#
+# **Exercise.** Train with `steps=160`, then with `form="markov", transition_rank=16`. Which of the
+# two saves more calls, and which was dearer to train?
+#
 # ## And now
 #
 # * `cpmtp.run_study(models=[pair], texts=texts, contexts=32, out="runs/mine")` keeps its table;

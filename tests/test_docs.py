@@ -105,6 +105,23 @@ def test_the_page_on_forms_is_made_from_the_stored_tables(root):
     assert made == (root / "docs" / "which_form.md").read_text("utf-8")
 
 
+def rows_of_other_widths(text: str) -> list[str]:
+    """Rows of tables with more or fewer cells than their table's head: a bare bar cuts a cell."""
+    found, head = [], None
+    for line in text.splitlines():
+        cells = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else None
+        if head and cells and cells != head:
+            found.append(line)
+        head = head if head and cells else cells
+    return found
+
+
+def test_no_cell_of_a_table_is_cut_by_a_bar_inside_it(root):
+    assert rows_of_other_widths("| a | b |\n|---|---|\n| x | `p(x|y)` |") == ["| x | `p(x|y)` |"]
+    for page in pages(root):
+        assert not rows_of_other_widths(page.read_text("utf-8")), page.name
+
+
 class _Links(HTMLParser):
     def __init__(self):
         super().__init__()

@@ -21,7 +21,7 @@ _BLOCK = 1 << 18
 
 @dataclass(frozen=True, repr=False)
 class Divergences(Shown):
-    """Divergences of a draft law Q from the target law P.
+    """Divergences of a draft Q from the target P.
 
     Attributes
     ----------

@@ -37,7 +37,7 @@ def exact_joint(
     max_bytes: int = DEFAULT_MAX_BYTES,
     progress: Callable[[int], None] | None = None,
 ) -> JointDistribution:
-    """The joint law of the next `horizon` tokens: the chain rule over every prefix, float64.
+    """The joint distribution of the next `horizon` tokens: the chain rule, float64.
 
     Parameters
     ----------

@@ -33,7 +33,7 @@ def complete_joint(
     max_bytes: int = DEFAULT_MAX_BYTES,
     progress: Callable[[int], None] | None = None,
 ) -> PrefixTree:
-    """The joint law of the next `horizon` tokens, all its mass but 1e-9, as a tree over any
+    """The joint distribution of the next `horizon` tokens, but 1e-9 of it, as a tree over any
     vocabulary.
 
     Under top-k k it has at most ``k ** horizon`` sequences (more where tokens tie with the k-th).

@@ -155,7 +155,7 @@ def embedded_models() -> dict[str, Path]:
 
 def embedded_heads(model: str) -> dict[str, Path]:
     """Names and folders of the trained heads that come with an embedded model: ``baseline`` (rank
-    1), ``recommended``, and for code ``recurrent``.
+    1), ``recommended`` and ``recurrent``.
     """
     folder = _embedded_root("heads") / model
     found = sorted(folder.iterdir()) if model in embedded_models() and folder.is_dir() else []
