@@ -141,7 +141,7 @@ def _forecast(page: Page) -> None:
     losses = choice_losses(page)
     page.add(
         f"* **A head's tokens are forecast before it is trained** to {error.median():.1%} in the median, four to eight times the probes' budget ahead ({straight.median():.1%} by a straight line); "
-        f"choosing by the forecast gives away {losses['forecast']:.1%} of the best candidate's speed, always taking the recurrent head {losses['always recurrent']:.1%}, always the Markov one {losses['always markov 64']:.1%}.",
+        f"choosing by the forecast gives away {losses['forecast']:.1%} of the best candidate's speed, by the best probe alone {losses['best probe']:.1%}, always taking the recurrent head {losses['always recurrent']:.1%}.",
         BACKTEST,
         STRAIGHT,
         CHOICES,

@@ -108,11 +108,11 @@ def _ceilings_of_nobody(page: Page) -> None:
 
 def _forecast_of_no_use(page: Page) -> None:
     losses, table = choice_losses(page), judged(page)
-    always = losses["always recurrent"]
+    probe = losses["best probe"]
     page.say(
-        '4. *"The forecast wins nothing: always train the recurrent head."* '
-        f"{'Here, yes' if always <= losses['forecast'] else 'Little'}: choosing by it gives away {losses['forecast']:.2%} of the best candidate's tokens per second, always taking the recurrent head {always:.2%}, "
-        f"a random choice {losses['random']:.1%}.",
+        '4. *"The forecast wins nothing: take the candidate whose probe is best."* '
+        f"{'For the choice, yes' if probe <= losses['forecast'] else 'For the choice, little'}: by the forecast {losses['forecast']:.2%} of the best candidate's tokens per second are given away, by the best probe {probe:.2%}, "
+        f"by always taking the recurrent head {losses['always recurrent']:.2%}, by a random choice {losses['random']:.1%}.",
         CHOICES,
         holds=losses["forecast"] < losses["random"],
     )
