@@ -42,7 +42,8 @@ STUDIES = Path(cpmtp.__file__).parents[1] / "data" / "studies"
 
 table, _ = read_study(STUDIES / "methods")
 gap = objective_gap(table)
-gap[gap["horizon"] == 3].round(3)
+three = gap[gap["horizon"] == 3].drop(columns=["domain", "horizon"]).round(3)
+three.rename(columns=lambda name: name.replace("_", " "))
 
 # %% [markdown]
 # The last step, learning, needs trained heads.
