@@ -63,10 +63,10 @@ def backtest_section(page: Page) -> None:
     )
     least = table.groupby("group")["inside"].mean()
     page.add(
-        f"Intervals are too wide for it: {table['inside'].mean():.0%} of them hold the truth where 90 % were promised, and in every group at least {least.min():.0%}: "
-        f"the scale of the error is known from {groups - 1} other groups only.",
+        f"Of their 90 % intervals {table['inside'].mean():.0%} hold the truth, {least.min():.0%} in the group where the fewest do; "
+        f"with the scale of the error known from {groups - 1} other groups only, they err on the wide side.",
         BACKTEST,
-        holds=table["inside"].mean() > 0.9,
+        holds=table["inside"].mean() > 0.9 and least.min() > 0.5,
     )
     page.table(_by_times(table, error), BACKTEST)
     _choice(page)

@@ -115,6 +115,19 @@ def test_the_steps_of_a_pilot_stand_in_their_order(tmp_path):
     assert places == sorted(places) and following.startswith("(1) ")
 
 
+@pytest.mark.parametrize(("ahead", "first"), [(8.0, True), (6.0, False)])
+def test_longer_probes_are_advised_where_they_take_less_than_the_training(tmp_path, ahead, first):
+    folder = stored(tmp_path, sure=0.5)
+    # Two heads, each at twice the longest budget, at that and at half of it: seven times it.
+    told_anew(folder, shapes=dict(groups=list("abcde"), ahead=ahead, farthest=16.0))
+    following = lines_of(report_of(folder))["Next"]
+    assert following.startswith("(1) longer probes" if first else "(1) `cpmtp train-head")
+
+
+def test_a_gain_in_speed_is_said_to_leave_the_output_as_it_is(tmp_path):
+    assert "at the same output distribution" in lines_of(report_of(stored(tmp_path)))["Brings"]
+
+
 def test_an_older_forecast_without_the_chance_to_pay_or_memory_claims_neither(tmp_path):
     folder = stored(tmp_path)
     told = json.loads((folder / "forecast.json").read_text())

@@ -126,9 +126,9 @@ def _brings(found: HeadsForecast, price: float) -> str:
     _, fewest, most = found.choice["tokens_per_call"]
     words = (
         f"{low:.2f} to {high:.2f} times the speed of plain decoding ({percent(found.confidence)} "
-        f"range, {mean:.2f} expected), from {fewest:.2f} to {most:.2f} tokens per call instead of "
-        f"1; {costs[2]:.2f} to {costs[1]:.2f} per million tokens instead of {plain:.2f} (price "
-        f"{price:.2f} a device-hour)"
+        f"range, {mean:.2f} expected) at the same output distribution, from {fewest:.2f} to "
+        f"{most:.2f} tokens per call instead of 1; {costs[2]:.2f} to {costs[1]:.2f} per million "
+        f"tokens instead of {plain:.2f} (price {price:.2f} a device-hour)"
     )
     if found.row["kind"] != HEAD:
         return f"{words}; no training, no memory."
@@ -235,6 +235,8 @@ def option_name(name: str) -> str:
     return name.replace("lookup", "prompt lookup") if name.startswith("lookup") else name
 
 
+# Positions of all of a candidate's probes, as a multiple of its longest.
+_ALL_BUDGETS = 1.75
 _LONGER = (
     "longer probes, for a narrower range: the same command with more `--minutes` and another "
     "`--out`"
@@ -248,9 +250,18 @@ def _next_step(found: HeadsForecast, models: Sequence[str]) -> str:
     command = " ".join(
         f"--{option} {shlex.quote(value)}".rstrip() for option, value in _training(found, models)
     )
-    steps = [] if label == "Train" else [_LONGER]
+    steps = [_LONGER] if label != "Train" and _worth_probing(found) else []
     steps += [f"`cpmtp train-head {command}`", "the pilot plan at the end."]
     return " ".join(f"({place}) {step}" for place, step in enumerate(steps, 1))
+
+
+def _worth_probing(found: HeadsForecast) -> bool:
+    """Whether probes twice as long take less time than the training that they are to foresee: they
+    train every candidate to twice the longest budget, and to half of that and a quarter.
+    """
+    table = found.candidates
+    heads = table.loc[table["kind"] == HEAD, "option"].nunique()
+    return found.ahead is None or found.ahead > 2 * _ALL_BUDGETS * heads
 
 
 def _training(found: HeadsForecast, models: Sequence[str]) -> Iterator[tuple[str, str]]:
