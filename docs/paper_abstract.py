@@ -17,7 +17,7 @@ from paper import (
     more,
     of_three,
 )
-from paper_forecast import BACKTEST, CHOICES, STRAIGHT, choice_losses, errors, straight_errors
+from paper_forecast import BACKTEST, CHOICES, choice_losses, errors, straight_errors
 from paper_temperature import PROPOSALS, falls, gains_by_temperature
 
 from cpmtp.ranking.parts import OUTCOME
@@ -143,7 +143,6 @@ def _forecast(page: Page) -> None:
         f"* **A head's tokens are forecast before it is trained** to {error.median():.1%} in the median, four to eight times the probes' budget ahead ({straight.median():.1%} by a straight line); "
         f"choosing by the forecast gives away {losses['forecast']:.1%} of the best candidate's speed, by the best probe alone {losses['best probe']:.1%}, always taking the recurrent head {losses['always recurrent']:.1%}.",
         BACKTEST,
-        STRAIGHT,
         CHOICES,
         holds=error.median() < straight.median(),
     )

@@ -8,7 +8,7 @@ import pandas as pd
 from page import Page
 
 BACKTEST, CHOICES = "backtest/backtest.parquet", "backtest/choices.parquet"
-STRAIGHT = "backtest/straight.csv"
+DIFFERENT = 0.03  # share of tokens per second from which a choice matters
 WITHIN = 0.05  # what a forecast of a head was to keep
 END_TO_END = tuple(f"end_to_end/{name}/measured.parquet" for name in ("code", "prose", "smollm2"))
 
@@ -28,14 +28,17 @@ def errors(page: Page) -> pd.Series:
 
 def straight_errors(page: Page) -> pd.Series:
     """Relative, of a straight line through the last two probes."""
-    table = page.stored(STRAIGHT)
+    table = judged(page)
     return (table["straight"] / table["truth"] - 1).abs()
 
 
 def choice_losses(page: Page) -> pd.Series:
-    """Share of the best candidate's tokens per second that each rule of choosing gives away."""
+    """Share of the best candidate's tokens per second that each rule of choosing gives away where
+    candidates differ: the mean over groups.
+    """
     table = page.stored(CHOICES)
-    return table[table["probes"] == "all probes"].groupby("rule")["loss"].mean()
+    table = table[(table["probes"] == "all probes") & (table["spread"] > DIFFERENT)]
+    return table.groupby(["group", "rule"])["loss"].mean().groupby("rule").mean()
 
 
 def backtest_section(page: Page) -> None:
@@ -50,8 +53,7 @@ def backtest_section(page: Page) -> None:
         holds=error.median() < 0.03 and error.quantile(0.9) < 0.08,
     )
     page.add(
-        f"A straight line through the last two probes is off by {straight.median():.1%} and {straight.quantile(0.9):.1%} (the groups whose curves are stored).",
-        STRAIGHT,
+        f"A straight line through the last two probes is off by {straight.median():.1%} and {straight.quantile(0.9):.1%}.",
         BACKTEST,
         holds=straight.median() > error.median() and straight.quantile(0.9) > error.quantile(0.9),
     )
@@ -106,7 +108,7 @@ def _choice(page: Page) -> None:
         else ""
     )
     page.say(
-        f"{found} Taking the candidate of most forecast tokens per second gives away {mine:.2%} of the best one's, where the candidates differ by more than 3 %. No more is given away by "
+        f"{found} Taking the candidate of most forecast tokens per second gives away {mine:.2%} of the best one's, where the candidates differ by more than {DIFFERENT:.0%}. No more is given away by "
         f"{len(ties)} naive rules ({', '.join(sorted(ties))}{why}); others give away {', '.join(f'{loss:.1%} ({rule})' for rule, loss in rest.items())}. "
         "What a forecast adds is the level, and at which load plain decoding or prompt lookup is better.",
         CHOICES,

@@ -8,7 +8,6 @@ from paper import ALIKE, LEVELS, MODELS, POPULATION, both, by_model, draft, ever
 from paper_forecast import (
     BACKTEST,
     CHOICES,
-    STRAIGHT,
     choice_losses,
     errors,
     judged,
@@ -121,7 +120,6 @@ def _forecast_of_no_use(page: Page) -> None:
         f"What is shown is that levels are forecast better than by a straight line ({error.median():.1%} against {straight.median():.1%}), from {table['group'].nunique()} groups, all of small models, with a method that was thought of with most of them in view. "
         "What that makes of speeds was tried on three heads.",
         BACKTEST,
-        STRAIGHT,
         holds=error.median() < straight.median(),
     )
 

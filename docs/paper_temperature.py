@@ -144,13 +144,13 @@ def forms_lost_section(page: Page) -> None:
     )
     page.add(
         "**Of what a ceiling promises over rank 1, so short a training gives a chain a good part and components little**: of "
-        + _and(f"{row.acceptance_fit_gain:.2f}" for row in of_chain)
+        + " and ".join(f"{row.acceptance_fit_gain:.2f}" for row in of_chain)
         + f" ({' and '.join(_MODELS)}) the Markov head has "
-        + _and(_ranged(row, "learned_gain") for row in of_chain)
+        + " and ".join(_ranged(row, "learned_gain") for row in of_chain)
         + ", of "
-        + _and(f"{row.acceptance_fit_gain:.2f}" for row in of_rank)
+        + " and ".join(f"{row.acceptance_fit_gain:.2f}" for row in of_rank)
         + " rank 8 has "
-        + _and(_ranged(row, "learned_gain") for row in of_rank)
+        + " and ".join(_ranged(row, "learned_gain") for row in of_rank)
         + ", in the same contexts.",
         BY_FORM,
         holds=all(
@@ -159,10 +159,6 @@ def forms_lost_section(page: Page) -> None:
         ),
     )
     page.table(pd.DataFrame(rows), BY_FORM)
-
-
-def _and(parts) -> str:
-    return " and ".join(parts)
 
 
 def _ranged(row, name: str, signed: bool = False) -> str:

@@ -94,7 +94,7 @@ SOURCES = (
     *("real_model/heads_longer.csv", "real_model/decoding_time.csv", "waterfall/summary.csv"),
     *("curves/longer.csv", "vocabulary/axis.csv", "learning_rank/learning_rank.csv"),
     *("bounds/proposals.csv", "bounds/population.csv", "bounds/real/population.csv"),
-    *("backtest/choices.parquet", "backtest/straight.csv", "curves/curves.parquet"),
+    *("backtest/choices.parquet", "curves/curves.parquet"),
     *(f"end_to_end/{name}/measured.parquet" for name in ("code", "prose", "smollm2")),
 )
 

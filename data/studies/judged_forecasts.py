@@ -24,6 +24,7 @@ from cpmtp.latency import MeasuredLatency, read_latency
 from cpmtp.whole_files import write_parquet
 
 CONFIDENCE = 0.9
+DIFFERENT = 0.03  # share of tokens per second from which a choice matters
 EIGHT = 8
 HORIZON = 4
 ALWAYS = ("recurrent", "cp 1", "markov 64")
@@ -95,6 +96,7 @@ def forecast_rows(table: pd.DataFrame, group: str, form: str | None) -> pd.DataF
             "times": tasks.at / tasks.budgets[-1],
             "horizon": int(tasks.most),
             "forecast": np.exp(logs),
+            "straight": np.exp(straight(tasks)),
             "truth": np.exp(truths),
             "inside": np.abs(logs - truths) <= half,
             "difference": np.exp(logs) - np.exp(logs[reference]),
@@ -107,6 +109,11 @@ def forecast_rows(table: pd.DataFrame, group: str, form: str | None) -> pd.DataF
         rows.append(pd.DataFrame(found))
     kept = pd.concat(rows).assign(left_out="group" if form is None else "group and form")
     return kept if form is None else kept[~kept["reference"]]
+
+
+def straight(tasks: Tasks) -> np.ndarray:
+    """Logarithms by a line of tokens per call through the last two probes."""
+    return np.log(damped_trend(tasks.budgets, np.exp(tasks.logs), tasks.at, 1.0))
 
 
 def report(left_out: str, rows: pd.DataFrame) -> None:
@@ -175,7 +182,7 @@ def rules(shapes: ShapeChoice, tasks: Tasks, group: str) -> dict[str, np.ndarray
     told = {
         "forecast": shapes.forecast(tasks),
         "best probe": tasks.logs[:, -1],
-        "last two points straight": damped_trend(tasks.budgets, tasks.logs, tasks.at, 1.0),
+        "last two points straight": straight(tasks),
         "random": np.zeros(len(tasks)),
     }
     for name in ALWAYS:
@@ -187,7 +194,7 @@ def rules(shapes: ShapeChoice, tasks: Tasks, group: str) -> dict[str, np.ndarray
 
 def report_choices(losses: pd.DataFrame) -> None:
     """Losses where candidates differ by more than 3 %, paired with the forecast's by group."""
-    told = losses[losses["spread"] > 0.03]
+    told = losses[losses["spread"] > DIFFERENT]
     by_group = told.groupby(["group", "rule"])["loss"].mean().unstack()
     print(
         f"choices where candidates differ by more than 3 %: {len(told) // told['rule'].nunique()}"

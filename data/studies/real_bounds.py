@@ -49,8 +49,14 @@ WINDOWS, AT_ONCE = 416, 26
 SHARES, WIDTHS, MOST_WIDTHS = (1 / 16, 1 / 4), (16, 64), (4, 16, 64, 256)
 STEPS, RATE = 240, 0.05
 # Contexts and their tokens; contexts of a population fit and of its judgement.
-CONTEXTS = {"population": 12, "mixtures": 6, "curve": 12, "horizons": 24, "cooler": 12}
-CONTEXTS |= {"not_told": 8}
+CONTEXTS = {
+    "population": 12,
+    "mixtures": 6,
+    "curve": 12,
+    "horizons": 24,
+    "cooler": 12,
+    "not_told": 8,
+}
 OTHERS, CONTEXT = (48, 16), 96
 # A lower temperature; components of mixtures.
 COOL, MIXTURES = 0.7, (2, 4)
@@ -62,8 +68,8 @@ HORIZONS = (3, 4, 6, 8)
 # Tokens of the other stages.
 LENGTHS = {"horizons": HORIZONS, "not_told": (4,)}
 # Tables, and the stages whose parts they hold: mixtures stand in the table of the others.
-TABLES = {"population": ("population", "mixtures"), "curve": ("curve",)}
-TABLES |= {name: (name,) for name in ("horizons", "cooler", "not_told")}
+TABLES = {name: (name,) for name in ("population", "curve", "horizons", "cooler", "not_told")}
+TABLES["population"] += ("mixtures",)
 
 
 def documents(domain: str, held_out: bool) -> list:
@@ -287,8 +293,13 @@ def others(lm, out: Path) -> None:
     write_text(out / "others.csv", bounds.summary(table).to_csv(index=False, float_format="%.5g"))
 
 
-OF_CONTEXT = {"population": population, "mixtures": mixtures, "curve": curve, "cooler": cooler}
-OF_CONTEXT["not_told"] = not_told
+OF_CONTEXT = {
+    "population": population,
+    "mixtures": mixtures,
+    "curve": curve,
+    "cooler": cooler,
+    "not_told": not_told,
+}
 
 
 def by_context(lm, out: Path, stage: str) -> None:

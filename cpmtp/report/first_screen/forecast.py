@@ -248,7 +248,7 @@ def _next_step(found: HeadsForecast, models: Sequence[str]) -> str:
     if row["kind"] != HEAD:
         return "decode that way; a larger budget, another load or a cheaper call could change it."
     command = " ".join(
-        f"--{option} {shlex.quote(value)}".rstrip() for option, value in _training(found, models)
+        f"--{option} {shlex.quote(value)}" for option, value in _training(found, models)
     )
     steps = [_LONGER] if label != "Train" and _worth_probing(found) else []
     steps += [f"`cpmtp train-head {command}`", "the pilot plan at the end."]
@@ -259,8 +259,7 @@ def _worth_probing(found: HeadsForecast) -> bool:
     """Whether probes twice as long take less time than the training that they are to foresee: they
     train every candidate to twice the longest budget, and to half of that and a quarter.
     """
-    table = found.candidates
-    heads = table.loc[table["kind"] == HEAD, "option"].nunique()
+    heads = int((found.candidates["kind"] == HEAD).sum())
     return found.ahead is None or found.ahead > 2 * _ALL_BUDGETS * heads
 
 
